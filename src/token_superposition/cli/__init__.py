@@ -1,0 +1,90 @@
+"""The command ``tst``: one module per command, imported when it is called."""
+
+from __future__ import annotations
+
+import errno
+import importlib
+import os
+import re
+import sys
+from collections.abc import Sequence
+
+COMMANDS = {
+    "demo": "train a small model with and without TST on this machine's own text, and show the difference",
+    "prepare": "turn text, code, JSON lines or Parquet into a token store",
+    "train": "train one model from a TOML file",
+    "compare": "train a baseline and TST at equal compute, and write the report",
+    "generate": "continue a prompt with a trained model",
+    "report": "write the report of a comparison again",
+}
+
+WRITE_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EROFS, errno.ENOTDIR)
+
+HELP = f"""\
+tst: Token-Superposition Training (arXiv 2605.06546)
+
+usage: tst COMMAND [OPTIONS]
+
+commands:
+{chr(10).join(f"  {name:<10} {what}" for name, what in COMMANDS.items())}
+
+start here:
+  tst demo                                        five minutes, no configuration, no network
+  tst prepare docs/ 'src/**/*.py' --out data      your own text
+  tst compare config.toml --out comparison        with and without TST, on your text
+  tst train config.toml --superposition.bag-size 8 --out run
+  tst generate run/model "def main("
+
+tst COMMAND --help explains every option.
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command. Exit status: 0 done, 1 failed, 2 unusable input (one line says what to do), 130 interrupted."""
+    args = list(sys.argv[1:] if argv is None else argv)
+    if not args or args[0] in ("-h", "--help", "help"):
+        print(HELP, end="")
+        return 0 if args else 2
+    if args[0] in ("-V", "--version"):
+        from importlib.metadata import version
+
+        print(f"tst {version('token-superposition')}")
+        return 0
+    command, rest = args[0], args[1:]
+    if command not in COMMANDS:
+        import difflib
+
+        near = difflib.get_close_matches(command, COMMANDS, 1)
+        hint = f"did you mean {near[0]}?" if near else f"the commands are {', '.join(COMMANDS)}"
+        return _fail(f"unknown command {command}; {hint}")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+    try:
+        importlib.import_module(f"token_superposition.cli.{command}").run(rest)
+    except KeyboardInterrupt:
+        print(f"tst {command}: interrupted", file=sys.stderr)
+        return 130
+    except Exception as e:
+        message = _explain(e)
+        if message is None:
+            raise
+        return _fail(message)
+    return 0
+
+
+def _explain(e: Exception) -> str | None:
+    """The line for the user, if the error is of the input or of the machine rather than of this program."""
+    from token_superposition.errors import TokenSuperpositionError
+
+    if isinstance(e, TokenSuperpositionError):
+        return str(e)
+    if isinstance(e, OSError) and e.errno in WRITE_ERRORS:
+        return f"cannot write {e.filename or 'the output'} ({e.strerror}); free the disk or choose another --out"
+    wrapped = re.search(r"\(os error (\d+)\)", str(e))  # libraries in Rust put the number in the text
+    if wrapped and int(wrapped[1]) in WRITE_ERRORS:
+        return f"cannot write the output ({os.strerror(int(wrapped[1]))}); free the disk or choose another --out"
+    return None
+
+
+def _fail(message: str) -> int:
+    print(f"tst: error: {message}", file=sys.stderr)
+    return 2

@@ -1,0 +1,47 @@
+"""``tst compare``"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+from token_superposition.cli.arguments import parse, split_config
+from token_superposition.experiment.config import Config
+
+
+@dataclass(frozen=True)
+class CompareCommand:
+    """Train a baseline and TST at equal compute: tst compare CONFIG.toml [OPTIONS]
+
+    Same model, data, learning rate and number of steps, hence equal FLOPs. --out gets summary.json, report.html and
+    runs/NAME/ with metrics.jsonl and model/. Calling it again goes on with what is not done.
+
+    Measure the speed-up to equal loss with longer baselines: --compare.baseline-lengths 1 1.5 2
+    Repeat with other seeds: --compare.seeds 0 1 2
+    """
+
+    config: Annotated[Config, tyro.conf.arg(name="")] = field(default_factory=Config)
+    out: Path = Path("comparison")
+    """Directory of the comparison."""
+
+
+def run(args: Sequence[str]) -> None:
+    config, rest = split_config(args)
+    options = parse(CompareCommand, "compare", rest, CompareCommand(config))
+    options.config.check()
+    from rich.console import Console
+
+    from token_superposition.cli.quiet import quiet
+    from token_superposition.experiment.compare import compare
+    from token_superposition.report import print_table, write_report
+
+    quiet()
+    console = Console()
+    compare(options.config, options.out, console)
+    path = write_report(options.out)
+    print_table(options.out, console)
+    console.print(f"report: {path}")

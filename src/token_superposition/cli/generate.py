@@ -1,0 +1,51 @@
+"""``tst generate``"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import tyro
+
+from token_superposition.cli.arguments import parse
+from token_superposition.errors import TokenSuperpositionError
+
+
+@dataclass(frozen=True)
+class GenerateCommand:
+    """Continue a prompt with a trained model: a run's model/ directory or any causal LM of transformers.
+
+    Example: tst generate run/model "def main(" --max-new-tokens 80 --temperature 0.7
+    """
+
+    model: tyro.conf.Positional[str]
+    """Directory of the model."""
+    prompt: tyro.conf.Positional[str]
+    """Text to continue."""
+    max_new_tokens: int = 64
+    """Tokens to add."""
+    temperature: float = 0.8
+    """Randomness; 0 always takes the likeliest token."""
+    top_p: float = 0.95
+    """Draw from the likeliest tokens that hold this share of the probability."""
+    seed: int = 0
+    """The same seed gives the same text."""
+
+
+def run(args: Sequence[str]) -> None:
+    options = parse(GenerateCommand, "generate", args)
+    if options.max_new_tokens < 1 or options.temperature < 0 or not 0 < options.top_p <= 1:
+        raise TokenSuperpositionError(
+            f"max-new-tokens {options.max_new_tokens} must be at least 1, "
+            f"temperature {options.temperature} at least 0, top-p {options.top_p} in (0, 1]"
+        )
+    from token_superposition.cli.quiet import quiet
+    from token_superposition.experiment.generate import generate, load_model
+
+    quiet()
+    model, tokenizer = load_model(options.model)
+    print(
+        generate(
+            model, tokenizer, options.prompt, options.max_new_tokens, options.temperature, options.top_p, options.seed
+        )
+    )

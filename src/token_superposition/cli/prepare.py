@@ -1,0 +1,47 @@
+"""``tst prepare``"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import tyro
+
+from token_superposition.cli.arguments import parse
+from token_superposition.data.prepare import PrepareOptions
+
+
+@dataclass(frozen=True)
+class PrepareCommand:
+    """Turn text into a token store that tst train and tst compare read.
+
+    SOURCES are files, folders (searched for text, Markdown, code, JSON lines, Parquet; .gz and .zst too), quoted
+    globs, or hf:DATASET[:CONFIG[:SPLIT]]. A file is a document, except in JSON lines and Parquet, where a row is one.
+
+    Example: tst prepare ~/notes 'src/**/*.py' pages.jsonl.zst --out data --vocab-size 16384
+    """
+
+    sources: tyro.conf.Positional[tuple[str, ...]]
+    out: Path = Path("data")
+    """Directory to write; it appears when it is whole."""
+    options: tyro.conf.OmitArgPrefixes[PrepareOptions] = field(default_factory=PrepareOptions)
+
+
+def run(args: Sequence[str]) -> None:
+    command = parse(PrepareCommand, "prepare", args)
+    from rich.console import Console
+
+    from token_superposition.cli.quiet import quiet
+    from token_superposition.data.prepare import prepare
+    from token_superposition.data.progress import bars
+
+    quiet()
+    console = Console()
+    with bars(console) as progress:
+        meta = prepare(command.sources, command.out, command.options, progress)
+    for split, s in (("train", meta.train), ("validation", meta.validation)):
+        console.print(f"{split}: {s.tokens:,} tokens, {s.documents:,} documents, {s.bytes_per_token:.3f} bytes/token")
+    for reason, count in meta.dropped.items():
+        console.print(f"left out: {count:,} ({reason})")
+    console.print(f"written to {command.out}")

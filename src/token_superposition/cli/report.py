@@ -1,0 +1,34 @@
+"""``tst report``"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import tyro
+
+from token_superposition.cli.arguments import parse
+
+
+@dataclass(frozen=True)
+class ReportCommand:
+    """Write report.html of a comparison again, from its summary.json and metrics, and print its table.
+
+    Example: tst report comparison
+    """
+
+    directory: tyro.conf.Positional[Path]
+    """Directory written by tst compare or tst demo."""
+
+
+def run(args: Sequence[str]) -> None:
+    options = parse(ReportCommand, "report", args)
+    from rich.console import Console
+
+    from token_superposition.report import print_table, write_report
+
+    console = Console()
+    path = write_report(options.directory)
+    print_table(options.directory, console)
+    console.print(f"report: {path}")

@@ -1,0 +1,56 @@
+"""``tst train``"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+from token_superposition.cli.arguments import parse, split_config
+from token_superposition.experiment.config import Config
+
+
+@dataclass(frozen=True)
+class TrainCommand:
+    """Train one model: tst train CONFIG.toml [OPTIONS]
+
+    Options override the file. The directory --out holds the configuration, metrics.jsonl, checkpoints/, and, when it
+    is done, model/ (an ordinary transformers model) and run.json. Calling it again continues from the newest
+    checkpoint. Several processes: torchrun --nproc-per-node 2 -m token_superposition train CONFIG.toml
+
+    Example: tst train config.toml --superposition.bag-size 8 --train.seed 1 --out runs/s8
+    """
+
+    config: Annotated[Config, tyro.conf.arg(name="")] = field(default_factory=Config)
+    out: Path = Path("run")
+    """Directory of the run."""
+    branch_from: Path | None = None
+    """Checkpoint of another run to start from; its metrics up to there are taken over."""
+
+
+def run(args: Sequence[str]) -> None:
+    config, rest = split_config(args)
+    options = parse(TrainCommand, "train", rest, TrainCommand(config))
+    options.config.check()
+    from rich.console import Console
+
+    from token_superposition.cli.quiet import quiet
+    from token_superposition.experiment.progress import RunProgress
+    from token_superposition.experiment.run import train
+
+    quiet()
+    console = Console()
+    with RunProgress(console) as progress:
+        steps = options.config.train.steps
+        result = train(
+            options.config,
+            options.out,
+            resume_from=options.branch_from,
+            report=lambda lines: progress.update(options.out.name, steps, lines),
+        )
+    console.print(
+        f"validation loss {result.val_loss:.4f} nats/token, {result.val_bpb:.4f} bits/byte\nmodel: {options.out}/model"
+    )

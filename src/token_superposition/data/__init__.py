@@ -1,0 +1,1 @@
+"""Text to tokens on disk (``sources``, ``tokenizer``, ``prepare``), tokens to samples (``store``, ``plan``)."""

@@ -1,0 +1,173 @@
+"""The planned dataset: sample i is a fixed function of (tokens, schedule, seed, i).
+
+The stream is cut into blocks of ``sequence_length * lcm(bag sizes)`` tokens. Every epoch visits the blocks in another
+seeded order, each once. A step of bag size ``a`` reads samples of ``sequence_length * a`` contiguous tokens out of a
+window of ``batch_size`` consecutive blocks of that order, and the samples of a window are shuffled, so that a batch
+mixes far-apart text in both phases. A switch starts a new window. Resuming needs the step and nothing else.
+"""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import dataclass
+from math import ceil, lcm
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from token_superposition.bags import fold, span
+from token_superposition.errors import TokenSuperpositionError, require_int
+from token_superposition.schedule import Phase, Schedule
+
+Sample = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class _PhasePlan:
+    phase: Phase
+    first_sample: int
+    first_block: int
+    per_block: int
+    """Samples in a block."""
+
+
+class PlannedDataset(Dataset[Sample]):
+    """Map-style dataset of a whole run: ``total_steps * batch_size`` samples, to be read in order.
+
+    ``tokens`` is a ``TokenStore`` or any 1-D array of token ids (``np.memmap``, tensor). ``batch_size`` is the number
+    of sequences of one optimizer step over all processes and accumulated micro-batches. A sample is
+
+        input_ids     (L,) or (L, input_bag)  int64
+        shift_labels  (L,) or (L, output_bag) int64, already shifted: position j's targets are at index j
+
+    ``common_bag`` (a multiple of every bag size) widens the blocks: give runs that are compared the same one and they
+    cut the stream at the same places.
+
+    Raises ``TokenSuperpositionError`` if the stream is shorter than one block; warns if it is read more than once.
+    """
+
+    def __init__(
+        self,
+        tokens: Any,
+        schedule: Schedule,
+        sequence_length: int,
+        batch_size: int,
+        seed: int = 0,
+        common_bag: int = 1,
+    ):
+        self.tokens = tokens
+        self.schedule = schedule
+        self.sequence_length = require_int("sequence_length", sequence_length, 1)
+        self.batch_size = require_int("batch_size", batch_size, 1)
+        self.seed = require_int("seed", seed, 0)
+        self.block_bags = lcm(schedule.common_bag, require_int("common_bag", common_bag, 1))
+        self.block_tokens = sequence_length * self.block_bags
+        lookahead = max(p.output_bag for p in schedule.phases)
+        self.blocks = (len(tokens) - lookahead) // self.block_tokens
+        if self.blocks < 1:
+            raise TokenSuperpositionError(
+                f"the text has {len(tokens)} tokens, one block needs {self.block_tokens + lookahead} "
+                f"(sequence length {sequence_length} x bag {self.block_bags}); prepare more text or a shorter sequence"
+            )
+        self._phases: list[_PhasePlan] = []
+        sample = block = 0
+        for phase in schedule.phases:
+            plan = _PhasePlan(phase, sample, block, self.block_bags // phase.input_bag)
+            self._phases.append(plan)
+            sample += phase.steps * batch_size
+            block += ceil(phase.steps / plan.per_block) * batch_size
+        self.epochs = block / self.blocks
+        """How often the run reads the text; above 1, text is repeated."""
+        if self.epochs > 1:
+            warnings.warn(
+                f"the run reads its text {self.epochs:.2f} times; TST pays for speed with fresh text, "
+                "so prepare more, or use a smaller bag or ratio",
+                stacklevel=2,
+            )
+
+    def __len__(self) -> int:
+        return self.schedule.total_steps * self.batch_size
+
+    def __getitem__(self, index: int) -> Sample:
+        plan, start = self._locate(index)
+        a, b = plan.phase.input_bag, plan.phase.output_bag
+        raw = np.asarray(self.tokens[start : start + span(self.sequence_length, a, b)])
+        ids, targets = fold(torch.from_numpy(raw.astype(np.int64)), a, b)
+        return {"input_ids": ids, "shift_labels": targets.clone(memory_format=torch.contiguous_format)}
+
+    def start_of(self, index: int) -> int:
+        """Index in the token stream of the first token of a sample."""
+        return self._locate(index)[1]
+
+    def _locate(self, index: int) -> tuple[_PhasePlan, int]:
+        if not 0 <= index < len(self):
+            raise IndexError(f"sample {index} of {len(self)}")
+        plan = self._phases[self.schedule.phase_index(index // self.batch_size)]
+        window_size = self.batch_size * plan.per_block
+        window, place = divmod(index - plan.first_sample, window_size)
+        first_block = plan.first_block + window * self.batch_size
+        slot = permute(place, window_size, (self.seed, first_block))
+        block_in_window, place_in_block = slot % self.batch_size, slot // self.batch_size
+        epoch, block = divmod(first_block + block_in_window, self.blocks)
+        block = permute(block, self.blocks, (self.seed, ~epoch))
+        return plan, block * self.block_tokens + place_in_block * self.sequence_length * plan.phase.input_bag
+
+
+class ValidationSet(Dataset[Sample]):
+    """Ordinary next-token samples of consecutive held-out text: always bag size 1, whatever the phase."""
+
+    def __init__(self, tokens: Any, sequence_length: int, max_tokens: int | None = None):
+        self.tokens = tokens
+        self.sequence_length = require_int("sequence_length", sequence_length, 1)
+        available = (len(tokens) - 1) // sequence_length
+        self.samples = available if max_tokens is None else min(available, max(max_tokens // sequence_length, 1))
+        if self.samples < 1:
+            raise TokenSuperpositionError(
+                f"the validation text has {len(tokens)} tokens, one sequence needs {sequence_length + 1}; "
+                "prepare more text, hold out a larger share, or shorten the sequence"
+            )
+
+    def __len__(self) -> int:
+        return self.samples
+
+    def __getitem__(self, index: int) -> Sample:
+        if not 0 <= index < self.samples:
+            raise IndexError(f"sample {index} of {self.samples}")
+        start = index * self.sequence_length
+        raw = np.asarray(self.tokens[start : start + self.sequence_length + 1])
+        ids, targets = fold(torch.from_numpy(raw.astype(np.int64)))
+        return {"input_ids": ids, "shift_labels": targets.clone(memory_format=torch.contiguous_format)}
+
+
+_MASK = (1 << 64) - 1
+
+
+def _mix(x: int) -> int:
+    """The finaliser of splitmix64: a bijection of 64-bit numbers that looks random."""
+    x = (x + 0x9E3779B97F4A7C15) & _MASK
+    x = ((x ^ (x >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
+    x = ((x ^ (x >> 27)) * 0x94D049BB133111EB) & _MASK
+    return x ^ (x >> 31)
+
+
+def permute(index: int, n: int, key: tuple[int, ...]) -> int:
+    """A keyed pseudo-random permutation of ``range(n)``, computed for one index without a table.
+
+    A four-round Feistel network over the next even number of bits; values past ``n`` are permuted again until they
+    fall inside (cycle walking), which keeps it a bijection.
+    """
+    half = max((n - 1).bit_length() + 1, 2) // 2
+    mask = (1 << half) - 1
+    k = 0
+    for part in key:
+        k = _mix(k ^ (part & _MASK))
+    while True:
+        left, right = index >> half, index & mask
+        for r in range(4):
+            left, right = right, left ^ (_mix(k ^ (right << 3) ^ r) & mask)
+        index = (left << half) | right
+        if index < n:
+            return index

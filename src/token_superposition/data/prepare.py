@@ -1,0 +1,300 @@
+"""``tst prepare``: documents in, a token store out."""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+import sqlite3
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from token_superposition.data.sources import estimated_bytes, find_files, read_documents
+from token_superposition.data.store import Meta, Shard, Split, SplitMeta, file_sha256
+from token_superposition.data.tokenizer import load_tokenizer, tokenizer_sha256, train_bpe
+from token_superposition.errors import TokenSuperpositionError, require_int
+
+BATCH_BYTES = 2 * 2**20
+PIECE_CHARS = 2**16  # a longer document is tokenised in pieces cut at line ends, so that all cores share it
+Progress = Callable[[str, float, float | None], None]  # (stage, bytes done, bytes in all if known)
+
+
+@dataclass(frozen=True)
+class PrepareOptions:
+    """How text becomes a token store."""
+
+    vocab_size: int = 32768
+    """Vocabulary of the byte-level BPE that is trained on the text."""
+    tokenizer: str | None = None
+    """Directory or hub name of an existing tokenizer, instead of training one."""
+    text_field: str = "text"
+    """Field of JSON lines, column of Parquet and of hub datasets that holds the text."""
+    validation_share: float = 0.01
+    """Share of the documents held out for validation, chosen by their hash."""
+    tokenizer_bytes: int = 64 * 2**20
+    """Bytes of text, spread over the sources, on which the BPE is trained."""
+    max_bytes: int | None = None
+    """Stop after this many bytes of text."""
+    shard_tokens: int = 2**26
+    """Tokens of one shard file."""
+    seed: int = 0
+    """Chooses which documents are held out."""
+
+
+def prepare(
+    sources: Sequence[str] | Iterable[str],
+    out: str | Path,
+    options: PrepareOptions = PrepareOptions(),
+    progress: Progress = lambda stage, done, total: None,
+    documents: Callable[[Counter[str]], Iterator[str]] | None = None,
+) -> Meta:
+    """Tokenise ``sources`` into the directory ``out``, which appears only when it is whole.
+
+    Exact duplicates of a document are dropped. The same text, options and seed give the same bytes. ``documents``
+    replaces the reading of ``sources`` by an iterator over texts (called twice: to train the tokenizer, then to
+    tokenise; it counts in its argument what it drops).
+
+    Raises ``TokenSuperpositionError`` for unusable options or sources, an empty corpus, or a full disk.
+    """
+    out, sources = Path(out), list(sources)
+    _check(options, out)
+    if documents is None:
+        if not sources:
+            raise TokenSuperpositionError("no source given; name files, folders, globs or hf:DATASET")
+        find_files([s for s in sources if not s.startswith("hf:")])  # a missing source is found before any work
+        total = estimated_bytes(sources)
+        documents = lambda dropped: read_documents(sources, options.text_field, dropped)  # noqa: E731
+    else:
+        total = None
+    if options.max_bytes is not None:
+        total = min(total, options.max_bytes) if total is not None else options.max_bytes
+    from filelock import FileLock, Timeout
+
+    partial = out.parent / f".{out.name}.partial"
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(f"{partial}.lock", timeout=0):
+            shutil.rmtree(partial, ignore_errors=True)
+            try:
+                partial.mkdir()
+                meta = _prepare(documents, partial, options, progress, total)
+                meta.save(partial / "meta.json")
+                if out.exists():
+                    out.rmdir()  # empty: checked above
+                partial.rename(out)
+            finally:
+                shutil.rmtree(partial, ignore_errors=True)
+                Path(f"{partial}.lock").unlink(missing_ok=True)
+    except Timeout:
+        raise TokenSuperpositionError(
+            f"another tst prepare is writing {out}; wait for it or choose another --out"
+        ) from None
+    except OSError as e:
+        raise TokenSuperpositionError(
+            f"cannot write {out} ({e.strerror}); free the disk or choose another --out"
+        ) from None
+    return meta
+
+
+def _check(options: PrepareOptions, out: Path) -> None:
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise TokenSuperpositionError(f"{out} exists already; choose another --out or remove it")
+    if not 0 < options.validation_share < 1:
+        raise TokenSuperpositionError(
+            f"validation share is {options.validation_share}; give a share in (0, 1), say 0.01"
+        )
+    for name in ("vocab_size", "tokenizer_bytes", "shard_tokens"):
+        require_int(name, getattr(options, name), 1)
+    require_int("seed", options.seed, 0)
+
+
+def _prepare(
+    documents: Callable[[Counter[str]], Iterator[str]],
+    out: Path,
+    options: PrepareOptions,
+    progress: Progress,
+    total: int | None,
+) -> Meta:
+    if options.tokenizer is not None:
+        tokenizer = load_tokenizer(options.tokenizer)
+    else:
+        share = 1.0 if not total else min(1.0, options.tokenizer_bytes / total)
+        sample = _sample(documents(Counter()), share, options, lambda done: progress("train tokenizer", done, total))
+        tokenizer = train_bpe(sample, options.vocab_size)
+    tokenizer.save_pretrained(str(out / "tokenizer"))
+    eos: int = tokenizer.eos_token_id  # type: ignore[assignment]
+    vocab_size = len(tokenizer)
+    dtype = "uint16" if vocab_size <= 2**16 else "uint32"
+    writers: dict[Split, _ShardWriter] = {
+        "train": _ShardWriter(out, "train", dtype, options.shard_tokens),
+        "validation": _ShardWriter(out, "validation", dtype, options.shard_tokens),
+    }
+    dropped: Counter[str] = Counter()
+    kept = _deduplicate(documents(dropped), out, options, dropped)
+    done = 0
+    for split, size, tokens in _tokenise(kept, tokenizer, eos, dtype):
+        writers[split].add(tokens, size)
+        done += size
+        progress("tokenise", done, total)
+    train, validation = (writers[s].finish() for s in ("train", "validation"))
+    if not train.tokens or not validation.tokens:
+        empty = "validation" if train.tokens else "training"
+        raise TokenSuperpositionError(
+            f"no document is left for {empty}: {train.documents + validation.documents} usable in all"
+            + (f" ({', '.join(f'{n} dropped: {why}' for why, n in dropped.items())})" if dropped else "")
+            + "; give more text or another --validation-share"
+        )
+    return Meta(
+        vocab_size=vocab_size,
+        eos_id=eos,
+        dtype=dtype,
+        tokenizer_sha256=tokenizer_sha256(out / "tokenizer"),
+        seed=options.seed,
+        validation_share=options.validation_share,
+        train=train,
+        validation=validation,
+        dropped=dict(sorted(dropped.items())),
+    )
+
+
+def _digest(data: bytes, seed: int) -> bytes:
+    return hashlib.blake2b(data, digest_size=16, key=seed.to_bytes(8, "little")).digest()
+
+
+def _sample(
+    texts: Iterator[str], share: float, options: PrepareOptions, report: Callable[[int], None]
+) -> Iterator[str]:
+    """About ``share`` of the texts, chosen by hash, up to ``tokenizer_bytes`` in all."""
+    taken = done = 0
+    for text in texts:
+        data = text.encode()
+        done += len(data)
+        report(done)
+        if int.from_bytes(_digest(data, options.seed)[8:]) < share * 2**64:
+            taken += len(data)
+            yield text
+        if taken >= options.tokenizer_bytes or (options.max_bytes is not None and done >= options.max_bytes):
+            return
+
+
+def _deduplicate(
+    texts: Iterator[str], scratch: Path, options: PrepareOptions, dropped: Counter[str]
+) -> Iterator[tuple[Split, int, str]]:
+    """First occurrence of every text, with its split and its size in bytes.
+
+    The hashes seen are kept in a temporary SQLite file, so that memory does not grow with the corpus.
+    """
+    path, done = scratch / "seen.sqlite", 0
+    db = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
+    try:
+        db.execute("PRAGMA journal_mode=OFF")
+        db.execute("PRAGMA synchronous=OFF")
+        db.execute("PRAGMA cache_size=-65536")  # 64 MiB
+        db.execute("CREATE TABLE seen (hash BLOB PRIMARY KEY) WITHOUT ROWID")
+        db.execute("BEGIN")
+        for text in texts:
+            if options.max_bytes is not None and done >= options.max_bytes:
+                return
+            data = text.encode("utf-8", "replace")
+            digest = _digest(data, options.seed)
+            if db.execute("INSERT OR IGNORE INTO seen VALUES (?)", (digest,)).rowcount == 0:
+                dropped["duplicate"] += 1
+                continue
+            done += len(data)
+            held_out = int.from_bytes(digest[:8]) < options.validation_share * 2**64
+            yield "validation" if held_out else "train", len(data), text
+    finally:
+        db.close()
+        path.unlink(missing_ok=True)
+
+
+def _tokenise(
+    documents: Iterator[tuple[Split, int, str]], tokenizer: Any, eos: int, dtype: str
+) -> Iterator[tuple[Split, int, np.ndarray]]:
+    """Tokens of each document with EOS at its end, in order. The Rust tokenizer uses all cores and frees the GIL."""
+    backend = tokenizer.backend_tokenizer
+    backend.no_truncation()
+    backend.no_padding()
+
+    def encode(batch: list[tuple[Split, int, str]]) -> list[tuple[Split, int, np.ndarray]]:
+        pieces = [_pieces(text) for _, _, text in batch]
+        flat = iter(backend.encode_batch_fast([p for ps in pieces for p in ps], add_special_tokens=False))
+        result: list[tuple[Split, int, np.ndarray]] = []
+        for (split, size, _), ps in zip(batch, pieces, strict=True):
+            parts = [np.array(next(flat).ids, dtype) for _ in ps]
+            result.append((split, size, np.concatenate([*parts, np.array([eos], dtype)])))
+        return result
+
+    with ThreadPoolExecutor(1) as pool:
+        running: Future[list[tuple[Split, int, np.ndarray]]] | None = None
+        for batch in _batches(documents):
+            following = pool.submit(encode, batch)
+            if running is not None:
+                yield from running.result()
+            running = following
+        if running is not None:
+            yield from running.result()
+
+
+def _batches(documents: Iterator[tuple[Split, int, str]]) -> Iterator[list[tuple[Split, int, str]]]:
+    batch: list[tuple[Split, int, str]] = []
+    size = 0
+    for document in documents:
+        batch.append(document)
+        size += document[1]
+        if size >= BATCH_BYTES:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
+
+
+def _pieces(text: str) -> list[str]:
+    if len(text) <= PIECE_CHARS:
+        return [text]
+    cuts, start = [0], 0
+    while len(text) - start > PIECE_CHARS:
+        end = text.rfind("\n", start, start + PIECE_CHARS)
+        start = end + 1 if end > start else start + PIECE_CHARS
+        cuts.append(start)
+    return [text[i:j] for i, j in zip(cuts, [*cuts[1:], len(text)], strict=True)]
+
+
+class _ShardWriter:
+    """Collects the documents of one split and writes a shard whenever it is full."""
+
+    def __init__(self, directory: Path, split: Split, dtype: str, shard_tokens: int):
+        self.directory, self.split, self.dtype, self.shard_tokens = directory, split, dtype, shard_tokens
+        self.shards: list[Shard] = []
+        self.buffer = np.empty(shard_tokens, dtype)
+        self.filled = self.bytes = 0
+        self.starts: list[int] = []
+
+    def add(self, tokens: np.ndarray, size: int) -> None:
+        self.bytes += size
+        self.starts.append(self.filled)
+        while len(tokens):
+            part = tokens[: self.shard_tokens - self.filled]
+            self.buffer[self.filled : self.filled + len(part)] = part
+            self.filled, tokens = self.filled + len(part), tokens[len(part) :]
+            if self.filled == self.shard_tokens:
+                self._flush()
+
+    def finish(self) -> SplitMeta:
+        if self.filled:
+            self._flush()
+        tokens, documents = sum(s.tokens for s in self.shards), sum(s.documents for s in self.shards)
+        return SplitMeta(tokens, documents, self.bytes, self.shards)
+
+    def _flush(self) -> None:
+        name = f"{self.split}-{len(self.shards):05d}"
+        path, documents = self.directory / f"{name}.npy", self.directory / f"{name}.documents.npy"
+        np.save(path, self.buffer[: self.filled])
+        np.save(documents, np.array(self.starts, np.uint64))
+        self.shards.append(Shard(path.name, self.filled, len(self.starts), file_sha256(path), file_sha256(documents)))
+        self.filled, self.starts = 0, []

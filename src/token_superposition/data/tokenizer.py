@@ -1,0 +1,58 @@
+"""Train a byte-level BPE, or load an existing tokenizer; either is saved as transformers saves one."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from token_superposition.errors import TokenSuperpositionError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+END_OF_TEXT = "<|endoftext|>"
+MIN_VOCAB = 257  # every byte and the end of text
+
+
+def train_bpe(texts: Iterator[str], vocab_size: int) -> PreTrainedTokenizerBase:
+    """A byte-level BPE with GPT-2's pre-tokenisation: no unknown token, any text comes back unchanged."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    if vocab_size < MIN_VOCAB:
+        raise TokenSuperpositionError(f"vocab size is {vocab_size}; give at least {MIN_VOCAB}, a token for every byte")
+    bpe: Any = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[END_OF_TEXT],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    bpe.train_from_iterator(texts, trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token=END_OF_TEXT, bos_token=END_OF_TEXT)
+
+
+def load_tokenizer(name_or_path: str) -> PreTrainedTokenizerBase:
+    """A fast tokenizer that has an end-of-text token, from a directory or the hub. No remote code is run."""
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name_or_path, trust_remote_code=False)
+    except Exception as e:
+        raise TokenSuperpositionError(
+            f"the tokenizer {name_or_path} cannot be loaded ({str(e).splitlines()[0]}); give a directory or a hub name"
+        ) from None
+    if not tokenizer.is_fast:
+        raise TokenSuperpositionError(f"the tokenizer {name_or_path} has no fast form; convert it to tokenizer.json")
+    if tokenizer.eos_token_id is None:
+        raise TokenSuperpositionError(f"the tokenizer {name_or_path} has no end-of-text token; set its eos_token")
+    return tokenizer
+
+
+def tokenizer_sha256(directory: Path) -> str:
+    """Identity of a saved tokenizer: the hash of its tokenizer.json."""
+    return hashlib.sha256((directory / "tokenizer.json").read_bytes()).hexdigest()

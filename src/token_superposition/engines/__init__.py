@@ -1,0 +1,1 @@
+"""Adapters to training engines, one folder each. The core imports none of them."""

@@ -1,0 +1,182 @@
+"""The transformers ``Trainer``, taught to train on bags."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import SequentialSampler
+from transformers import Trainer, TrainingArguments, default_data_collator
+
+from token_superposition.data.plan import PlannedDataset
+from token_superposition.embedding import superpose
+from token_superposition.engines.transformers.head import HiddenStates, why_not_fused
+from token_superposition.errors import TokenSuperpositionError
+from token_superposition.loss import linear_multi_hot_cross_entropy, multi_hot_cross_entropy
+from token_superposition.weights import Weighting, place_weights
+
+logger = logging.getLogger(__name__)
+
+
+class TSTTrainer(Trainer):
+    """``Trainer`` whose batches may be bags; everything else is the ``Trainer`` that users know.
+
+    A batch with ``shift_labels`` is ours (``PlannedDataset``, ``ValidationSet``): input_ids (B, L) or (B, L, a),
+    shift_labels (B, L) or (B, L, b), and the loss is the mean multi-hot cross-entropy over the latent positions that
+    have a target. A batch with ``labels`` alone goes the stock way. A ``PlannedDataset`` is read in its own order and
+    decides the number of steps; it must agree with the arguments about the batch size.
+
+    ``weighting`` weighs the places in a bag. ``lr_factor`` maps a 0-based step to a learning-rate factor (``WSD``);
+    without it the arguments' own scheduler is used. Checkpoints, resume and the saved model are the stock ones.
+
+    Raises ``TokenSuperpositionError`` where plan and arguments disagree.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        args: TrainingArguments,
+        *,
+        weighting: Weighting = "uniform",
+        lr_factor: Callable[[int], float] | None = None,
+        **kwargs: Any,
+    ):
+        superpose(model)
+        reason = why_not_fused(model)
+        if reason is not None:
+            logger.warning("%s computes whole logits in training: %s", type(model).__name__, reason)
+        if isinstance(kwargs.get("train_dataset"), PlannedDataset) and kwargs.get("data_collator") is None:
+            kwargs["data_collator"] = default_data_collator  # nothing to pad
+        super().__init__(model, args, **kwargs)
+        if args.label_smoothing_factor or self.compute_loss_func is not None:
+            raise TokenSuperpositionError(
+                "label_smoothing_factor and compute_loss_func cannot be combined with TSTTrainer; use weighting"
+            )
+        self.weighting: Weighting = weighting
+        self.lr_factor = lr_factor
+        self.fused = reason is None
+        self._hidden = HiddenStates(model.get_decoder()) if self.fused else None  # pyright: ignore[reportCallIssue]
+        if isinstance(self.train_dataset, PlannedDataset):
+            self._check_plan(self.train_dataset)
+
+    def _check_plan(self, plan: PlannedDataset) -> None:
+        args = self.args
+        replicas = args.world_size // self.get_tp_size()
+        batch = args.per_device_train_batch_size * max(args.n_gpu, 1) * replicas * args.gradient_accumulation_steps
+        if batch != plan.batch_size:
+            raise TokenSuperpositionError(
+                f"the plan has {plan.batch_size} sequences a step, the arguments give {batch} (per device "
+                f"{args.per_device_train_batch_size} x {replicas} processes x {args.gradient_accumulation_steps} "
+                "accumulated); make them equal, or the switch comes at the wrong step"
+            )
+        total = plan.schedule.total_steps
+        if args.max_steps > total:
+            raise TokenSuperpositionError(f"max_steps is {args.max_steps}, the plan has {total}; plan more steps")
+        if args.max_steps <= 0:
+            args.max_steps = total
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:
+        if "shift_labels" not in inputs:
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        targets: Tensor = inputs["shift_labels"]
+        inputs = {k: v for k, v in inputs.items() if k not in ("shift_labels", "labels")} | {"use_cache": False}
+        weights = place_weights(self.weighting, targets.shape[-1]) if targets.dim() == 3 else None
+        reduction = "mean" if num_items_in_batch is None else "sum"
+        if self._hidden is not None:
+            outputs = model(**inputs, logits_to_keep=1)
+            head: nn.Linear = self.accelerator.unwrap_model(model).get_output_embeddings()
+            with self.accelerator.autocast():
+                loss = linear_multi_hot_cross_entropy(
+                    self._hidden.take(), head.weight, targets, weights, bias=head.bias, reduction=reduction
+                )
+        else:
+            outputs = model(**inputs)
+            loss = multi_hot_cross_entropy(outputs.logits, targets, weights, reduction=reduction)
+        accumulated = 1
+        if num_items_in_batch is not None:  # rows of the whole step: see _get_num_items_in_batch
+            loss = loss / num_items_in_batch
+            accumulated = self.current_gradient_accumulation_steps
+            if self.args.average_tokens_across_devices:
+                loss = loss * (self.accelerator.num_processes // self.get_tp_size())
+        if model.training and getattr(outputs, "aux_loss", None) is not None:  # mixture of experts
+            loss = (
+                loss
+                + self.accelerator.unwrap_model(model).config.router_aux_loss_coef
+                * outputs.aux_loss.to(loss.device)
+                / accumulated
+            )
+        return (loss, outputs) if return_outputs else loss
+
+    def prediction_step(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        prediction_loss_only: bool,
+        ignore_keys: list[str] | None = None,
+    ) -> tuple[Tensor | None, Any, Any]:
+        if "shift_labels" not in inputs:
+            return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
+        inputs = self._prepare_inputs(inputs)
+        with torch.no_grad(), self.compute_loss_context_manager():
+            return self.compute_loss(model, inputs).detach(), None, None
+
+    def create_scheduler(
+        self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None
+    ) -> torch.optim.lr_scheduler.LRScheduler:
+        if self.lr_scheduler is None and self.lr_factor is not None:
+            factor = self.lr_factor  # in a plain function: LambdaLR would save an object's fields and restore them
+            used: Any = optimizer or self.optimizer
+            self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(used, lambda step: factor(step))
+        return super().create_scheduler(num_training_steps, optimizer)
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Adds the bag sizes and the latent and raw tokens read so far."""
+        plan, step = self.train_dataset, self.state.global_step
+        if isinstance(plan, PlannedDataset):
+            phase = plan.schedule.at(max(step - 1, 0))
+            counts = (plan.batch_size, plan.sequence_length, step)
+            logs |= {
+                "input_bag": phase.input_bag,
+                "output_bag": phase.output_bag,
+                "latent_tokens": plan.schedule.latent_tokens(*counts),
+                "raw_tokens": plan.schedule.raw_tokens(*counts),
+            }
+        super().log(logs, start_time)
+
+    def floating_point_ops(self, inputs: Mapping[str, Any]) -> int:
+        """Compute follows latent positions: a bag counts once."""
+        ids = inputs["input_ids"]
+        return super().floating_point_ops({**inputs, "input_ids": ids[..., 0] if ids.dim() == 3 else ids})
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> torch.utils.data.Sampler[int] | None:
+        dataset = self.train_dataset if train_dataset is None else train_dataset
+        return (
+            SequentialSampler(dataset) if isinstance(dataset, PlannedDataset) else super()._get_train_sampler(dataset)
+        )
+
+    def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> Tensor | int | None:
+        """Items are latent positions with a target. ``Trainer`` counts tokens, which is s times as many in a bag."""
+
+        def rows(batch: Any) -> Any:
+            if "shift_labels" not in batch:
+                return batch
+            targets: Tensor = batch["shift_labels"]
+            valid = targets.amax(-1) if targets.dim() > 2 else targets
+            return {"labels": valid, "shift_labels": valid}
+
+        return super()._get_num_items_in_batch([rows(b) for b in batch_samples], device)
+
+    def _set_signature_columns_if_needed(self) -> None:
+        super()._set_signature_columns_if_needed()
+        assert self._signature_columns is not None
+        if "shift_labels" not in self._signature_columns:
+            self._signature_columns.append("shift_labels")

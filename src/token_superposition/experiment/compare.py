@@ -1,0 +1,201 @@
+"""Baseline and variants at equal compute: same model, data, learning rate and number of steps, paired by seed."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import time
+from dataclasses import asdict, dataclass, replace
+from math import lcm
+from pathlib import Path
+
+import torch
+from rich.console import Console
+
+from token_superposition.data.store import Meta, TokenStore
+from token_superposition.errors import TokenSuperpositionError
+from token_superposition.experiment.config import BASELINE, Config, load_config, save_config
+from token_superposition.experiment.generate import generate, load_model
+from token_superposition.experiment.metrics import read_metrics
+from token_superposition.experiment.progress import RunProgress
+from token_superposition.experiment.run import CONFIG, METRICS, MODEL, RESULT, write_json
+from token_superposition.experiment.summary import Run, comparison, load_runs
+
+SUMMARY = "summary.json"
+
+
+@dataclass(frozen=True)
+class Job:
+    """One run of a comparison."""
+
+    name: str
+    directory: str
+    """Its place under runs/."""
+    config: Config
+    trunk: str | None = None
+    """Directory of the longer baseline off which it branches before its decay."""
+
+    @property
+    def branch_step(self) -> int:
+        return self.config.train.steps - self.config.wsd.decay_steps
+
+
+def jobs_of(config: Config) -> list[Job]:
+    """The runs of a comparison, those that others branch off first."""
+    variants = {"tst": config.superposition} | {v.name: v.superposition for v in config.compare.variants}
+    bags = [v.schedule(config.train.steps).common_bag for v in variants.values()]
+    config = replace(config, data=replace(config.data, common_bag=lcm(config.data.common_bag, *bags)))
+    lengths = sorted({1.0, *config.compare.baseline_lengths}, reverse=True)
+    jobs: list[Job] = []
+    for seed in config.compare.seeds:
+        ending = f"-seed{seed}" if len(config.compare.seeds) > 1 else ""
+        seeded = replace(config, train=replace(config.train, seed=seed))
+        baselines: list[Job] = []
+        for length in lengths:
+            steps = round(length * config.train.steps)
+            name = "baseline" if length == 1 else f"baseline-x{length:g}"
+            run = replace(seeded, superposition=BASELINE, train=replace(seeded.train, steps=steps))
+            baselines.append(Job(name, name + ending, run, baselines[0].directory if baselines else None))
+        save_at = tuple(b.branch_step for b in baselines[1:])
+        longest = baselines[0]
+        trunk = replace(longest.config, train=replace(longest.config.train, save_at=save_at))
+        jobs += [replace(longest, config=trunk), *baselines[1:]]
+        jobs += [Job(n, n + ending, replace(seeded, superposition=v)) for n, v in variants.items()]
+    return sorted(jobs, key=lambda j: j.trunk is not None)
+
+
+def compare(config: Config, out: str | Path, console: Console, note: str | None = None) -> list[Run]:
+    """Run what is not done yet, side by side where that is faster, and write ``summary.json``.
+
+    Runs are resumed and finished ones kept, if their configuration is the same. ``note`` is shown in the report.
+    Raises ``TokenSuperpositionError`` before any run for a configuration that cannot be trained.
+    """
+    config.check()
+    out = Path(out)
+    jobs = jobs_of(config)
+    Meta.load(Path(config.data.path))
+    for job in jobs:
+        job.config.check()
+        saved = out / "runs" / job.directory / CONFIG
+        if saved.exists() and load_config(saved) != job.config:
+            raise TokenSuperpositionError(f"{saved.parent} is a run of another configuration; choose another --out")
+    out.mkdir(parents=True, exist_ok=True)
+    save_config(config, out / CONFIG)
+    run_jobs(jobs, out, config.compare.parallel, console)
+    runs = load_runs(out, [(job.name, job.directory) for job in jobs])
+    write_summary(config, out, runs, note)
+    return runs
+
+
+def write_summary(config: Config, out: Path, runs: list[Run], note: str | None = None) -> None:
+    meta = Meta.load(Path(config.data.path))
+    write_json(
+        out / SUMMARY,
+        {
+            "format": 1,
+            "runs": [asdict(r) for r in runs],
+            "comparison": comparison(runs),
+            "config": asdict(config),
+            "data": {
+                split: {
+                    "tokens": s.tokens,
+                    "documents": s.documents,
+                    "bytes": s.bytes,
+                    "bytes_per_token": s.bytes_per_token,
+                }
+                for split, s in (("train", meta.train), ("validation", meta.validation))
+            }
+            | {"vocab_size": meta.vocab_size},
+            "samples": samples(config, out, runs),
+            "note": note,
+        },
+    )
+
+
+def samples(config: Config, out: Path, runs: list[Run], prompt_tokens: int = 24) -> list[dict[str, str]]:
+    """What the baseline and each variant of the first seed make of the start of the held-out text."""
+    prompt_ids = TokenStore(config.data.path, "validation")[:prompt_tokens].tolist()
+    result: list[dict[str, str]] = []
+    for run in runs:
+        if run.seed == runs[0].seed and not run.name.startswith("baseline-"):
+            model, tokenizer = load_model(out / "runs" / run.directory / MODEL)
+            prompt = str(tokenizer.decode(prompt_ids))
+            room = config.data.sequence_length - len(prompt_ids)
+            text = generate(model, tokenizer, prompt, max_new_tokens=max(min(64, room), 1))
+            result.append({"name": run.name, "prompt": prompt, "text": text.removeprefix(prompt)})
+    return result
+
+
+def run_jobs(jobs: list[Job], out: Path, parallel: int, console: Console) -> None:
+    """Train every unfinished job with ``tst train`` in a process of its own."""
+    waiting = [j for j in jobs if not (out / "runs" / j.directory / RESULT).exists()]
+    parallel = parallel or default_parallel(sum(j.trunk is None for j in waiting))
+    running: dict[int, tuple[Job, subprocess.Popen[bytes]]] = {}
+    try:
+        with RunProgress(console) as progress:
+            while waiting or running:
+                for slot in set(range(parallel)) - running.keys():
+                    ready = next((j for j in waiting if j.trunk is None or _finished(out, j.trunk)), None)
+                    if ready is not None:
+                        waiting.remove(ready)
+                        running[slot] = ready, _start(ready, out, slot, parallel)
+                for slot, (job, process) in list(running.items()):
+                    lines = read_metrics(out / "runs" / job.directory / METRICS)
+                    progress.update(job.directory, job.config.train.steps, lines)
+                    if process.poll() is not None:
+                        del running[slot]
+                        if process.returncode:
+                            raise TokenSuperpositionError(_failure(job, out))
+                time.sleep(0.2)
+    finally:
+        for _, process in running.values():
+            process.terminate()
+        for _, process in running.values():
+            process.wait()
+
+
+def _finished(out: Path, directory: str) -> bool:
+    return (out / "runs" / directory / RESULT).exists()
+
+
+def default_parallel(runs: int) -> int:
+    """Runs at a time: one per GPU; without a GPU one per core, where small models lose less than by sharing cores."""
+    return max(min(runs, gpus() or cores()), 1)
+
+
+def gpus() -> int:
+    return torch.accelerator.device_count() if torch.accelerator.is_available() else 0
+
+
+def cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _start(job: Job, out: Path, slot: int, parallel: int) -> subprocess.Popen[bytes]:
+    directory = out / "runs" / job.directory
+    directory.mkdir(parents=True, exist_ok=True)
+    save_config(job.config, directory / CONFIG)
+    command = [sys.executable, "-m", "token_superposition", "train", str(directory / CONFIG), "--out", str(directory)]
+    if job.trunk is not None:
+        trunk = out / "runs" / job.trunk / "checkpoints" / f"checkpoint-{job.branch_step}"
+        command += ["--branch-from", str(trunk)]
+    if gpus():
+        share = {"CUDA_VISIBLE_DEVICES": str(slot % gpus())}
+    else:
+        share = {"OMP_NUM_THREADS": str(max(cores() // parallel, 1))}
+    with (directory / "log.txt").open("ab") as log:
+        return subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=os.environ | share)
+
+
+def _failure(job: Job, out: Path) -> str:
+    log = out / "runs" / job.directory / "log.txt"
+    lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
+    return f"the run {job.directory} failed ({lines[-1] if lines else 'no message'}); see {log}"
+
+
+def drop_checkpoints(out: Path, jobs: list[Job]) -> None:
+    """Remove the checkpoints of finished runs; their models stay."""
+    for job in jobs:
+        shutil.rmtree(out / "runs" / job.directory / "checkpoints", ignore_errors=True)

@@ -1,0 +1,256 @@
+"""The configuration of a run: one tree of dataclasses, which is both the TOML file and the command's flags."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import tomllib
+import types
+import typing
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, TypeVar, cast
+
+from token_superposition.errors import TokenSuperpositionError, require_int
+from token_superposition.schedule import WSD, Phase, Schedule
+from token_superposition.weights import Weighting
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """A causal language model of transformers."""
+
+    architecture: str = "llama"
+    """Model type of transformers: llama, qwen3, qwen3_moe, gpt2, mamba, ..."""
+    options: dict[str, int | float | bool | str] = field(default_factory=dict[str, int | float | bool | str])
+    """Fields of that model's configuration: hidden_size, num_hidden_layers, ... The vocabulary comes from the data."""
+    path: str | None = None
+    """Directory of a saved model to continue from, instead of architecture and options."""
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """What is read."""
+
+    path: str = "data"
+    """Directory written by tst prepare."""
+    sequence_length: int = 1024
+    """Latent positions of a sequence (L)."""
+    common_bag: int = 1
+    """A multiple of this bag size fits each block of text that is shuffled; equal in runs that are compared."""
+    eval_tokens: int = 65_536
+    """Held-out tokens of each validation during training."""
+    final_eval_tokens: int = 524_288
+    """Held-out tokens of the last validation."""
+
+
+@dataclass(frozen=True)
+class SuperpositionConfig:
+    """The first phase. Bag size 1 or ratio 0 is ordinary training."""
+
+    bag_size: int = 4
+    """Contiguous tokens in a bag (s)."""
+    ratio: float = 0.3
+    """Share of the steps that train on bags (r), in [0, 1)."""
+    sides: Literal["both", "input", "output"] = "both"
+    """Where bags are used: both is TST; input predicts one token; output reads one token and needs no more data."""
+    weighting: Weighting = "uniform"
+    """Weights of the places in a target bag."""
+    anneal: tuple[int, ...] = ()
+    """Bag sizes taken in turn instead of bag_size, such as 16, 8, 4, 2; they share the ratio evenly."""
+
+    def schedule(self, steps: int) -> Schedule:
+        if self.anneal:
+            annealed = Schedule.annealed(steps, self.anneal, self.ratio)
+            return Schedule(Phase(p.steps, *self._bags(p.input_bag)) for p in annealed.phases)
+        a, b = self._bags(require_int("bag_size", self.bag_size, 1))
+        return Schedule.two_phase(steps, ratio=self.ratio, input_bag=a, output_bag=b)
+
+    def _bags(self, s: int) -> tuple[int, int]:
+        return (s if self.sides != "output" else 1, s if self.sides != "input" else 1)
+
+
+BASELINE = SuperpositionConfig(bag_size=1, ratio=0.0)
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """How it is trained: AdamW and a warm-up, stable, decay learning rate, as in the paper."""
+
+    steps: int = 1000
+    """Optimizer steps of the whole run."""
+    batch_size: int = 64
+    """Sequences of one optimizer step, over all processes and accumulated micro-batches."""
+    micro_batch_size: int | None = None
+    """Sequences that one process computes at once; the whole batch by default."""
+    learning_rate: float = 1e-3
+    """Peak learning rate. Tune it for the baseline."""
+    warmup_steps: int = 50
+    """Steps over which the learning rate rises."""
+    decay_ratio: float = 0.1
+    """Share of the steps, at the end, over which it falls linearly to 0."""
+    weight_decay: float = 0.1
+    """AdamW's weight decay (not on biases and norms)."""
+    beta1: float = 0.9
+    """AdamW's first decay rate."""
+    beta2: float = 0.95
+    """AdamW's second decay rate."""
+    max_grad_norm: float = 1.0
+    """Gradients are clipped to this norm."""
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Precision of the computation; weights stay float32. auto: bfloat16 where the hardware multiplies it natively."""
+    compile: bool = False
+    """Compile the model with torch.compile."""
+    seed: int = 0
+    """Decides initial weights and the order of the data."""
+    log_every: int = 10
+    """Steps between logged training losses."""
+    eval_every: int = 100
+    """Steps between validations; one more comes at the end."""
+    save_every: int = 0
+    """Steps between checkpoints; 0 for none but the finished model."""
+    save_at: tuple[int, ...] = ()
+    """Steps at which a checkpoint is written as well."""
+    loader_workers: int = 0
+    """Processes that read data ahead."""
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One more way of training in a comparison: a name and what differs from [superposition]."""
+
+    name: str = "tst"
+    """Name of the run's directory and of its row in the report."""
+    superposition: SuperpositionConfig = field(default_factory=SuperpositionConfig)
+    """Its first phase."""
+
+
+@dataclass(frozen=True)
+class CompareConfig:
+    """What tst compare runs beside the baseline, which has the same model, data, learning rate and steps."""
+
+    seeds: tuple[int, ...] = (0,)
+    """Every run is repeated with each of these seeds."""
+    variants: tuple[Variant, ...] = ()
+    """Runs beside baseline and tst ([superposition])."""
+    baseline_lengths: tuple[float, ...] = (1.0,)
+    """Baselines of these multiples of the steps. They share one run and branch off it before their decay."""
+    parallel: int = 0
+    """Runs at a time; 0 chooses: one per GPU, or one per core of the CPU up to the number of runs."""
+
+
+@dataclass(frozen=True)
+class Config:
+    """A training run, or a comparison of runs."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    superposition: SuperpositionConfig = field(default_factory=SuperpositionConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    compare: CompareConfig = field(default_factory=CompareConfig)
+
+    @property
+    def schedule(self) -> Schedule:
+        return self.superposition.schedule(self.train.steps)
+
+    @property
+    def wsd(self) -> WSD:
+        return WSD(self.train.steps, self.train.warmup_steps, self.train.decay_ratio)
+
+    def check(self) -> None:
+        """Raise ``TokenSuperpositionError`` for the first value that cannot be trained with."""
+        t = self.train
+        for name in ("steps", "batch_size", "log_every", "eval_every"):
+            require_int(f"train.{name}", getattr(t, name), 1)
+        for name in ("seed", "warmup_steps", "save_every", "loader_workers"):
+            require_int(f"train.{name}", getattr(t, name), 0)
+        require_int("data.sequence_length", self.data.sequence_length, 2)
+        if t.micro_batch_size is not None:
+            require_int("train.micro_batch_size", t.micro_batch_size, 1)
+            if t.batch_size % t.micro_batch_size:
+                raise TokenSuperpositionError(
+                    f"train.batch_size {t.batch_size} is not a multiple of "
+                    f"train.micro_batch_size {t.micro_batch_size}; change one of them"
+                )
+        if not t.learning_rate > 0:
+            raise TokenSuperpositionError(f"train.learning_rate is {t.learning_rate}; give a number above 0")
+        if not self.compare.seeds or any(x <= 0 for x in self.compare.baseline_lengths):
+            raise TokenSuperpositionError("compare needs at least one seed, and baseline_lengths above 0")
+        names = ["baseline", "tst", *(v.name for v in self.compare.variants)]
+        if len(set(names)) < len(names) or any(not n or "/" in n for n in names):
+            raise TokenSuperpositionError(
+                f"compare.variants are named {', '.join(names[2:])}; give each its own plain name, not baseline or tst"
+            )
+        for superposition in (self.superposition, *(v.superposition for v in self.compare.variants)):
+            superposition.schedule(t.steps)
+        _ = self.wsd
+
+
+def load_config(path: str | Path) -> Config:
+    """Read a TOML file. Raises ``TokenSuperpositionError``, with the nearest name for a key that does not exist."""
+    try:
+        with Path(path).open("rb") as f:
+            content = tomllib.load(f)
+    except FileNotFoundError:
+        raise TokenSuperpositionError(f"{path} does not exist; give a TOML file, or start from the README's") from None
+    except (OSError, ValueError) as e:
+        raise TokenSuperpositionError(f"{path} is not a TOML file ({e})") from None
+    return from_dict(Config, content, str(path))
+
+
+def save_config(config: Config, path: Path) -> None:
+    import tomli_w
+
+    path.write_text(tomli_w.dumps(_without_none(dataclasses.asdict(config))))
+
+
+def from_dict(cls: type[T], content: Any, where: str) -> T:
+    """Build a dataclass tree from parsed TOML; the type of every value is checked."""
+    if not isinstance(content, dict):
+        raise TokenSuperpositionError(f"{where} is {content!r}; give a table")
+    fields = typing.get_type_hints(cls)
+    values: dict[str, Any] = {}
+    for key, value in cast(dict[str, Any], content).items():
+        if key not in fields:
+            near = difflib.get_close_matches(key, fields, 1)
+            hint = f"did you mean {near[0]}?" if near else f"the keys are {', '.join(fields)}"
+            raise TokenSuperpositionError(f"{where}: unknown key {key}; {hint}")
+        values[key] = _convert(fields[key], value, f"{where}: {key}")
+    return cls(**values)
+
+
+def _convert(kind: Any, value: Any, where: str) -> Any:
+    origin, args = typing.get_origin(kind), typing.get_args(kind)
+    if dataclasses.is_dataclass(kind):
+        return from_dict(cast(type[Any], kind), value, where)
+    if origin is tuple and isinstance(value, (list, tuple)):
+        items = cast(list[Any], value)
+        return tuple(_convert(args[0], v, f"{where}[{i}]") for i, v in enumerate(items))
+    if origin is dict and isinstance(value, dict):
+        items_by_key = cast(dict[str, Any], value)
+        return {k: _convert(args[1], v, f"{where}.{k}") for k, v in items_by_key.items()}
+    if origin is Literal and value in args:
+        return value
+    if origin in (types.UnionType, typing.Union):
+        for option in args:
+            if option is not type(None):
+                try:
+                    return _convert(option, value, where)
+                except TokenSuperpositionError:
+                    continue
+    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if isinstance(kind, type) and type(value) is kind:
+        return value
+    wanted = f"one of {', '.join(map(str, args))}" if origin is Literal else getattr(kind, "__name__", str(kind))
+    raise TokenSuperpositionError(f"{where} is {value!r}; give {wanted}")
+
+
+def _without_none(tree: Any) -> Any:
+    if isinstance(tree, dict):
+        return {k: _without_none(v) for k, v in cast(dict[str, Any], tree).items() if v is not None}
+    if isinstance(tree, (list, tuple)):
+        return [_without_none(v) for v in cast(list[Any], tree)]
+    return tree

@@ -1,0 +1,134 @@
+"""``tst demo``: baseline and TST on the text of this Python installation, in the minutes given."""
+
+from __future__ import annotations
+
+import multiprocessing
+import time
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import AbstractContextManager
+from dataclasses import replace
+from pathlib import Path
+
+from rich.console import Console
+
+from token_superposition.data.installation import installed_documents
+from token_superposition.data.prepare import PrepareOptions, Progress, prepare
+from token_superposition.errors import TokenSuperpositionError
+from token_superposition.experiment.compare import compare, cores, default_parallel
+from token_superposition.experiment.config import (
+    CompareConfig,
+    Config,
+    DataConfig,
+    ModelConfig,
+    SuperpositionConfig,
+    TrainConfig,
+)
+
+VOCAB_SIZE = 2048
+BYTES_PER_TOKEN = 2.8  # a little above what that vocabulary gives on the demo's text, so that the text suffices
+MAX_TEXT_BYTES = 72 * 2**20
+OVERHEAD = 1.08  # validation, start and end of the runs, as a share of their steps
+SHORT_BASELINE = 0.5
+
+# Below this many steps TST did not end below the baseline here beyond the spread between seeds: see LOG.md.
+MIN_STEPS = 600
+
+DEMO = Config(
+    model=ModelConfig(
+        architecture="llama",
+        options={
+            "hidden_size": 96,
+            "intermediate_size": 256,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 3,
+            "num_key_value_heads": 3,
+            "tie_word_embeddings": False,
+        },
+    ),
+    data=DataConfig(sequence_length=128, eval_tokens=32_768, final_eval_tokens=131_072),
+    superposition=SuperpositionConfig(bag_size=4, ratio=0.3),
+    train=TrainConfig(batch_size=64, learning_rate=4e-3, warmup_steps=30),
+    compare=CompareConfig(baseline_lengths=(SHORT_BASELINE, 1.0)),
+)
+
+Bars = Callable[[], AbstractContextManager[Progress]]
+
+
+def demo(out: str | Path, minutes: float, console: Console, bars: Bars, seed: int = 0) -> str | None:
+    """Prepare the data, train both runs side by side and write ``summary.json``.
+
+    ``minutes`` is the time of the two runs together; how fast this machine is decides the number of steps. Returns
+    a warning if that is too few for TST to win. Raises ``TokenSuperpositionError`` if ``out`` is in use or the minutes
+    are not enough for any run.
+    """
+    out = Path(out)
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise TokenSuperpositionError(f"{out} exists already; choose another --out or remove it")
+    if not 0 < minutes < 10_000:
+        raise TokenSuperpositionError(f"minutes is {minutes}; give a number above 0, such as 5")
+    config = replace(DEMO, data=replace(DEMO.data, path=str(out / "data")), train=replace(DEMO.train, seed=seed))
+    with console.status("measuring the speed of this machine"):
+        step_seconds = seconds_per_step(config)
+    # The baseline's process also runs the decay of the shorter baseline.
+    extra = SHORT_BASELINE * config.train.decay_ratio
+    steps = int(60 * minutes / (OVERHEAD * (1 + extra) * step_seconds))
+    if steps < 2 * config.train.warmup_steps:
+        raise TokenSuperpositionError(
+            f"{minutes:g} minutes are enough for {steps} steps here ({step_seconds:.2f} s a step); "
+            f"give at least {2 * config.train.warmup_steps * minutes / max(steps, 1):.1f}"
+        )
+    every = max(steps // 20, 1)
+    config = replace(config, train=replace(config.train, steps=steps, eval_every=every))
+    raw_tokens = config.schedule.raw_tokens(config.train.batch_size, config.data.sequence_length)
+    note = None
+    if steps < MIN_STEPS:
+        note = (
+            f"{minutes:g} minutes are {steps} steps on this machine. TST needs about {MIN_STEPS} steps of this demo "
+            f"({minutes * MIN_STEPS / steps:.0f} minutes) to end below the baseline; with fewer it may not."
+        )
+        console.print(f"[yellow]note[/yellow]: {note}", soft_wrap=True, highlight=False)
+    text_bytes = min(int(raw_tokens * BYTES_PER_TOKEN * 1.05), MAX_TEXT_BYTES)
+    options = PrepareOptions(
+        vocab_size=VOCAB_SIZE, max_bytes=text_bytes, tokenizer_bytes=10 * 2**20, validation_share=0.02
+    )
+    with bars() as progress:
+        prepare((), out / "data", options, progress, installed_documents)
+    console.print(f"training baseline and TST side by side: {steps:,} steps each, about {minutes:g} minutes")
+    compare(config, out, console, note)
+    return note
+
+
+def seconds_per_step(config: Config, processes: int | None = None) -> float:
+    """Time of a training step on random tokens while the runs of the demo share the machine."""
+    n = processes or default_parallel(2)
+    with ProcessPoolExecutor(n, mp_context=multiprocessing.get_context("spawn")) as pool:
+        times = list(pool.map(_time_steps, [config] * n, [max(cores() // n, 1)] * n))
+    return max(times)
+
+
+def _time_steps(config: Config, threads: int) -> float:
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    from token_superposition.loss import linear_multi_hot_cross_entropy
+
+    torch.set_num_threads(threads)
+    device = torch.accelerator.current_accelerator() or "cpu"
+    settings = AutoConfig.for_model(
+        config.model.architecture, vocab_size=VOCAB_SIZE, **config.model.options, pad_token_id=None
+    )
+    model = torch.nn.Module.to(AutoModelForCausalLM.from_config(settings), device)
+    optimizer = torch.optim.AdamW(model.parameters())
+    ids = torch.randint(VOCAB_SIZE, (config.train.batch_size, config.data.sequence_length), device=device)
+    times: list[float] = []
+    for _ in range(6):
+        start = time.perf_counter()
+        hidden = model.get_decoder()(input_ids=ids, use_cache=False).last_hidden_state
+        linear_multi_hot_cross_entropy(hidden, model.get_output_embeddings().weight, ids).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        if torch.accelerator.is_available():
+            torch.accelerator.synchronize()
+        times.append(time.perf_counter() - start)
+    return sorted(times[2:])[len(times[2:]) // 2]

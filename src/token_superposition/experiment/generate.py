@@ -1,0 +1,50 @@
+"""Text from a finished model, by transformers' own ``generate``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase, set_seed
+
+from token_superposition.data.tokenizer import load_tokenizer
+from token_superposition.errors import TokenSuperpositionError
+
+
+def load_model(path: str | Path) -> tuple[Any, PreTrainedTokenizerBase]:
+    """A causal LM and its tokenizer. Raises ``TokenSuperpositionError`` if there is none."""
+    try:
+        model = AutoModelForCausalLM.from_pretrained(path, trust_remote_code=False)
+    except (OSError, ValueError) as e:
+        raise TokenSuperpositionError(
+            f"{path} holds no causal LM ({str(e).splitlines()[0]}); name a run's model/"
+        ) from None
+    if torch.accelerator.is_available():
+        torch.nn.Module.to(model, torch.accelerator.current_accelerator())
+    return model.eval(), load_tokenizer(str(path))
+
+
+def generate(
+    model: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    prompt: str,
+    max_new_tokens: int = 64,
+    temperature: float = 0.8,
+    top_p: float = 0.95,
+    seed: int = 0,
+) -> str:
+    """``prompt`` and its continuation. An empty prompt starts a new document."""
+    set_seed(seed)
+    ids: list[int] = tokenizer(prompt, add_special_tokens=False)["input_ids"] or [tokenizer.eos_token_id]  # type: ignore[assignment]
+    sampling = (
+        {"do_sample": True, "temperature": temperature, "top_p": top_p} if temperature > 0 else {"do_sample": False}
+    )
+    out = model.generate(
+        torch.tensor([ids], device=model.device),
+        attention_mask=torch.ones(1, len(ids), dtype=torch.long, device=model.device),
+        max_new_tokens=max_new_tokens,
+        pad_token_id=tokenizer.eos_token_id,
+        **sampling,
+    )
+    return str(tokenizer.decode(out[0], skip_special_tokens=True))

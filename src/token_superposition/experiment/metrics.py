@@ -1,0 +1,97 @@
+"""The metrics of a run as JSON lines, and its progress on the terminal."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+Report = Callable[[list[dict[str, Any]]], None]
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The lines of a metrics file; a last line that was cut off is left out."""
+    lines: list[dict[str, Any]] = []
+    if path.exists():
+        for line in path.read_text().splitlines():
+            try:
+                lines.append(json.loads(line))
+            except ValueError:
+                break
+    return lines
+
+
+class MetricsWriter(TrainerCallback):
+    """Writes one line per log and per validation; on resume, lines after the checkpoint are dropped.
+
+    ``seconds`` is the time in training steps, without validation and saving. ``save_at`` asks for checkpoints,
+    ``report`` is given all lines after each new one.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        bits_per_byte: float,
+        step_flops: float,
+        save_at: tuple[int, ...] = (),
+        report: Report = lambda lines: None,
+    ):
+        self.path, self.bits_per_byte, self.step_flops, self.save_at = path, bits_per_byte, step_flops, save_at
+        self.report = report
+        self.lines: list[dict[str, Any]] = []
+        self.seconds = 0.0
+        self._mark = 0.0
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self.lines = kept = [m for m in read_metrics(self.path) if m["step"] <= state.global_step]
+        if state.is_world_process_zero:
+            partial = self.path.with_name(f".{self.path.name}.partial")
+            partial.write_text("".join(json.dumps(m) + "\n" for m in kept))
+            partial.rename(self.path)
+        self.seconds = kept[-1]["seconds"] if kept else 0.0
+        self._mark = time.perf_counter()
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        control.should_save |= state.global_step in self.save_at
+        if torch.cuda.is_available() and (control.should_log or control.should_evaluate or control.should_save):
+            torch.cuda.synchronize()
+        now = time.perf_counter()
+        self.seconds, self._mark = self.seconds + now - self._mark, now
+
+    def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        self._mark = time.perf_counter()
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        self._mark = time.perf_counter()
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        logs = logs or {}
+        if not state.is_world_process_zero or not ({"loss", "eval_loss"} & logs.keys()):
+            return
+        line: dict[str, Any] = {
+            "step": state.global_step,
+            "seconds": round(self.seconds, 3),
+            "flops": self.step_flops * state.global_step,
+        }
+        names = ("loss", "grad_norm", "learning_rate", "input_bag", "output_bag", "latent_tokens", "raw_tokens")
+        line |= {k: logs[k] for k in names if k in logs}
+        if "eval_loss" in logs:
+            line |= {"val_loss": logs["eval_loss"], "val_bpb": logs["eval_loss"] * self.bits_per_byte}
+        with self.path.open("a") as f:
+            f.write(json.dumps(line) + "\n")
+        self.lines.append(line)
+        self.report(self.lines)

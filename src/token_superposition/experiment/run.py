@@ -1,0 +1,305 @@
+"""One training run: a directory with its configuration, metrics, checkpoints, finished model and result."""
+
+from __future__ import annotations
+
+import difflib
+import json
+import math
+import os
+import platform
+import shutil
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    PreTrainedModel,
+    PrinterCallback,
+    TrainingArguments,
+    set_seed,
+)
+from transformers.trainer_utils import get_last_checkpoint
+
+from token_superposition.data.plan import PlannedDataset, ValidationSet
+from token_superposition.data.store import Meta, TokenStore
+from token_superposition.data.tokenizer import load_tokenizer
+from token_superposition.engines.transformers import TSTTrainer
+from token_superposition.errors import TokenSuperpositionError
+from token_superposition.experiment.config import Config, save_config
+from token_superposition.experiment.metrics import MetricsWriter, Report, read_metrics
+
+RESULT = "run.json"
+CONFIG = "config.toml"
+METRICS = "metrics.jsonl"
+MODEL = "model"
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """What a finished run says of itself, in run.json."""
+
+    seed: int
+    bag_size: int
+    """Largest input or output bag."""
+    ratio: float
+    """Share of the steps before the last switch."""
+    steps: int
+    latent_tokens: int
+    raw_tokens: int
+    epochs: float
+    """How often the text was read."""
+    flops: float
+    """3 x the matrix-product FLOPs of a forward pass over one sequence, counted by torch, x sequences."""
+    train_seconds: float
+    """Time in training steps, without validation and saving."""
+    phase_step_seconds: list[float]
+    """Mean time of a step in each phase."""
+    val_loss: float
+    """Next-token loss on held-out text, nats per token."""
+    val_bpb: float
+    """The same in bits per byte of text."""
+    parameters: int
+    hardware: str
+    versions: dict[str, str]
+
+
+def train(
+    config: Config,
+    out: str | Path,
+    *,
+    resume_from: Path | None = None,
+    report: Report = lambda lines: None,
+) -> RunResult:
+    """Train one run into ``out``; continues from its newest checkpoint, or from ``resume_from``, if there is one.
+
+    ``run.json`` and ``model/`` appear when the run is finished.
+    Raises ``TokenSuperpositionError`` before any work for a configuration that cannot be trained.
+    """
+    config.check()
+    out = Path(out)
+    store = TokenStore(config.data.path)
+    validation = TokenStore(config.data.path, "validation")
+    schedule = config.schedule
+    set_seed(config.train.seed)
+    model = build_model(config, store.meta)
+    tokenizer = load_tokenizer(str(store.directory / "tokenizer"))
+    data = (config.data.sequence_length, config.train.batch_size, config.train.seed, config.data.common_bag)
+    plan = PlannedDataset(store, schedule, *data)
+    held_out = ValidationSet(validation, config.data.sequence_length, config.data.eval_tokens)
+    final = ValidationSet(validation, config.data.sequence_length, config.data.final_eval_tokens)
+    bits_per_byte = 1 / math.log(2) / validation.split.bytes_per_token
+    args = training_arguments(config, out)
+
+    prepare_directory(config, out)
+    checkpoints = out / "checkpoints"
+    checkpoint = get_last_checkpoint(checkpoints) if checkpoints.is_dir() else None
+    nn.Module.to(model, args.device)
+    sequence_flops = flops_per_sequence(model, config.data.sequence_length)
+    start = resume_from if checkpoint is None else Path(checkpoint)
+    if checkpoint is None and resume_from is not None:
+        step = int(resume_from.name.rpartition("-")[2])
+        before = [m for m in read_metrics(resume_from.parent.parent / METRICS) if m["step"] <= step]
+        (out / METRICS).write_text("".join(json.dumps(m) + "\n" for m in before))
+    step_flops = sequence_flops * config.train.batch_size
+    metrics = MetricsWriter(out / METRICS, bits_per_byte, step_flops, config.train.save_at, report)
+    trainer = TSTTrainer(
+        model,
+        args,
+        train_dataset=plan,
+        eval_dataset=held_out,
+        processing_class=tokenizer,
+        weighting=config.superposition.weighting,
+        lr_factor=config.wsd,
+        callbacks=[metrics],
+    )
+    trainer.remove_callback(PrinterCallback)
+    trainer.train(resume_from_checkpoint=str(start) if start is not None else None)
+    val_loss = trainer.evaluate(final)["eval_loss"]  # type: ignore[arg-type]
+    save_model(trainer, out / MODEL)
+    counts = (config.train.batch_size, config.data.sequence_length)
+    result = RunResult(
+        seed=config.train.seed,
+        bag_size=max(max(p.input_bag, p.output_bag) for p in schedule.phases),
+        ratio=(schedule.switches[-1] if schedule.switches else 0) / schedule.total_steps,
+        steps=schedule.total_steps,
+        latent_tokens=schedule.latent_tokens(*counts),
+        raw_tokens=schedule.raw_tokens(*counts),
+        epochs=plan.epochs,
+        flops=step_flops * schedule.total_steps,
+        train_seconds=metrics.seconds,
+        phase_step_seconds=phase_step_seconds(out, schedule.starts),
+        val_loss=val_loss,
+        val_bpb=val_loss * bits_per_byte,
+        parameters=sum(p.numel() for p in model.parameters()),
+        hardware=hardware(),
+        versions={name: version(name) for name in ("token-superposition", "torch", "transformers")}
+        | {"python": platform.python_version()},
+    )
+    if trainer.is_world_process_zero():
+        write_json(out / RESULT, asdict(result))
+    return result
+
+
+def build_model(config: Config, meta: Meta) -> PreTrainedModel:
+    """The model of the configuration, with the vocabulary of the data; float32 weights."""
+    wanted = config.model
+    try:
+        if wanted.path is not None:
+            model = AutoModelForCausalLM.from_pretrained(wanted.path, dtype=torch.float32)
+        else:
+            options = {"vocab_size": meta.vocab_size, "bos_token_id": meta.eos_id, "eos_token_id": meta.eos_id}
+            # Stock defaults may name a padding token beyond a small vocabulary.
+            options |= {"pad_token_id": None, "max_position_embeddings": config.data.sequence_length}
+            known = AutoConfig.for_model(wanted.architecture)
+            fields = [*dir(known), "head_dim"]  # read by some models whose configuration does not declare it
+            for key in wanted.options:
+                if key not in fields:
+                    near = difflib.get_close_matches(key, fields, 1)
+                    hint = f"did you mean {near[0]}?" if near else "see its page in transformers"
+                    raise TokenSuperpositionError(f"model.options: {wanted.architecture} has no field {key}; {hint}")
+            settings = AutoConfig.for_model(wanted.architecture, **(options | wanted.options))
+            model = AutoModelForCausalLM.from_config(settings, dtype=torch.float32)
+    except TokenSuperpositionError:
+        raise
+    except Exception as e:
+        where = f"model.path {wanted.path}" if wanted.path is not None else f"model {wanted.architecture}"
+        raise TokenSuperpositionError(f"{where} cannot be built: {str(e).strip().splitlines()[0]}") from e
+    rows: int = model.get_input_embeddings().weight.shape[0]  # pyright: ignore
+    if rows < meta.vocab_size:
+        raise TokenSuperpositionError(
+            f"the model has {rows} token embeddings, the data's vocabulary has {meta.vocab_size}; "
+            "prepare the data with the model's tokenizer (tst prepare --tokenizer)"
+        )
+    return model
+
+
+def training_arguments(config: Config, out: Path) -> TrainingArguments:
+    t = config.train
+    processes = int(os.environ.get("WORLD_SIZE", 1))
+    micro = t.micro_batch_size or max(t.batch_size // processes, 1)
+    if t.batch_size % (micro * processes):
+        raise TokenSuperpositionError(
+            f"train.batch_size {t.batch_size} is not a multiple of {processes} processes x micro-batch {micro}; "
+            "change train.batch_size or train.micro_batch_size"
+        )
+    cpu = not torch.accelerator.is_available()
+    return TrainingArguments(
+        output_dir=str(out / "checkpoints"),
+        max_steps=t.steps,
+        per_device_train_batch_size=micro,
+        per_device_eval_batch_size=micro,
+        gradient_accumulation_steps=t.batch_size // (micro * processes),
+        learning_rate=t.learning_rate,
+        weight_decay=t.weight_decay,
+        adam_beta1=t.beta1,
+        adam_beta2=t.beta2,
+        max_grad_norm=t.max_grad_norm,
+        bf16=t.precision == "bfloat16" or (t.precision == "auto" and native_bfloat16()),
+        torch_compile=t.compile,
+        seed=t.seed,
+        logging_steps=t.log_every,
+        eval_strategy="steps",
+        eval_steps=t.eval_every,
+        save_strategy="steps" if t.save_every else "no",
+        save_steps=t.save_every or t.steps,
+        save_total_limit=None,
+        dataloader_num_workers=t.loader_workers,
+        dataloader_pin_memory=not cpu,
+        prediction_loss_only=True,
+        disable_tqdm=True,
+        report_to="none",
+        log_level="error",
+        logging_nan_inf_filter=False,
+        use_cpu=cpu,
+    )
+
+
+def native_bfloat16() -> bool:
+    """Whether this machine multiplies bfloat16 faster than float32."""
+    if torch.cuda.is_available():
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    supported: Callable[[], bool] = getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
+    return supported()
+
+
+def prepare_directory(config: Config, out: Path) -> None:
+    """Make ``out``; refuse one that holds a run of another configuration."""
+    from token_superposition.experiment.config import load_config
+
+    if (out / RESULT).exists():
+        raise TokenSuperpositionError(f"{out} holds a finished run; choose another --out or remove it")
+    if (out / CONFIG).exists() and (old := load_config(out / CONFIG)) != config:
+        differences = [
+            f"{section}.{name} {getattr(a, name)!r} -> {getattr(b, name)!r}"
+            for section in ("model", "data", "superposition", "train")
+            if (a := getattr(old, section)) != (b := getattr(config, section))
+            for name in a.__dataclass_fields__
+            if getattr(a, name) != getattr(b, name)
+        ]
+        if differences:
+            raise TokenSuperpositionError(
+                f"{out} holds a run of another configuration ({'; '.join(differences)}); choose another --out"
+            )
+    out.mkdir(parents=True, exist_ok=True)
+    save_config(config, out / CONFIG)
+
+
+@torch.no_grad()
+def flops_per_sequence(model: nn.Module, sequence_length: int) -> float:
+    """FLOPs of training on one sequence: 3 x its forward pass, matrix products counted as they run."""
+    device = next(model.parameters()).device
+    training = model.training
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):  # fused attention is not counted
+        model.eval()(input_ids=torch.zeros(1, sequence_length, dtype=torch.long, device=device), use_cache=False)
+    model.train(training)
+    return 3.0 * counter.get_total_flops()
+
+
+def phase_step_seconds(out: Path, starts: list[int]) -> list[float]:
+    """Mean seconds of a step in each phase, from the logged steps after the phase's first."""
+    lines = [m for m in read_metrics(out / METRICS) if "loss" in m]
+    result: list[float] = []
+    for start, end in zip(starts, [*starts[1:], math.inf], strict=True):
+        inside = [m for m in lines if start < m["step"] <= end]
+        if len(inside) < 2:
+            result.append(math.nan)
+        else:
+            steps = inside[-1]["step"] - inside[0]["step"]
+            result.append((inside[-1]["seconds"] - inside[0]["seconds"]) / steps)
+    return result
+
+
+def save_model(trainer: TSTTrainer, path: Path) -> None:
+    """Write the finished model aside, then rename it."""
+    partial = path.with_name(f".{path.name}.partial")
+    trainer.save_model(str(partial))
+    if trainer.is_world_process_zero():
+        (partial / "training_args.bin").unlink(missing_ok=True)
+        shutil.rmtree(path, ignore_errors=True)
+        partial.rename(path)
+
+
+def write_json(path: Path, content: Any) -> None:
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_text(json.dumps(content, indent=2) + "\n")
+    partial.rename(path)
+
+
+def hardware() -> str:
+    if torch.cuda.is_available():
+        return f"{torch.cuda.device_count()} x {torch.cuda.get_device_name()}"
+    name = platform.processor() or platform.machine()
+    try:
+        with Path("/proc/cpuinfo").open() as f:
+            name = next((line.split(":", 1)[1].strip() for line in f if line.startswith("model name")), name)
+    except OSError:
+        pass
+    return f"{name}, {torch.get_num_threads()} of {os.cpu_count()} cores"

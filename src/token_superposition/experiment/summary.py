@@ -1,0 +1,123 @@
+"""What a comparison says: three accountings (equal FLOPs, equal loss, equal data) and the cost of a step."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from itertools import pairwise
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Any
+
+from token_superposition.experiment.run import RESULT, RunResult
+
+
+@dataclass(frozen=True)
+class Run(RunResult):
+    """A finished run of a comparison."""
+
+    name: str = ""
+    """baseline, tst, or the variant's; longer and shorter baselines are baseline-xF."""
+    directory: str = ""
+
+
+@dataclass(frozen=True)
+class EqualLoss:
+    """How many steps the baseline needs for the loss of a variant."""
+
+    baseline_steps: int
+    speedup: float
+    """baseline_steps / steps of the variant, hence also the ratio of FLOPs."""
+    how: str
+    """interpolated (between baselines that were run), at least (the longest was still above), or extrapolated."""
+
+
+def load_runs(out: Path, jobs: Sequence[tuple[str, str]]) -> list[Run]:
+    """Results of (name, directory) pairs under ``out/runs``."""
+    runs: list[Run] = []
+    for name, directory in jobs:
+        content = json.loads((out / "runs" / directory / RESULT).read_text())
+        runs.append(Run(**content, name=name, directory=directory))
+    return runs
+
+
+def comparison(runs: Sequence[Run]) -> dict[str, Any]:
+    """Every variant against the baseline; the figures of ``tst`` stand at the top, each variant's under its name."""
+    names = list(dict.fromkeys(r.name for r in runs if not r.name.startswith("baseline")))
+    variants = {name: compare_variant(runs, name) for name in names}
+    return {**variants.get("tst", {}), "variants": variants}
+
+
+def compare_variant(runs: Sequence[Run], name: str) -> dict[str, Any]:
+    ours = {r.seed: r for r in runs if r.name == name}
+    baseline = {r.seed: r for r in runs if r.name == "baseline"}
+    deltas = [r.val_loss - baseline[seed].val_loss for seed, r in ours.items() if seed in baseline]
+    curve = baseline_curve(runs)
+    loss, steps = mean(r.val_loss for r in ours.values()), next(iter(ours.values())).steps
+    equal = equal_loss(curve, loss, steps)
+    raw, per_step = next(iter(ours.values())).raw_tokens, next(iter(baseline.values())).raw_tokens / steps
+    data_steps = round(raw / per_step)
+    data_loss, data_how = loss_at(curve, data_steps)
+    ratios = [
+        r.phase_step_seconds[0] / r.phase_step_seconds[-1] for r in ours.values() if len(r.phase_step_seconds) > 1
+    ]
+    finite = [x for x in ratios if math.isfinite(x)]
+    return {
+        "delta_val_loss": mean(deltas),
+        "delta_val_loss_per_seed": deltas,
+        "delta_val_loss_sd": stdev(deltas) if len(deltas) > 1 else None,
+        "equal_loss": asdict(equal) if equal is not None else None,
+        "equal_data": {"baseline_steps": data_steps, "baseline_val_loss": data_loss, "val_loss": loss, "how": data_how},
+        "phase_step_time_ratio": mean(finite) if finite else None,
+    }
+
+
+def baseline_curve(runs: Sequence[Run]) -> list[tuple[int, float]]:
+    """(steps, mean loss over seeds) of the baselines of all lengths, each with its own decay."""
+    by_steps: dict[int, list[float]] = {}
+    for r in runs:
+        if r.name.startswith("baseline"):
+            by_steps.setdefault(r.steps, []).append(r.val_loss)
+    return sorted((steps, mean(losses)) for steps, losses in by_steps.items())
+
+
+def equal_loss(curve: Sequence[tuple[int, float]], loss: float, steps: int) -> EqualLoss | None:
+    """Steps at which the baseline's losses, linear in log steps between the lengths that were run, reach ``loss``.
+
+    Past the longest baseline: "at least" its steps if it is longer than the variant, else the line through the two
+    longest is followed up to 4 x the steps ("extrapolated"). None with one baseline or where that line never comes
+    down to the loss.
+    """
+    if len(curve) < 2:
+        return None
+    for (n0, l0), (n1, l1) in pairwise(curve):
+        if min(l0, l1) <= loss <= max(l0, l1) and l0 != l1:
+            n = round(math.exp(_line(loss, l0, math.log(n0), l1, math.log(n1))))
+            return EqualLoss(n, n / steps, "interpolated")
+    (n0, l0), (n1, l1) = curve[-2:]
+    if loss > curve[0][1] or l1 >= l0:
+        return None
+    if n1 > steps:
+        return EqualLoss(n1, n1 / steps, "at least")
+    log_n = _line(loss, l0, math.log(n0), l1, math.log(n1))
+    n = round(math.exp(min(log_n, math.log(4 * steps))))
+    return EqualLoss(n, n / steps, "extrapolated" if n < 4 * steps else "at least, extrapolated")
+
+
+def loss_at(curve: Sequence[tuple[int, float]], steps: int) -> tuple[float | None, str]:
+    """The baseline's loss after ``steps``, linear in log steps; and how it is known."""
+    for n, loss in curve:
+        if n == steps:
+            return loss, "measured"
+    if len(curve) < 2 or steps < curve[0][0]:
+        return None, "not run"
+    i = next((i for i, (n, _) in enumerate(curve) if n > steps), len(curve) - 1)
+    (n0, l0), (n1, l1) = curve[i - 1], curve[i]
+    how = "interpolated" if n1 > steps else "extrapolated"
+    return _line(math.log(steps), math.log(n0), l0, math.log(n1), l1), how
+
+
+def _line(x: float, x0: float, y0: float, x1: float, y1: float) -> float:
+    return y0 + (x - x0) * (y1 - y0) / (x1 - x0)

@@ -1,0 +1,46 @@
+"""The specification: slow, obvious forms of what the other modules compute. Tests compare against these."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+
+def multi_hot_cross_entropy(
+    logits: Tensor,  # (N, V)
+    targets: Tensor,  # (N, s)
+    weights: Tensor | None = None,  # (s,)
+    ignore_index: int = -100,
+) -> Tensor:  # () mean over the rows that have a valid target
+    """For each row, the weighted mean over its valid targets of ordinary cross-entropy."""
+    rows: list[Tensor] = []
+    for z, bag in zip(logits, targets, strict=True):
+        terms: list[Tensor] = []
+        total = 0.0
+        for i, y in enumerate(bag.tolist()):
+            w = 1.0 if weights is None else float(weights[i])
+            if y != ignore_index and w > 0:
+                terms.append(w * F.cross_entropy(z, torch.tensor(y)))
+                total += w
+        if terms:
+            rows.append(torch.stack(terms).sum() / total)
+    return torch.stack(rows).mean() if rows else logits.sum() * 0
+
+
+def bag_embedding(
+    weight: Tensor,  # (V, d)
+    ids: Tensor,  # (B, L, s)
+) -> Tensor:  # (B, L, d)
+    """Mean of the rows of ``weight`` that each bag names."""
+    return torch.stack([torch.stack([weight[bag].mean(0) for bag in row]) for row in ids])
+
+
+def fold(
+    tokens: list[int], length: int, input_bag: int, output_bag: int
+) -> tuple[list[list[int]], list[list[int]]]:  # L bags of inputs, L bags of targets
+    """Position j reads tokens [j*a, (j+1)*a) and predicts the b tokens after them."""
+    a, b = input_bag, output_bag
+    inputs = [tokens[j * a : (j + 1) * a] for j in range(length)]
+    targets = [tokens[(j + 1) * a : (j + 1) * a + b] for j in range(length)]
+    return inputs, targets

@@ -1,0 +1,93 @@
+"""The pictures of a comparison, as SVG."""
+
+from __future__ import annotations
+
+import io
+from dataclasses import dataclass
+from itertools import pairwise
+
+import matplotlib
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from token_superposition.report.contents import Contents, duration, short
+
+# Colour-blind safe (Okabe and Ito).
+COLOURS = ("#555555", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
+
+
+@dataclass(frozen=True)
+class Picture:
+    title: str
+    svg: str
+    alt: str
+
+
+AXES = (
+    ("flops", "FLOPs", "Equal FLOPs: loss against compute"),
+    ("seconds", "seconds of training", "Loss against time"),
+    ("raw_tokens", "raw tokens read", "Equal data: loss against text read"),
+)
+
+
+def pictures(contents: Contents) -> list[Picture]:
+    """Next-token validation loss against FLOPs, time and raw tokens, the switch marked."""
+    result: list[Picture] = []
+    for key, label, title in AXES:
+        figure = Figure(figsize=(7.2, 4.2), layout="constrained")
+        ends = draw(figure.subplots(), contents, key, label)
+        result.append(Picture(title, svg(figure), f"{title}. {ends}"))
+    return result
+
+
+def draw(axes: Axes, contents: Contents, key: str, label: str) -> str:
+    """Draw every run's curve; returns a sentence with where each ends."""
+    names = list(dict.fromkeys(r["name"] for r in contents.runs))
+    shown: set[str] = set()
+    ends: list[str] = []
+    tail: list[float] = []
+    for run in contents.runs:
+        name = run["name"]
+        lines = contents.metrics[run["directory"]]
+        seen = [m for m in lines if "val_loss" in m]
+        if not seen:
+            continue
+        baseline = name.startswith("baseline")
+        colour = COLOURS[0] if baseline else COLOURS[1 + (names.index(name) - 1) % (len(COLOURS) - 1)]
+        dash = "--" if baseline and name != "baseline" else "-"
+        x = [m[key] if key in m else m["flops"] for m in seen]
+        y = [m["val_loss"] for m in seen]
+        axes.plot(x, y, dash, color=colour, lw=1.8, alpha=0.9, label=name if name not in shown else None)
+        axes.plot(x[-1], y[-1], "o", color=colour, ms=5)
+        switches = [a for a, b in pairwise(lines) if bag(a) != bag(b)]
+        for i, at in enumerate(switches):
+            axes.axvline(
+                at[key], color=colour, lw=1, ls=":", label="switch" if not i and "switch" not in shown else None
+            )
+            shown.add("switch")
+        shown.add(name)
+        tail += y[len(y) // 4 :]
+        ends.append(f"{name} ends at {y[-1]:.3f}")
+    low, high = min(tail), max(tail)
+    axes.set_ylim(low - 0.06 * (high - low), high + 0.06 * (high - low))
+    axes.set_xlim(left=0)
+    axes.set_xlabel(label)
+    axes.set_ylabel("validation loss (nats per token)")
+    axes.xaxis.set_major_formatter(lambda v, _: duration(v) if key == "seconds" else short(v))
+    axes.grid(alpha=0.25)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False)
+    return "; ".join(ends)
+
+
+def bag(line: dict[str, float]) -> tuple[float, float]:
+    return line.get("input_bag", 1), line.get("output_bag", 1)
+
+
+def svg(figure: Figure) -> str:
+    """The figure as an inline SVG element, the same bytes for the same figure."""
+    with matplotlib.rc_context({"svg.hashsalt": "token-superposition", "svg.fonttype": "none"}):
+        buffer = io.StringIO()
+        figure.savefig(buffer, format="svg", metadata={"Date": None})
+    text = buffer.getvalue()
+    return text[text.index("<svg") :]

@@ -1,0 +1,25 @@
+"""The table of a comparison on the terminal."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from token_superposition.report.contents import HEADERS, read, rows, verdicts
+
+
+def print_table(directory: Path, console: Console) -> None:
+    contents = read(directory)
+    table = Table()
+    for header in HEADERS:
+        table.add_column(header, justify="left" if header == "run" else "right")
+    for row in rows(contents):
+        table.add_row(*row)
+    console.print(table)
+    for accounting, sentence in verdicts(contents):
+        console.print(f"[bold]{accounting}[/bold]: {sentence}", highlight=False, soft_wrap=True)
+    for sample in contents.summary.get("samples", []):
+        console.print(f"\n[bold]{sample['name']}[/bold], prompt and continuation:", highlight=False)
+        console.print(sample["prompt"] + sample["text"], highlight=False, markup=False)

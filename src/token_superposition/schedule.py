@@ -1,0 +1,175 @@
+"""Which bag size a step has, and which learning rate: pure functions of the step."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from itertools import accumulate, pairwise
+
+from token_superposition.errors import TokenSuperpositionError, require_int
+
+
+@dataclass(frozen=True)
+class Phase:
+    """A run of steps with one input bag size and one output bag size."""
+
+    steps: int
+    """Optimizer steps in this phase."""
+    input_bag: int = 1
+    """Raw tokens averaged into one latent position."""
+    output_bag: int = 1
+    """Raw tokens predicted by one latent position."""
+
+    def __post_init__(self) -> None:
+        require_int("steps", self.steps, 0)
+        require_int("input_bag", self.input_bag, 1)
+        require_int("output_bag", self.output_bag, 1)
+
+    @property
+    def is_superposed(self) -> bool:
+        return self.input_bag > 1 or self.output_bag > 1
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """Maps an optimizer step (0-based, over the whole run) to its phase.
+
+    >>> schedule = Schedule.two_phase(20_000, bag_size=6, ratio=0.3)
+    >>> schedule.at(5_999).input_bag, schedule.at(6_000).input_bag
+    (6, 1)
+    >>> schedule.raw_tokens(batch_size=1, sequence_length=1)
+    50000
+    """
+
+    phases: tuple[Phase, ...]
+
+    def __init__(self, phases: Iterable[Phase]):
+        merged: list[Phase] = []
+        for p in phases:
+            if merged and (merged[-1].input_bag, merged[-1].output_bag) == (p.input_bag, p.output_bag):
+                merged[-1] = Phase(merged[-1].steps + p.steps, p.input_bag, p.output_bag)
+            elif p.steps:
+                merged.append(p)
+        if not merged:
+            raise TokenSuperpositionError("the schedule has no steps; give at least one phase of at least one step")
+        object.__setattr__(self, "phases", tuple(merged))
+
+    @classmethod
+    def two_phase(
+        cls,
+        total_steps: int,
+        bag_size: int | None = None,
+        ratio: float = 0.3,
+        *,
+        input_bag: int | None = None,
+        output_bag: int | None = None,
+    ) -> Schedule:
+        """Superposition for the first ``ratio`` of the steps, then ordinary training (arXiv 2605.06546).
+
+        ``bag_size`` sets both bags; ``input_bag`` or ``output_bag`` alone give the one-sided variants.
+        Ratio 0 or bag size 1 is ordinary training. The switch is at step ``round(ratio * total_steps)``.
+        """
+        require_int("total_steps", total_steps, 1)
+        if not isinstance(ratio, (int, float)) or isinstance(ratio, bool) or not 0 <= ratio < 1:
+            raise TokenSuperpositionError(
+                f"ratio is {ratio!r}; give a share of the steps in [0, 1): the recovery phase must not be empty"
+            )
+        if bag_size is not None:
+            require_int("bag_size", bag_size, 1)
+        a = input_bag if input_bag is not None else bag_size or 1
+        b = output_bag if output_bag is not None else bag_size or 1
+        superposed = min(round(ratio * total_steps), total_steps - 1)
+        return cls([Phase(superposed, a, b), Phase(total_steps - superposed)])
+
+    @classmethod
+    def annealed(cls, total_steps: int, bag_sizes: Sequence[int] = (16, 8, 4, 2, 1), ratio: float = 0.3) -> Schedule:
+        """The bag sizes in turn: those above 1 share the first ``ratio`` of the steps evenly, 1 takes the rest.
+
+        >>> [(p.steps, p.input_bag) for p in Schedule.annealed(100, (4, 2, 1), 0.3).phases]
+        [(15, 4), (15, 2), (70, 1)]
+        """
+        recovery = cls.two_phase(total_steps, 2, ratio).phases[-1].steps
+        sizes = [s for s in bag_sizes if require_int("bag size", s, 1) > 1]
+        cuts = [round(k * (total_steps - recovery) / max(len(sizes), 1)) for k in range(len(sizes) + 1)]
+        steps = [hi - lo for lo, hi in pairwise(cuts)]
+        phases = [Phase(n, s, s) for n, s in zip(steps, sizes, strict=True)]
+        return cls([*phases, Phase(total_steps - sum(steps))])
+
+    @property
+    def total_steps(self) -> int:
+        return sum(p.steps for p in self.phases)
+
+    @property
+    def starts(self) -> list[int]:
+        """First step of each phase."""
+        return [0, *accumulate(p.steps for p in self.phases[:-1])]
+
+    @property
+    def switches(self) -> list[int]:
+        """The steps at which the bag size changes."""
+        return self.starts[1:]
+
+    def phase_index(self, step: int) -> int:
+        """Index of the phase of a step; steps past the end belong to the last phase."""
+        require_int("step", step, 0)
+        return sum(start <= step for start in self.starts) - 1
+
+    def at(self, step: int) -> Phase:
+        return self.phases[self.phase_index(step)]
+
+    def raw_tokens(self, batch_size: int, sequence_length: int, steps: int | None = None) -> int:
+        """Raw tokens read by the first ``steps`` steps (all of them by default)."""
+        left = self.total_steps if steps is None else min(steps, self.total_steps)
+        bags = 0
+        for p in self.phases:
+            n = min(left, p.steps)
+            bags, left = bags + n * p.input_bag, left - n
+        return bags * batch_size * sequence_length
+
+    def latent_tokens(self, batch_size: int, sequence_length: int, steps: int | None = None) -> int:
+        """Latent positions computed by the first ``steps`` steps; compute follows these, not the raw tokens."""
+        return min(self.total_steps, self.total_steps if steps is None else steps) * batch_size * sequence_length
+
+    @property
+    def common_bag(self) -> int:
+        """Least common multiple of the input bag sizes."""
+        return math.lcm(*(p.input_bag for p in self.phases))
+
+
+@dataclass(frozen=True)
+class WSD:
+    """Learning-rate factor in (0, 1]: linear warm-up, stable, linear decay. One curve through every switch.
+
+    Callable as ``factor = wsd(step)`` with a 0-based step, which is what ``torch.optim.lr_scheduler.LambdaLR`` takes.
+
+    >>> wsd = WSD(total_steps=100, warmup_steps=10)
+    >>> wsd(0), wsd(9), wsd(89), wsd(99)
+    (0.1, 1.0, 1.0, 0.1)
+    """
+
+    total_steps: int
+    warmup_steps: int = 0
+    decay_ratio: float = 0.1
+    """Share of the steps, at the end, over which the factor falls linearly to 0."""
+
+    def __post_init__(self) -> None:
+        require_int("total_steps", self.total_steps, 1)
+        require_int("warmup_steps", self.warmup_steps, 0)
+        if not 0 <= self.decay_ratio <= 1:
+            raise TokenSuperpositionError(f"decay_ratio is {self.decay_ratio!r}; give a share of the steps in [0, 1]")
+        if self.warmup_steps + self.decay_steps > self.total_steps:
+            raise TokenSuperpositionError(
+                f"warm-up of {self.warmup_steps} and decay of {self.decay_steps} steps do not fit in "
+                f"{self.total_steps} steps; shorten the warm-up or train longer"
+            )
+
+    @property
+    def decay_steps(self) -> int:
+        return round(self.decay_ratio * self.total_steps)
+
+    def __call__(self, step: int) -> float:
+        if step < self.warmup_steps:
+            return (step + 1) / self.warmup_steps
+        left = self.total_steps - step
+        return 1.0 if left >= self.decay_steps else max(left, 0) / self.decay_steps

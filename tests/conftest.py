@@ -1,0 +1,129 @@
+"""Small real things that many tests use: prepared text, a configuration, tiny models."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+from token_superposition.data.prepare import PrepareOptions, prepare
+
+SENTENCES = ("The river carries {} boats to the sea.", "def add_{0}(x):\n    return x + {0}", "Bag {} holds tokens {}.")
+
+TINY: dict[str, dict[str, object]] = {
+    "llama": {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2},
+    "gpt2": {"n_embd": 32, "n_layer": 2, "n_head": 2, "resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0},
+    "qwen3_moe": {
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "moe_intermediate_size": 24,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 2,
+        "head_dim": 16,
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "output_router_logits": True,
+    },
+    "mamba": {"hidden_size": 32, "num_hidden_layers": 2, "state_size": 4, "time_step_rank": 4},
+    "gemma": {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2,
+              "num_key_value_heads": 1, "head_dim": 16},
+    "gemma2": {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2,
+               "num_key_value_heads": 1, "head_dim": 16},
+    "gemma3_text": {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2,
+                    "num_key_value_heads": 1, "head_dim": 16},
+}  # fmt: skip
+VOCAB = 320
+
+
+def tiny(architecture: str, vocab_size: int = VOCAB, **options: object) -> PreTrainedModel:
+    """A small model with random weights, always the same ones."""
+    torch.manual_seed(0)
+    settings: dict[str, object] = {"vocab_size": vocab_size, "max_position_embeddings": 64, "pad_token_id": None}
+    settings |= {"bos_token_id": 0, "eos_token_id": 0, "use_cache": False} | TINY[architecture] | options
+    return AutoModelForCausalLM.from_config(AutoConfig.for_model(architecture, **settings))
+
+
+def text(n: int = 400) -> list[str]:
+    return [SENTENCES[i % 3].format(i, i * i % 97) * (1 + i % 4) for i in range(n)]
+
+
+@pytest.fixture(scope="session")
+def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A token store with a vocabulary of 320."""
+    root = tmp_path_factory.mktemp("prepared")
+    source = root / "text"
+    source.mkdir()
+    for i, document in enumerate([*text(), *text(3)]):
+        (source / f"{i:04d}.txt").write_text(document)
+    prepare([str(source)], root / "data", PrepareOptions(vocab_size=VOCAB, validation_share=0.1))
+    return root / "data"
+
+
+CONFIG = """\
+[model]
+architecture = "{architecture}"
+[model.options]
+{options}
+[data]
+path = "{data}"
+sequence_length = 16
+eval_tokens = 256
+final_eval_tokens = 512
+[superposition]
+bag_size = 4
+ratio = 0.5
+[train]
+steps = 12
+batch_size = 4
+learning_rate = 3e-3
+warmup_steps = 2
+log_every = 1
+eval_every = 4
+save_every = 0
+"""
+
+
+@pytest.fixture
+def write_config(tmp_path: Path, prepared: Path) -> Callable[..., Path]:
+    """Writes a TOML file for a tiny run; keyword arguments replace lines ("steps = 12") or append text."""
+
+    def write(architecture: str = "llama", append: str = "", name: str = "config.toml", **replaced: object) -> Path:
+        options = "\n".join(f"{k} = {toml(v)}" for k, v in TINY[architecture].items())
+        content = CONFIG.format(architecture=architecture, options=options, data=prepared)
+        for key, value in replaced.items():
+            assert f"\n{key} =" in content, key
+            lines = [f"{key} = {toml(value)}" if line.startswith(f"{key} =") else line for line in content.splitlines()]
+            content = "\n".join(lines) + "\n"
+        path = tmp_path / name
+        path.write_text(content + append)
+        return path
+
+    return write
+
+
+def toml(value: object) -> str:
+    return str(value).lower() if isinstance(value, bool) else f'"{value}"' if isinstance(value, str) else str(value)
+
+
+def tst(*args: str | Path, check: bool = True, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Run the command in a process of its own."""
+    done = subprocess.run(
+        [sys.executable, "-m", "token_superposition", *map(str, args)],
+        capture_output=True,
+        text=True,
+        env=os.environ | environment,
+        timeout=300,
+    )
+    if check:
+        assert done.returncode == 0, done.stdout + done.stderr
+    return done

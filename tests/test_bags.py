@@ -1,0 +1,40 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from token_superposition import TokenSuperpositionError, fold, reference, span
+
+
+@given(st.integers(1, 9), st.integers(1, 6), st.integers(1, 6), st.integers(1, 3))
+def test_fold_is_the_reference(length: int, a: int, b: int, batch: int) -> None:
+    tokens = torch.randint(1000, (batch, span(length, a, b)))
+    ids, targets = fold(tokens, a, b)
+    assert ids.shape == ((batch, length, a) if a > 1 else (batch, length))
+    assert targets.shape == ((batch, length, b) if b > 1 else (batch, length))
+    for row, i, t in zip(tokens.tolist(), ids, targets, strict=True):
+        inputs, outputs = reference.fold(row, length, a, b)
+        assert i.reshape(length, a).tolist() == inputs
+        assert t.reshape(length, b).tolist() == outputs
+
+
+def test_labels_mask_targets_and_leave_inputs() -> None:
+    tokens = torch.arange(8)
+    labels = torch.where(tokens == 5, -100, tokens)
+    ids, targets = fold(tokens, 2, 2, labels=labels)
+    assert ids.tolist() == [[0, 1], [2, 3], [4, 5]]
+    assert targets.tolist() == [[2, 3], [4, -100], [6, 7]]
+
+
+@pytest.mark.parametrize(("n", "a", "b"), [(9, 2, 2), (3, 4, 4), (0, 1, 1), (1, 1, 1)])
+def test_wrong_length_names_a_right_one(n: int, a: int, b: int) -> None:
+    with pytest.raises(TokenSuperpositionError, match=f"cannot fold {n} tokens .* for example"):
+        fold(torch.arange(n), a, b)
+
+
+@pytest.mark.parametrize("bag", [0, -1, 1.5, True, "4"])
+def test_bag_size_must_be_a_whole_number(bag: object) -> None:
+    with pytest.raises(TokenSuperpositionError, match="input_bag is .* at least 1"):
+        fold(torch.arange(10), bag, 1)  # pyright: ignore[reportArgumentType]

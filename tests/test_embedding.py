@@ -1,0 +1,126 @@
+from __future__ import annotations
+
+import copy
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from tests.conftest import TINY, VOCAB, tiny
+from token_superposition import TokenSuperpositionError, bag_embedding, reference, superpose, unsuperpose
+
+IDS = torch.randint(VOCAB, (2, 6, 3), generator=torch.Generator().manual_seed(1))
+
+
+@pytest.mark.parametrize("architecture", TINY)
+def test_bags_equal_hand_averaged_embeddings(architecture: str) -> None:
+    """Against float64, for models whose embedding is plain, tied, scaled inside (Gemma 3) or outside it (Gemma 1, 2)."""
+    model = tiny(architecture).double().eval()
+    if architecture == "qwen3_moe":
+        model.set_experts_implementation("eager")  # the grouped product has no float64
+    embedding = model.get_input_embeddings()
+    by_hand = embedding(IDS).mean(2)
+    expected = model(inputs_embeds=by_hand).logits
+    torch.testing.assert_close(superpose(model)(input_ids=IDS).logits, expected)
+    torch.testing.assert_close(model(IDS).logits, expected)
+
+
+@pytest.mark.parametrize("architecture", TINY)
+def test_ordinary_ids_and_state_dict_are_untouched(architecture: str) -> None:
+    model = tiny(architecture).eval()
+    names, before = list(model.state_dict()), model(IDS[..., 0]).logits
+    superpose(model)
+    assert list(model.state_dict()) == names
+    assert torch.equal(model(IDS[..., 0]).logits, before)
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gemma3_text", "gpt2"])
+def test_twice_is_once_and_it_can_be_undone(architecture: str) -> None:
+    model = tiny(architecture).eval()
+    kind, hooks = type(model.get_input_embeddings()), len(model._forward_pre_hooks)
+    once = superpose(model)(input_ids=IDS).logits
+    assert torch.equal(superpose(model)(input_ids=IDS).logits, once)
+    assert unsuperpose(model) is model
+    assert type(model.get_input_embeddings()) is kind and len(model._forward_pre_hooks) == hooks
+
+
+def test_gradients_are_those_of_the_mean() -> None:
+    weight = torch.randn(7, 4, dtype=torch.float64, requires_grad=True)
+    embedding = nn.Embedding(7, 4, dtype=torch.float64)
+    embedding.weight.data.copy_(weight.data)
+    ids = torch.randint(7, (2, 3, 4))
+    expected, got = reference.bag_embedding(weight, ids), superpose(embedding, embedding)(ids)
+    torch.testing.assert_close(got, expected)
+    torch.testing.assert_close(
+        torch.autograd.grad(got.square().sum(), embedding.weight)[0],
+        torch.autograd.grad(expected.square().sum(), weight)[0],
+    )
+
+
+def test_half_precision_accumulates_in_float32() -> None:
+    embedding = nn.Embedding(300, 8, dtype=torch.bfloat16)
+    ids = torch.randint(300, (4, 256))
+    exact = embedding.weight.double()[ids].mean(1)
+    error = (bag_embedding(embedding, ids).double() - exact).abs().max().item()
+    assert error <= exact.abs().max().item() / 2**8  # one rounding of the result, none of the sum
+
+
+def test_vocabulary_padded_and_padding_index_rows() -> None:
+    """Rows past the vocabulary do not matter; a padding row counts in the mean as it counts in a lookup."""
+    embedding = nn.Embedding(VOCAB + 64, 8, padding_idx=0)
+    ids = torch.tensor([[[0, 5, 7]]])
+    torch.testing.assert_close(superpose(embedding, embedding)(ids)[0, 0], embedding.weight[[0, 5, 7]].mean(0))
+
+
+def test_tied_weights_stay_tied_through_training() -> None:
+    model = superpose(tiny("llama", tie_word_embeddings=True))
+    assert model.get_input_embeddings().weight is model.get_output_embeddings().weight
+    model(input_ids=IDS).logits.sum().backward()
+    grad = model.get_input_embeddings().weight.grad
+    assert isinstance(grad, torch.Tensor) and grad.abs().sum() > 0
+
+
+def test_a_copied_model_uses_its_own_embedding() -> None:
+    model = superpose(tiny("llama")).eval()
+    twin = copy.deepcopy(model)
+    before = model(input_ids=IDS).logits
+    twin.get_input_embeddings().weight.data.zero_()  # pyright: ignore
+    assert torch.equal(model(input_ids=IDS).logits, before)
+    assert not torch.equal(twin(input_ids=IDS).logits, before)
+    assert not unsuperpose(twin)._forward_pre_hooks
+
+
+def test_any_module_with_an_embedding() -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.tokens = nn.Embedding(10, 4)
+            self.positions = nn.Embedding(8, 4)
+
+        def forward(self, ids: torch.Tensor) -> torch.Tensor:
+            return self.tokens(ids) + self.positions.weight[: ids.shape[1]]
+
+    net = Net()
+    with pytest.raises(TokenSuperpositionError, match=r"2 embeddings \(tokens, positions\); name the token embedding"):
+        superpose(net)
+    superpose(net, net.tokens)
+    ids = torch.randint(10, (2, 5, 3))
+    torch.testing.assert_close(net(ids), net.tokens.weight[ids].mean(2) + net.positions.weight[:5])
+
+
+def test_scaled_embedding_is_scaled_once() -> None:
+    model = tiny("gemma3_text")
+    embedding = model.get_input_embeddings()
+    plain = embedding.weight[IDS].mean(2) * math.sqrt(32)  # pyright: ignore
+    superpose(model)
+    torch.testing.assert_close(embedding(IDS), plain, rtol=1e-4, atol=1e-5)
+
+
+def test_superposed_model_generates_and_saves_as_before(tmp_path) -> None:  # type: ignore[no-untyped-def]
+    model = tiny("llama").eval()
+    prompt = IDS[:1, :, 0]
+    expected = model.generate(prompt, max_new_tokens=5, do_sample=False)
+    superpose(model).save_pretrained(tmp_path)
+    assert torch.equal(model.generate(prompt, max_new_tokens=5, do_sample=False), expected)
+    assert torch.equal(type(model).from_pretrained(tmp_path)(prompt).logits, model(prompt).logits)

@@ -1,0 +1,216 @@
+from __future__ import annotations
+
+import gzip
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from transformers import AutoTokenizer
+
+from tests.conftest import VOCAB, text, tst
+from token_superposition import TokenSuperpositionError
+from token_superposition.data.prepare import PrepareOptions, prepare
+from token_superposition.data.sources import find_files, read_documents
+from token_superposition.data.store import TokenStore
+
+OPTIONS = PrepareOptions(vocab_size=VOCAB, validation_share=0.1)
+
+
+def documents_of(store: TokenStore) -> list[str]:
+    tokenizer = AutoTokenizer.from_pretrained(store.directory / "tokenizer")
+    starts = [*store.document_starts().tolist(), len(store)]
+    return [tokenizer.decode(store[a : b - 1].tolist()) for a, b in zip(starts, starts[1:], strict=False)]
+
+
+def test_every_document_comes_back_once(prepared: Path) -> None:
+    train, validation = TokenStore(prepared), TokenStore(prepared, "validation")
+    got = Counter(documents_of(train) + documents_of(validation))
+    assert got == Counter(text()) and train.meta.dropped == {"duplicate": 3}
+    assert train.split.bytes + validation.split.bytes == sum(len(t.encode()) for t in got)
+    assert 0.03 < validation.split.documents / len(got) < 0.25
+    eos = train.meta.eos_id
+    assert all(train[int(s) - 1 : int(s)].tolist() == [eos] for s in train.document_starts()[1:])
+    for store in (train, validation):
+        store.verify()
+
+
+def test_small_shards_are_one_stream(prepared: Path, tmp_path: Path) -> None:
+    source = str(prepared.parent / "text")
+    prepare([source], tmp_path / "data", PrepareOptions(vocab_size=VOCAB, validation_share=0.1, shard_tokens=333))
+    whole, cut = TokenStore(prepared), TokenStore(tmp_path / "data")
+    assert len(cut.split.shards) > 5
+    assert np.array_equal(whole[0 : len(whole)], cut[0 : len(cut)])
+    assert np.array_equal(whole[300:1400], cut[300:1400]) and len(cut[5:5]) == 0
+    assert np.array_equal(whole.document_starts(), cut.document_starts())
+
+
+def test_same_input_and_seed_give_the_same_bytes(prepared: Path, tmp_path: Path) -> None:
+    prepare([str(prepared.parent / "text")], tmp_path / "again", OPTIONS)
+    files = sorted(p.relative_to(prepared) for p in prepared.rglob("*") if p.is_file())
+    assert files == sorted(p.relative_to(tmp_path / "again") for p in (tmp_path / "again").rglob("*") if p.is_file())
+    for file in files:
+        assert (prepared / file).read_bytes() == (tmp_path / "again" / file).read_bytes(), file
+
+
+def test_all_formats_give_the_same_documents(tmp_path: Path) -> None:
+    texts = text(60)
+    records = "".join(json.dumps({"text": t, "n": 1}) + "\n" for t in texts).encode()
+    (tmp_path / "a.jsonl").write_bytes(records)
+    (tmp_path / "b.jsonl.gz").write_bytes(gzip.compress(records))
+    with pa.output_stream(str(tmp_path / "c.jsonl.zst"), compression="zstd") as f:
+        f.write(records)
+    pq.write_table(pa.table({"text": texts, "n": range(60)}), tmp_path / "d.parquet")
+    folder = tmp_path / "folder with ünïcode"
+    folder.mkdir()
+    for i, t in enumerate(texts):
+        (folder / f"{i:03d}.md").write_text(t)
+        (folder / f"{i:03d}.bin").write_bytes(b"\0")
+    for source in ("a.jsonl", "b.jsonl.gz", "c.jsonl.zst", "d.parquet", folder.name, "folder*/*.md"):
+        dropped: Counter[str] = Counter()
+        assert list(read_documents([str(tmp_path / source)], "text", dropped)) == texts, source
+        assert not dropped
+
+
+def test_what_cannot_be_read_is_counted(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text('{"text": "good"}\n{"text": 3}\n{"body": "x"}\nnot json\n\n{"text": " "}\n[1]\n')
+    (tmp_path / "b.txt").write_bytes(b"caf\xe9")
+    (tmp_path / "c.txt").write_bytes(b"nul\0byte")
+    (tmp_path / "d.txt").write_text("")
+    (tmp_path / "e.jsonl.gz").write_bytes(gzip.compress(b'{"text": "whole"}\n' * 9999)[:-60])
+    pq.write_table(pa.table({"text": ["row", None]}), tmp_path / "f.parquet")
+    dropped: Counter[str] = Counter()
+    texts = list(read_documents([str(tmp_path)], "text", dropped))
+    assert {"good", "row"} <= set(texts)
+    assert dropped["no text in field 'text'"] == 4 and dropped["not JSON"] >= 1 and dropped["not UTF-8"] == 1
+    assert dropped["binary"] == 1 and dropped["empty document"] == 1 and dropped["unreadable rest of a file"] == 1
+
+
+def test_a_long_file_is_cut_at_line_ends_and_loses_nothing(tmp_path: Path) -> None:
+    line = "0123456789 " * 9 + "\n"
+    (tmp_path / "long.txt").write_text(line * 200_000)
+    pieces = list(read_documents([str(tmp_path / "long.txt")], "text", Counter()))
+    assert len(pieces) > 1 and "".join(pieces) == line * 200_000
+    assert all(p.endswith("\n") and len(p) < 9 * 2**20 for p in pieces)
+
+
+def test_an_existing_tokenizer_and_wide_vocabulary(prepared: Path, tmp_path: Path) -> None:
+    options = PrepareOptions(tokenizer=str(prepared / "tokenizer"), validation_share=0.1)
+    meta = prepare([str(prepared.parent / "text")], tmp_path / "data", options)
+    assert meta.tokenizer_sha256 == TokenStore(prepared).meta.tokenizer_sha256
+    tokenizer = AutoTokenizer.from_pretrained(prepared / "tokenizer")
+    tokenizer.add_tokens([f"<extra{i}>" for i in range(2**16)])
+    tokenizer.save_pretrained(tmp_path / "wide")
+    wide = PrepareOptions(tokenizer=str(tmp_path / "wide"), validation_share=0.1)
+    assert prepare([str(prepared.parent / "text")], tmp_path / "wide-data", wide).dtype == "uint32"
+
+
+@pytest.mark.parametrize(
+    ("sources", "options", "message"),
+    [
+        (["missing"], OPTIONS, "missing does not exist"),
+        (["nothing*.txt"], OPTIONS, "matches no file"),
+        ([], OPTIONS, "no source given"),
+        (["folder"], OPTIONS, "no file with a known text ending"),
+        (["empty.txt"], OPTIONS, "no document is left"),
+        (["one.txt"], OPTIONS, "no document is left for validation"),
+        (["one.txt"], PrepareOptions(vocab_size=100), "vocab size is 100; give at least 257"),
+        (["one.txt"], PrepareOptions(validation_share=1.0), "validation share is 1.0"),
+        (["one.txt"], PrepareOptions(tokenizer="no/such/place"), "tokenizer no/such/place cannot be loaded"),
+        (["hf:x"], OPTIONS, "pip install 'token-superposition"),
+    ],
+)
+def test_unusable_input_has_one_line_and_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, sources: list[str], options: PrepareOptions, message: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("folder").mkdir()
+    Path("empty.txt").touch()
+    Path("one.txt").write_text("one document")
+    with pytest.raises(TokenSuperpositionError, match=message) as caught:
+        prepare(sources, "data", options)
+    assert "\n" not in str(caught.value)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["empty.txt", "folder", "one.txt"]
+
+
+def test_existing_output_is_never_touched(prepared: Path) -> None:
+    before = (prepared / "meta.json").read_bytes()
+    with pytest.raises(TokenSuperpositionError, match="exists already"):
+        prepare([str(prepared.parent / "text")], prepared, OPTIONS)
+    assert (prepared / "meta.json").read_bytes() == before
+
+
+def test_a_killed_run_leaves_nothing_that_looks_finished_and_can_be_repeated(tmp_path: Path) -> None:
+    (tmp_path / "big.jsonl").write_text("".join(json.dumps({"text": f"{i} " * 40}) + "\n" for i in range(60_000)))
+    command = [sys.executable, "-m", "token_superposition", "prepare", str(tmp_path / "big.jsonl")]
+    command += ["--out", str(tmp_path / "data"), "--vocab-size", "300", "--shard-tokens", "10000"]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        deadline = time.monotonic() + 60
+        while not list(tmp_path.glob(".data.partial/train-*.npy")):
+            assert process.poll() is None and time.monotonic() < deadline
+            time.sleep(0.01)
+    finally:
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    assert not (tmp_path / "data").exists()
+    with pytest.raises(TokenSuperpositionError, match="no prepared data"):
+        TokenStore(tmp_path / "data")
+    options = PrepareOptions(vocab_size=300, max_bytes=500_000)
+    prepare([str(tmp_path / "big.jsonl")], tmp_path / "data", options)
+    assert not (tmp_path / ".data.partial").exists()
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists() or os.name != "posix", reason="needs a limit on file sizes")
+def test_a_full_disk_has_one_line_and_exit_code_2(prepared: Path, tmp_path: Path) -> None:
+    script = (
+        "import resource, signal, sys\n"
+        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))\n"
+        "from token_superposition.cli import main\n"
+        f"sys.exit(main(['prepare', {str(prepared.parent / 'text')!r}, '--out', {str(tmp_path / 'data')!r}]))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert done.returncode == 2, done.stderr
+    assert done.stderr.startswith("tst: error: cannot write") and done.stderr.count("\n") == 1
+    assert not (tmp_path / "data").exists() and not (tmp_path / ".data.partial").exists()
+
+
+@pytest.mark.parametrize("damage", ["truncated", "foreign", "changed"])
+def test_a_damaged_store_is_named(prepared: Path, tmp_path: Path, damage: str) -> None:
+    import shutil
+
+    shutil.copytree(prepared, tmp_path / "data")
+    shard = tmp_path / "data" / "train-00000.npy"
+    content = shard.read_bytes()
+    if damage == "truncated":
+        shard.write_bytes(content[:-100])
+        with pytest.raises(TokenSuperpositionError, match=r"train-00000\.npy has .* bytes"):
+            TokenStore(tmp_path / "data")
+    elif damage == "foreign":
+        np.save(shard, np.zeros(len(TokenStore(prepared)) * 2, np.uint8))
+        with pytest.raises(TokenSuperpositionError, match=r"train-00000\.npy holds uint8"):
+            TokenStore(tmp_path / "data")[0:1]
+    else:
+        shard.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+        with pytest.raises(TokenSuperpositionError, match=r"train-00000\.npy differs from its checksum"):
+            TokenStore(tmp_path / "data").verify()
+
+
+def test_hidden_order_of_find_files_is_fixed(tmp_path: Path) -> None:
+    for name in ("b.txt", "a.txt", "c.py"):
+        (tmp_path / name).write_text(name)
+    assert [p.name for p in find_files([str(tmp_path), str(tmp_path / "a.txt")])] == ["a.txt", "b.txt", "c.py"]
+
+
+def test_command_reports_what_it_did(tmp_path: Path, prepared: Path) -> None:
+    done = tst("prepare", prepared.parent / "text", "--out", tmp_path / "data", "--vocab-size", "300")
+    assert "train:" in done.stdout and "bytes/token" in done.stdout and "left out:" in done.stdout

@@ -1,0 +1,74 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from token_superposition import WSD, Phase, Schedule, TokenSuperpositionError
+
+
+def test_the_papers_270m_run() -> None:
+    """20,000 steps, s = 6, r = 0.3, 2M latent tokens a step: switch at 6,000, 105B raw tokens (arXiv 2605.06546)."""
+    schedule = Schedule.two_phase(20_000, 6, 0.3)
+    assert schedule.switches == [6_000]
+    assert schedule.raw_tokens(1024, 2048) == pytest.approx(105e9, rel=0.01)
+    assert schedule.latent_tokens(1024, 2048) == pytest.approx(42e9, rel=0.01)
+
+
+@given(st.integers(1, 500), st.integers(1, 16), st.floats(0, 0.99))
+def test_two_phases(steps: int, bag: int, ratio: float) -> None:
+    schedule = Schedule.two_phase(steps, bag, ratio)
+    assert schedule.total_steps == steps
+    assert schedule.at(steps - 1) == schedule.phases[-1]
+    assert (schedule.phases[-1].input_bag, schedule.phases[-1].output_bag) == (1, 1)
+    superposed = sum(schedule.at(i).is_superposed for i in range(steps))
+    assert superposed == (min(round(ratio * steps), steps - 1) if bag > 1 else 0)
+    by_step = sum(schedule.at(i).input_bag for i in range(steps)) * 3 * 5
+    assert schedule.raw_tokens(3, 5) == by_step
+    assert schedule.raw_tokens(3, 5, steps // 2) == sum(schedule.at(i).input_bag for i in range(steps // 2)) * 15
+
+
+def test_annealed_and_one_sided() -> None:
+    annealed = Schedule.annealed(100, (16, 8, 4, 2, 1), 0.4)
+    assert [(p.steps, p.input_bag) for p in annealed.phases] == [(10, 16), (10, 8), (10, 4), (10, 2), (60, 1)]
+    assert Schedule.two_phase(10, input_bag=4, ratio=0.5).at(0) == Phase(5, 4, 1)
+    assert Schedule.two_phase(10, output_bag=4, ratio=0.5).raw_tokens(1, 1) == 10
+
+
+@pytest.mark.parametrize("ratio", [1, 1.0, -0.1, "0.3", True, float("nan")])
+def test_ratio_outside_the_limits(ratio: object) -> None:
+    with pytest.raises(TokenSuperpositionError, match=r"ratio is .*\[0, 1\)"):
+        Schedule.two_phase(10, 4, ratio)  # pyright: ignore[reportArgumentType]
+
+
+@pytest.mark.parametrize("bag", [0, 2.5, -3, "4", True])
+def test_bag_size_outside_the_limits(bag: object) -> None:
+    with pytest.raises(TokenSuperpositionError, match="bag_size is"):
+        Schedule.two_phase(10, bag, 0.3)  # pyright: ignore[reportArgumentType]
+
+
+@given(st.integers(1, 300), st.integers(0, 40), st.floats(0, 1))
+def test_wsd_is_one_trapezium(total: int, warmup: int, decay: float) -> None:
+    if warmup + round(decay * total) > total:
+        with pytest.raises(TokenSuperpositionError, match="do not fit"):
+            WSD(total, warmup, decay)
+        return
+    wsd = WSD(total, warmup, decay)
+    curve = [wsd(step) for step in range(total)]
+    assert all(0 < x <= 1 for x in curve)
+    stable = curve[warmup : total - wsd.decay_steps]
+    assert set(stable) <= {1.0}
+    assert curve[:warmup] == sorted(curve[:warmup]) and curve[warmup:] == sorted(curve[warmup:], reverse=True)
+
+
+def test_wsd_is_what_lambda_lr_takes() -> None:
+    parameter = torch.nn.Parameter(torch.zeros(1))
+    optimizer = torch.optim.SGD([parameter], lr=2.0)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, WSD(10, 2, 0.5))
+    seen: list[float] = []
+    for _ in range(10):
+        seen.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        scheduler.step()
+    assert seen == pytest.approx([1, 2, 2, 2, 2, 2, 1.6, 1.2, 0.8, 0.4])

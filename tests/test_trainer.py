@@ -1,0 +1,306 @@
+"""The transformers engine: what is trained is the float64 reference, what is resumed is the same run."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch.utils.data import Dataset
+from transformers import AutoModelForCausalLM, Trainer, TrainerCallback, TrainingArguments, default_data_collator
+
+from tests.conftest import TINY, VOCAB, tiny, tst
+from token_superposition import Schedule, TokenSuperpositionError, place_weights, reference
+from token_superposition.data.plan import PlannedDataset, ValidationSet
+from token_superposition.data.store import TokenStore
+from token_superposition.engines.transformers import TSTTrainer
+from token_superposition.experiment.metrics import read_metrics
+
+FOUR = ("llama", "qwen3_moe", "gpt2", "mamba")
+
+
+def arguments(out: Path, **changes: object) -> TrainingArguments:
+    settings: dict[str, object] = {
+        "per_device_train_batch_size": 4, "learning_rate": 3e-3, "logging_steps": 1, "report_to": "none",
+        "save_strategy": "no", "use_cpu": True, "disable_tqdm": True, "seed": 1, "max_grad_norm": 1.0,
+        "dataloader_pin_memory": False,
+    }  # fmt: skip
+    return TrainingArguments(output_dir=str(out), **(settings | changes))
+
+
+def plan_of(prepared: Path, steps: int = 6, bag: int = 4, batch: int = 4) -> PlannedDataset:
+    return PlannedDataset(TokenStore(prepared), Schedule.two_phase(steps, bag, 0.5), 16, batch, seed=1)
+
+
+def losses(trainer: Trainer) -> list[float]:
+    return [line["loss"] for line in trainer.state.log_history if "loss" in line]
+
+
+class Spy(TrainerCallback):
+    """Keeps the gradients of the first step, before they are used."""
+
+    def __init__(self) -> None:
+        self.grads: dict[str, torch.Tensor] = {}
+
+    def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):  # type: ignore[no-untyped-def]
+        if not self.grads:
+            self.grads = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize("architecture", TINY)
+@pytest.mark.parametrize("weighting", ["uniform", "power"])
+def test_first_step_on_bags_is_the_reference(architecture: str, weighting: str, prepared: Path, tmp_path: Path) -> None:
+    """Loss and gradients of phase 1 against float64 arithmetic on hand-averaged embeddings and whole logits."""
+    plan, spy = plan_of(prepared, steps=2), Spy()
+    trainer = TSTTrainer(
+        tiny(architecture), arguments(tmp_path, max_steps=1, max_grad_norm=0.0), train_dataset=plan,
+        weighting=weighting, callbacks=[spy],  # pyright: ignore
+    )  # fmt: skip
+    trainer.train()
+    model = tiny(architecture)
+    if architecture == "qwen3_moe":
+        model.set_experts_implementation("eager")
+    model = model.double()
+    batch = default_data_collator([plan[i] for i in range(4)])
+    out = model(inputs_embeds=model.get_input_embeddings()(batch["input_ids"]).mean(2))
+    w = place_weights(weighting, 4).double()  # pyright: ignore
+    loss = reference.multi_hot_cross_entropy(out.logits.flatten(0, 1), batch["shift_labels"].flatten(0, 1), w)
+    assert abs(loss.item() - math.log(VOCAB)) < 0.3
+    if getattr(out, "aux_loss", None) is not None:
+        assert architecture == "qwen3_moe"
+        loss = loss + model.config.router_aux_loss_coef * out.aux_loss
+    assert losses(trainer)[0] == pytest.approx(loss.item(), rel=1e-4)
+    loss.backward()
+    for name, p in model.named_parameters():
+        if p.grad is not None:
+            torch.testing.assert_close(spy.grads[name].double(), p.grad, rtol=2e-3, atol=2e-6, msg=name)
+
+
+@pytest.mark.parametrize(
+    ("architecture", "fused"),
+    [("llama", True), ("qwen3_moe", True), ("gpt2", True), ("mamba", True), ("gemma3_text", True), ("gemma2", False)],
+)
+def test_whole_logits_only_where_the_model_changes_them(
+    architecture: str, fused: bool, prepared: Path, tmp_path: Path
+) -> None:
+    trainer = TSTTrainer(tiny(architecture), arguments(tmp_path), train_dataset=plan_of(prepared))
+    assert trainer.fused is fused
+    seen: list[int] = []
+    trainer.model.get_output_embeddings().register_forward_hook(lambda m, a, o: seen.append(o.shape[1]))
+    trainer.train()
+    assert set(seen) == ({1} if fused else {16})
+
+
+@pytest.mark.parametrize("architecture", FOUR)
+def test_bag_size_one_is_the_stock_trainer(architecture: str, prepared: Path, tmp_path: Path) -> None:
+    """Same losses as ``Trainer`` on the same samples; bit for bit where the batch takes the stock path."""
+
+    class Stock(Dataset[dict[str, torch.Tensor]]):
+        def __init__(self) -> None:
+            self.plan = PlannedDataset(TokenStore(prepared), Schedule.two_phase(4, 1, 0), 16, 4, seed=1)
+
+        def __len__(self) -> int:
+            return len(self.plan)
+
+        def __getitem__(self, i: int) -> dict[str, torch.Tensor]:
+            sample = self.plan[i]
+            labels = torch.cat([sample["input_ids"][:1], sample["shift_labels"][:-1]])
+            return {"input_ids": sample["input_ids"], "labels": labels}
+
+    args = {"max_steps": 4, "train_sampling_strategy": "sequential"}
+    stock = Trainer(tiny(architecture), arguments(tmp_path, **args), train_dataset=Stock())
+    stock.train()
+    ours = TSTTrainer(tiny(architecture), arguments(tmp_path, **args), train_dataset=Stock())
+    ours.train()
+    assert losses(ours) == losses(stock)
+    for a, b in zip(stock.model.parameters(), ours.model.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+    class Shifted(Stock):
+        def __getitem__(self, i: int) -> dict[str, torch.Tensor]:
+            sample = super().__getitem__(i)
+            shifted = torch.cat([sample["labels"][1:], torch.tensor([-100])])
+            return {"input_ids": sample["input_ids"], "shift_labels": shifted}
+
+    fused = TSTTrainer(tiny(architecture), arguments(tmp_path, **args), train_dataset=Shifted())
+    fused.train()
+    assert fused.fused
+    # Trainer divides GPT-2's loss by all 16 labels of a row, of which 15 are targets (its loss has no registered type).
+    miscounted = 16 / 15 if architecture == "gpt2" else 1
+    assert losses(fused)[0] == pytest.approx(losses(stock)[0] * miscounted, rel=1e-5)
+    assert losses(fused) == pytest.approx([x * miscounted for x in losses(stock)], rel=1e-3)
+
+
+@pytest.mark.parametrize("accumulated", [2, 4])
+@pytest.mark.parametrize("architecture", ["llama", "qwen3_moe"])
+def test_accumulation_does_not_change_the_loss(
+    architecture: str, accumulated: int, prepared: Path, tmp_path: Path
+) -> None:
+    """``Trainer`` alone would scale bags by s/(s-1) here."""
+    options = {"output_router_logits": False} if architecture == "qwen3_moe" else {}
+    whole = TSTTrainer(tiny(architecture, **options), arguments(tmp_path), train_dataset=plan_of(prepared))
+    whole.train()
+    args = arguments(tmp_path, per_device_train_batch_size=4 // accumulated, gradient_accumulation_steps=accumulated)
+    parts = TSTTrainer(tiny(architecture, **options), args, train_dataset=plan_of(prepared))
+    parts.train()
+    assert losses(parts) == pytest.approx(losses(whole), rel=2e-3)
+    assert losses(parts)[0] == pytest.approx(losses(whole)[0], rel=1e-5)
+
+
+def test_masked_targets_count_rows(prepared: Path, tmp_path: Path) -> None:
+    class Masked(PlannedDataset):
+        def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+            sample = super().__getitem__(index)
+            sample["shift_labels"][index % 5 :, ...] = -100
+            sample["shift_labels"][0, 1:] = -100
+            return sample
+
+    plan = Masked(TokenStore(prepared), Schedule.two_phase(4, 4, 0.5), 16, 4, seed=1)
+    args = arguments(tmp_path, per_device_train_batch_size=2, gradient_accumulation_steps=2, max_steps=1)
+    trainer = TSTTrainer(tiny("llama"), args, train_dataset=plan)
+    trainer.train()
+    batch = default_data_collator([plan[i] for i in range(4)])
+    model = tiny("llama").double()
+    logits = model(inputs_embeds=model.get_input_embeddings()(batch["input_ids"]).mean(2)).logits
+    expected = reference.multi_hot_cross_entropy(logits.flatten(0, 1), batch["shift_labels"].flatten(0, 1))
+    assert losses(trainer)[0] == pytest.approx(expected.item(), rel=1e-5)
+
+
+def test_validation_is_next_token_in_both_phases(prepared: Path, tmp_path: Path) -> None:
+    held_out = ValidationSet(TokenStore(prepared, "validation"), 16)
+    args = arguments(tmp_path, eval_strategy="steps", eval_steps=3, per_device_eval_batch_size=len(held_out))
+    trainer = TSTTrainer(tiny("llama"), args, train_dataset=plan_of(prepared), eval_dataset=held_out)
+    trainer.train()
+    evals = [line for line in trainer.state.log_history if "eval_loss" in line]
+    assert [(line["step"], line["input_bag"]) for line in evals] == [(3, 4), (6, 1)]
+    batch = default_data_collator(list(held_out))
+    logits = trainer.model.double().eval()(batch["input_ids"]).logits
+    expected = torch.nn.functional.cross_entropy(logits.flatten(0, 1), batch["shift_labels"].flatten())
+    assert evals[-1]["eval_loss"] == pytest.approx(expected.item(), rel=1e-4)
+
+
+def test_logs_tell_the_phase_and_both_token_counts(prepared: Path, tmp_path: Path) -> None:
+    trainer = TSTTrainer(tiny("llama"), arguments(tmp_path), train_dataset=plan_of(prepared))
+    trainer.train()
+    lines = [line for line in trainer.state.log_history if "loss" in line]
+    assert [line["input_bag"] for line in lines] == [4, 4, 4, 1, 1, 1]
+    assert lines[-1]["latent_tokens"] == 6 * 4 * 16 and lines[-1]["raw_tokens"] == 3 * 4 * 16 * (4 + 1)
+    per_step = 6 * 4 * 16 * trainer.model.num_parameters(exclude_embeddings=True)
+    assert trainer.state.total_flos == 6 * per_step  # a bag counts once
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"per_device_train_batch_size": 8}, "the plan has 4 sequences a step, the arguments give 8"),
+        ({"gradient_accumulation_steps": 3}, "the arguments give 12"),
+        ({"max_steps": 7}, "max_steps is 7, the plan has 6"),
+        ({"label_smoothing_factor": 0.1}, "use weighting"),
+    ],
+)
+def test_disagreement_with_the_arguments(
+    changes: dict[str, object], message: str, prepared: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(TokenSuperpositionError, match=message):
+        TSTTrainer(tiny("llama"), arguments(tmp_path, **changes), train_dataset=plan_of(prepared))
+
+
+def test_bfloat16_and_compile(prepared: Path, tmp_path: Path) -> None:
+    plain = TSTTrainer(tiny("llama"), arguments(tmp_path), train_dataset=plan_of(prepared))
+    plain.train()
+    mixed = TSTTrainer(tiny("llama"), arguments(tmp_path, bf16=True), train_dataset=plan_of(prepared))
+    mixed.train()
+    assert losses(mixed) == pytest.approx(losses(plain), rel=1e-2) and losses(mixed) != losses(plain)
+    args = arguments(tmp_path, torch_compile=True, torch_compile_backend="aot_eager")
+    compiled = TSTTrainer(tiny("llama"), args, train_dataset=plan_of(prepared))
+    compiled.train()
+    assert losses(compiled) == pytest.approx(losses(plain), rel=1e-4)
+
+
+def test_gradient_checkpointing_changes_nothing(prepared: Path, tmp_path: Path) -> None:
+    plain = TSTTrainer(tiny("llama"), arguments(tmp_path), train_dataset=plan_of(prepared))
+    plain.train()
+    args = arguments(tmp_path, gradient_checkpointing=True)
+    checkpointed = TSTTrainer(tiny("llama"), args, train_dataset=plan_of(prepared))
+    checkpointed.train()
+    assert losses(checkpointed) == pytest.approx(losses(plain), rel=1e-5)
+
+
+def launch(processes: int, *args: str | Path) -> None:
+    """``tst`` in one process, or in several over gloo."""
+    if processes == 1:
+        tst(*args)
+        return
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+    done = subprocess.run(
+        [*command, "-m", "token_superposition", *map(str, args)],
+        capture_output=True, text=True, timeout=300, env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+TIMES = {"seconds"}
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_resume_across_the_switch_is_bit_equal(
+    processes: int, write_config: Callable[..., Path], tmp_path: Path
+) -> None:
+    """Stop in phase 1, go on over the switch: every logged figure and every weight is the uninterrupted run's."""
+    config = write_config(save_every=4)
+    launch(processes, "train", config, "--out", tmp_path / "whole")
+    shutil.copytree(tmp_path / "whole", tmp_path / "resumed")
+    resumed = tmp_path / "resumed"
+    for later in ("checkpoint-8", "checkpoint-12"):
+        shutil.rmtree(resumed / "checkpoints" / later)
+    shutil.rmtree(resumed / "model")
+    (resumed / "run.json").unlink()
+    launch(processes, "train", config, "--out", resumed)
+    whole, again = (
+        [{k: v for k, v in m.items() if k not in TIMES} for m in read_metrics(p / "metrics.jsonl")]
+        for p in (tmp_path / "whole", resumed)
+    )
+    assert [m["input_bag"] for m in whole if "loss" in m] == [4] * 6 + [1] * 6
+    assert again == whole
+    assert (resumed / "model/model.safetensors").read_bytes() == (
+        tmp_path / "whole/model/model.safetensors"
+    ).read_bytes()
+
+
+def test_two_processes_train_like_one(write_config: Callable[..., Path], tmp_path: Path) -> None:
+    config = write_config()
+    for processes in (1, 2):
+        launch(processes, "train", config, "--out", tmp_path / str(processes))
+    one, two = ([m["loss"] for m in read_metrics(tmp_path / n / "metrics.jsonl") if "loss" in m] for n in ("1", "2"))
+    assert two == pytest.approx(one, rel=1e-4)
+
+
+@pytest.mark.parametrize("architecture", FOUR)
+def test_tst_train_ends_with_a_stock_model(
+    architecture: str, write_config: Callable[..., Path], tmp_path: Path
+) -> None:
+    """Both phases from the command line; transformers loads the result in a process that cannot import this package."""
+    tst("train", write_config(architecture, learning_rate=1e-2), "--out", tmp_path / "run")
+    result = json.loads((tmp_path / "run/run.json").read_text())
+    lines = [m for m in read_metrics(tmp_path / "run/metrics.jsonl") if "loss" in m]
+    assert abs(lines[0]["loss"] - math.log(VOCAB)) < 0.4 and result["val_loss"] < lines[0]["loss"] - 0.2
+    assert result["raw_tokens"] == 4 * 16 * (6 * 4 + 6) and result["flops"] > 0
+    script = (
+        "import sys; sys.modules['token_superposition'] = None\n"
+        "import torch; from transformers import AutoModelForCausalLM, AutoTokenizer\n"
+        f"path = {str(tmp_path / 'run/model')!r}\n"
+        "model = AutoModelForCausalLM.from_pretrained(path).eval()\n"
+        "ids = torch.arange(12)[None]\n"
+        f"torch.save((model(ids).logits, AutoTokenizer.from_pretrained(path).vocab_size), {str(tmp_path / 'out.pt')!r})\n"
+    )
+    subprocess.run([sys.executable, "-c", script], check=True, timeout=120)
+    logits, vocab = torch.load(tmp_path / "out.pt", weights_only=True)
+    here = AutoModelForCausalLM.from_pretrained(tmp_path / "run/model").eval()
+    assert torch.equal(here(torch.arange(12)[None]).logits, logits) and vocab == VOCAB
