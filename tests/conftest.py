@@ -98,7 +98,7 @@ def write_config(tmp_path: Path, prepared: Path) -> Callable[..., Path]:
     """Writes a TOML file for a tiny run; keyword arguments replace lines ("steps = 12") or append text."""
 
     def write(architecture: str = "llama", append: str = "", name: str = "config.toml", **replaced: object) -> Path:
-        options = "\n".join(f"{k} = {toml(v)}" for k, v in TINY[architecture].items())
+        options = "\n".join(f"{k} = {toml(v)}" for k, v in TINY.get(architecture, {}).items())
         content = CONFIG.format(architecture=architecture, options=options, data=prepared)
         for key, value in replaced.items():
             assert f"\n{key} =" in content, key

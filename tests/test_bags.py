@@ -36,5 +36,5 @@ def test_wrong_length_names_a_right_one(n: int, a: int, b: int) -> None:
 
 @pytest.mark.parametrize("bag", [0, -1, 1.5, True, "4"])
 def test_bag_size_must_be_a_whole_number(bag: object) -> None:
-    with pytest.raises(TokenSuperpositionError, match="input_bag is .* at least 1"):
+    with pytest.raises(TokenSuperpositionError, match=r"input_bag is .* at least 1"):
         fold(torch.arange(10), bag, 1)  # pyright: ignore[reportArgumentType]

@@ -15,7 +15,7 @@ IDS = torch.randint(VOCAB, (2, 6, 3), generator=torch.Generator().manual_seed(1)
 
 @pytest.mark.parametrize("architecture", TINY)
 def test_bags_equal_hand_averaged_embeddings(architecture: str) -> None:
-    """Against float64, for models whose embedding is plain, tied, scaled inside (Gemma 3) or outside it (Gemma 1, 2)."""
+    """Against float64; the embedding is plain, tied, scaled inside (Gemma 3) or outside it (Gemma 1, 2)."""
     model = tiny(architecture).double().eval()
     if architecture == "qwen3_moe":
         model.set_experts_implementation("eager")  # the grouped product has no float64

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -28,7 +29,7 @@ OPTIONS = PrepareOptions(vocab_size=VOCAB, validation_share=0.1)
 def documents_of(store: TokenStore) -> list[str]:
     tokenizer = AutoTokenizer.from_pretrained(store.directory / "tokenizer")
     starts = [*store.document_starts().tolist(), len(store)]
-    return [tokenizer.decode(store[a : b - 1].tolist()) for a, b in zip(starts, starts[1:], strict=False)]
+    return [tokenizer.decode(store[a : b - 1].tolist()) for a, b in pairwise(starts)]
 
 
 def test_every_document_comes_back_once(prepared: Path) -> None:

@@ -286,7 +286,7 @@ def test_two_processes_train_like_one(write_config: Callable[..., Path], tmp_pat
 def test_tst_train_ends_with_a_stock_model(
     architecture: str, write_config: Callable[..., Path], tmp_path: Path
 ) -> None:
-    """Both phases from the command line; transformers loads the result in a process that cannot import this package."""
+    """Both phases from the command line; a process that cannot import this package loads the result."""
     tst("train", write_config(architecture, learning_rate=1e-2), "--out", tmp_path / "run")
     result = json.loads((tmp_path / "run/run.json").read_text())
     lines = [m for m in read_metrics(tmp_path / "run/metrics.jsonl") if "loss" in m]

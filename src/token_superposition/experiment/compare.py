@@ -84,6 +84,8 @@ def compare(config: Config, out: str | Path, console: Console, note: str | None 
     out.mkdir(parents=True, exist_ok=True)
     save_config(config, out / CONFIG)
     run_jobs(jobs, out, config.compare.parallel, console)
+    jobs.sort(key=lambda job: job.name.startswith("baseline-"))  # what is compared first, then the other lengths
+    jobs.sort(key=lambda job: job.name != "baseline")
     runs = load_runs(out, [(job.name, job.directory) for job in jobs])
     write_summary(config, out, runs, note)
     return runs

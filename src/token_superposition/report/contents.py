@@ -131,6 +131,8 @@ def short(n: float) -> str:
 
 def duration(seconds: float) -> str:
     """3700 -> 1 h 2 min"""
+    if seconds < 10:
+        return f"{seconds:.2g} s"
     if seconds < 90:
         return f"{seconds:.0f} s"
     minutes = seconds / 60

@@ -49,7 +49,7 @@ def draw(axes: Axes, contents: Contents, key: str, label: str) -> str:
     for run in contents.runs:
         name = run["name"]
         lines = contents.metrics[run["directory"]]
-        seen = [m for m in lines if "val_loss" in m]
+        seen = list({m["step"]: m for m in lines if "val_loss" in m}.values())  # the last one of a step counts
         if not seen:
             continue
         baseline = name.startswith("baseline")
