@@ -172,7 +172,9 @@ VALUES = st.recursive(
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
     max_leaves=5,
 )
-KEYS = st.sampled_from(["model", "data", "superposition", "train", "compare", "steps", "seeds", "variants", "bag_size", "x"])
+KEYS = st.sampled_from(
+    ["model", "data", "superposition", "train", "compare", "steps", "seeds", "variants", "bag_size", "x"]
+)
 
 
 @settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])

@@ -126,7 +126,6 @@ def test_an_existing_tokenizer_and_wide_vocabulary(prepared: Path, tmp_path: Pat
         (["one.txt"], PrepareOptions(vocab_size=100), "vocab size is 100; give at least 257"),
         (["one.txt"], PrepareOptions(validation_share=1.0), "validation share is 1.0"),
         (["one.txt"], PrepareOptions(tokenizer="no/such/place"), "tokenizer no/such/place cannot be loaded"),
-        (["hf:x"], OPTIONS, "pip install 'token-superposition"),
     ],
 )
 def test_unusable_input_has_one_line_and_leaves_nothing(
@@ -140,6 +139,20 @@ def test_unusable_input_has_one_line_and_leaves_nothing(
         prepare(sources, "data", options)
     assert "\n" not in str(caught.value)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["empty.txt", "folder", "one.txt"]
+
+
+def test_datasets_of_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Read by the datasets library; here a folder stands in for a name on the hub."""
+    pq.write_table(pa.table({"text": text(40), "n": range(40)}), tmp_path / "train.parquet")
+    dropped: Counter[str] = Counter()
+    assert list(read_documents([f"hf:{tmp_path}"], "text", dropped)) == text(40)
+    assert list(read_documents([f"hf:{tmp_path}"], "n", dropped)) == []
+    assert dropped == {"no text in field 'n'": 40}
+    with pytest.raises(TokenSuperpositionError, match=r"hf:no/such cannot be opened"):
+        next(read_documents(["hf:no/such"], "text", dropped))
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(TokenSuperpositionError, match="pip install 'token-superposition"):
+        next(read_documents(["hf:no/such"], "text", dropped))
 
 
 def test_existing_output_is_never_touched(prepared: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -38,10 +39,13 @@ def run(args: Sequence[str]) -> None:
 
     quiet()
     console = Console()
+    start = time.monotonic()
     with bars(console) as progress:
         meta = prepare(command.sources, command.out, command.options, progress)
     for split, s in (("train", meta.train), ("validation", meta.validation)):
         console.print(f"{split}: {s.tokens:,} tokens, {s.documents:,} documents, {s.bytes_per_token:.3f} bytes/token")
     for reason, count in meta.dropped.items():
         console.print(f"left out: {count:,} ({reason})")
-    console.print(f"written to {command.out}")
+    seconds = time.monotonic() - start
+    speed = (meta.train.tokens + meta.validation.tokens) / seconds
+    console.print(f"written to {command.out} in {seconds:.0f} s, {speed:,.0f} tokens/s")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Generator
 from contextlib import contextmanager
 
@@ -23,6 +24,7 @@ from token_superposition.data.prepare import Progress as Report
 def bars(console: Console) -> Generator[Report]:
     """A bar for each stage, in bytes of text; nothing if the console is no terminal."""
     tasks: dict[str, TaskID] = {}
+    shown = 0.0
     with Progress(
         TextColumn("{task.description}"),
         BarColumn(),
@@ -34,8 +36,11 @@ def bars(console: Console) -> Generator[Report]:
     ) as progress:
 
         def report(stage: str, done: float, total: float | None) -> None:
+            nonlocal shown
             if stage not in tasks:
                 tasks[stage] = progress.add_task(stage, total=total)
-            progress.update(tasks[stage], completed=done)
+            if time.monotonic() - shown > 0.1:  # it is called for every document
+                progress.update(tasks[stage], completed=done)
+                shown = time.monotonic()
 
         yield report

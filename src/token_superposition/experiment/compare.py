@@ -88,6 +88,8 @@ def compare(config: Config, out: str | Path, console: Console, note: str | None 
     jobs.sort(key=lambda job: job.name != "baseline")
     runs = load_runs(out, [(job.name, job.directory) for job in jobs])
     write_summary(config, out, runs, note)
+    for job in jobs:  # finished: only the models are of use
+        shutil.rmtree(out / "runs" / job.directory / "checkpoints", ignore_errors=True)
     return runs
 
 
@@ -182,7 +184,7 @@ def _start(job: Job, out: Path, slot: int, parallel: int) -> subprocess.Popen[by
     command = [sys.executable, "-m", "token_superposition", "train", str(directory / CONFIG), "--out", str(directory)]
     if job.trunk is not None:
         trunk = out / "runs" / job.trunk / "checkpoints" / f"checkpoint-{job.branch_step}"
-        command += ["--branch-from", str(trunk)]
+        command += ["--branch-from", str(trunk)] if trunk.exists() else []  # else it trains from the start
     if gpus():
         share = {"CUDA_VISIBLE_DEVICES": str(slot % gpus())}
     else:
@@ -195,9 +197,3 @@ def _failure(job: Job, out: Path) -> str:
     log = out / "runs" / job.directory / "log.txt"
     lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
     return f"the run {job.directory} failed ({lines[-1] if lines else 'no message'}); see {log}"
-
-
-def drop_checkpoints(out: Path, jobs: list[Job]) -> None:
-    """Remove the checkpoints of finished runs; their models stay."""
-    for job in jobs:
-        shutil.rmtree(out / "runs" / job.directory / "checkpoints", ignore_errors=True)

@@ -36,13 +36,14 @@ MIN_STEPS = 600
 
 DEMO = Config(
     model=ModelConfig(
-        architecture="llama",
+        architecture="qwen3",
         options={
             "hidden_size": 96,
             "intermediate_size": 256,
             "num_hidden_layers": 2,
             "num_attention_heads": 3,
             "num_key_value_heads": 3,
+            "head_dim": 32,
             "tie_word_embeddings": False,
         },
     ),

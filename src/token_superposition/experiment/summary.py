@@ -68,6 +68,7 @@ def compare_variant(runs: Sequence[Run], name: str) -> dict[str, Any]:
         "delta_val_loss": mean(deltas),
         "delta_val_loss_per_seed": deltas,
         "delta_val_loss_sd": stdev(deltas) if len(deltas) > 1 else None,
+        "equal_loss_speedup": equal.speedup if equal is not None and "extrapolated" not in equal.how else None,
         "equal_loss": asdict(equal) if equal is not None else None,
         "equal_data": {"baseline_steps": data_steps, "baseline_val_loss": data_loss, "val_loss": loss, "how": data_how},
         "phase_step_time_ratio": mean(finite) if finite else None,
