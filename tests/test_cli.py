@@ -46,7 +46,7 @@ def test_every_command_teaches(command: str, capsys: pytest.CaptureFixture[str])
     with pytest.raises(SystemExit) as stop:
         main([command, "--help"])
     out = capsys.readouterr().out
-    assert stop.value.code == 0 and "Example" in out or command == "compare"
+    assert stop.value.code == 0 and ("Example" in out or command == "compare")
     if command == "train":
         assert "--superposition.bag-size" in out and "Contiguous tokens in a bag" in out
 
@@ -159,7 +159,8 @@ def test_a_run_is_not_overwritten_by_another(write_config: Callable[..., Path], 
 
 
 def test_configuration_survives_the_file(write_config: Callable[..., Path], tmp_path: Path) -> None:
-    extra = "[compare]\nseeds = [1, 2]\n[[compare.variants]]\nname = 's2'\nsuperposition = {bag_size = 2, anneal = [4, 2]}\n"
+    extra = "[compare]\nseeds = [1, 2]\n[[compare.variants]]\nname = 's2'\n"
+    extra += "superposition = {bag_size = 2, anneal = [4, 2]}\n"
     config = load_config(write_config(append=extra))
     save_config(config, tmp_path / "copy.toml")
     assert load_config(tmp_path / "copy.toml") == config

@@ -298,7 +298,8 @@ def test_tst_train_ends_with_a_stock_model(
         f"path = {str(tmp_path / 'run/model')!r}\n"
         "model = AutoModelForCausalLM.from_pretrained(path).eval()\n"
         "ids = torch.arange(12)[None]\n"
-        f"torch.save((model(ids).logits, AutoTokenizer.from_pretrained(path).vocab_size), {str(tmp_path / 'out.pt')!r})\n"
+        "vocab = AutoTokenizer.from_pretrained(path).vocab_size\n"
+        f"torch.save((model(ids).logits, vocab), {str(tmp_path / 'out.pt')!r})\n"
     )
     subprocess.run([sys.executable, "-c", script], check=True, timeout=120)
     logits, vocab = torch.load(tmp_path / "out.pt", weights_only=True)

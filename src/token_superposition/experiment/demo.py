@@ -48,8 +48,8 @@ DEMO = Config(
         },
     ),
     data=DataConfig(sequence_length=128, eval_tokens=32_768, final_eval_tokens=131_072),
-    superposition=SuperpositionConfig(bag_size=4, ratio=0.3),
-    train=TrainConfig(batch_size=64, learning_rate=4e-3, warmup_steps=30),
+    superposition=SuperpositionConfig(bag_size=4, ratio=0.2),
+    train=TrainConfig(batch_size=64, learning_rate=4e-3, warmup_steps=60),
     compare=CompareConfig(baseline_lengths=(SHORT_BASELINE, 1.0)),
 )
 
