@@ -152,7 +152,7 @@ def run_jobs(jobs: list[Job], out: Path, parallel: int, console: Console) -> Non
                         del running[slot]
                         if process.returncode:
                             raise TokenSuperpositionError(_failure(job, out))
-                time.sleep(0.2)
+                time.sleep(0.5)
     finally:
         for _, process in running.values():
             process.terminate()
