@@ -9,6 +9,7 @@ from concurrent.futures import ProcessPoolExecutor
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 
@@ -119,7 +120,7 @@ def _time_steps(config: Config, threads: int) -> float:
     settings = AutoConfig.for_model(
         config.model.architecture, vocab_size=VOCAB_SIZE, **config.model.options, pad_token_id=None
     )
-    model = torch.nn.Module.to(AutoModelForCausalLM.from_config(settings), device)
+    model: Any = torch.nn.Module.to(AutoModelForCausalLM.from_config(settings), device)
     optimizer = torch.optim.AdamW(model.parameters())
     ids = torch.randint(VOCAB_SIZE, (config.train.batch_size, config.data.sequence_length), device=device)
     times: list[float] = []

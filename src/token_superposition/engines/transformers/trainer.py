@@ -158,7 +158,7 @@ class TSTTrainer(Trainer):
         return super().floating_point_ops({**inputs, "input_ids": ids[..., 0] if ids.dim() == 3 else ids})
 
     def _get_train_sampler(self, train_dataset: Any = None) -> torch.utils.data.Sampler[int] | None:
-        dataset = self.train_dataset if train_dataset is None else train_dataset
+        dataset: Any = self.train_dataset if train_dataset is None else train_dataset
         return (
             SequentialSampler(dataset) if isinstance(dataset, PlannedDataset) else super()._get_train_sampler(dataset)
         )
