@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
@@ -12,9 +13,9 @@ from token_superposition.report.contents import HEADERS, read, rows, verdicts
 
 def print_table(directory: Path, console: Console) -> None:
     contents = read(directory)
-    table = Table()
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
     for header in HEADERS:
-        table.add_column(header, justify="left" if header == "run" else "right")
+        table.add_column(header.replace(" ", "\n"), justify="left" if header == "run" else "right", no_wrap=True)
     for row in rows(contents):
         table.add_row(*row)
     console.print(table)
