@@ -28,7 +28,7 @@ from token_superposition.experiment.config import (
 
 VOCAB_SIZE = 2048
 BYTES_PER_TOKEN = 2.8  # a little above what that vocabulary gives on the demo's text, so that the text suffices
-MAX_TEXT_BYTES = 72 * 2**20
+MIN_TEXT_BYTES = 8 * 2**20
 OVERHEAD = 1.08  # validation, start and end of the runs, as a share of their steps
 SHORT_BASELINE = 0.5
 
@@ -61,8 +61,8 @@ def demo(out: str | Path, minutes: float, console: Console, bars: Bars, seed: in
     """Prepare the data, train both runs side by side and write ``summary.json``.
 
     ``minutes`` is the time of the two runs together; how fast this machine is decides the number of steps. Returns
-    a warning if that is fewer than TST was seen to need. Raises ``TokenSuperpositionError`` if ``out`` is in use or the minutes
-    are not enough for any run.
+    a warning if TST was never seen to win with so few. Raises ``TokenSuperpositionError`` if ``out`` is in use or the
+    minutes are not enough for any run.
     """
     out = Path(out)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
@@ -75,10 +75,11 @@ def demo(out: str | Path, minutes: float, console: Console, bars: Bars, seed: in
     # The baseline's process also runs the decay of the shorter baseline.
     extra = SHORT_BASELINE * config.train.decay_ratio
     steps = int(60 * minutes / (OVERHEAD * (1 + extra) * step_seconds))
-    if steps < 2 * config.train.warmup_steps:
+    fewest = 3 * config.train.warmup_steps  # the short baseline needs its warm-up, too
+    if steps < fewest:
         raise TokenSuperpositionError(
             f"{minutes:g} minutes are enough for {steps} steps here ({step_seconds:.2f} s a step); "
-            f"give at least {2 * config.train.warmup_steps * minutes / max(steps, 1):.1f}"
+            f"give at least {fewest * minutes / max(steps, 1):.1f}"
         )
     every = max(steps // 20, 1)
     config = replace(config, train=replace(config.train, steps=steps, eval_every=every))
@@ -86,14 +87,14 @@ def demo(out: str | Path, minutes: float, console: Console, bars: Bars, seed: in
     note = None
     if steps <= LOST_UP_TO_STEPS:
         note = (
-            f"{minutes:g} minutes are {steps} steps on this machine. Up to {LOST_UP_TO_STEPS} steps of this demo TST was "
-            "only ever seen above the baseline: the recovery phase is too short to pay back the first one. Give it more "
-            f"than {minutes * LOST_UP_TO_STEPS / steps:.0f} minutes for a chance."
+            f"{minutes:g} minutes are {steps} steps on this machine. Up to {LOST_UP_TO_STEPS} steps of this demo TST "
+            "was only ever seen above the baseline: the recovery phase is too short to pay back the first one. "
+            f"Give it more than {minutes * LOST_UP_TO_STEPS / steps:.0f} minutes for a chance."
         )
         console.print(f"[yellow]note[/yellow]: {note}", soft_wrap=True, highlight=False)
-    text_bytes = min(int(raw_tokens * BYTES_PER_TOKEN * 1.05), MAX_TEXT_BYTES)
+    text_bytes = max(int(raw_tokens * BYTES_PER_TOKEN * 1.1), MIN_TEXT_BYTES)
     options = PrepareOptions(
-        vocab_size=VOCAB_SIZE, max_bytes=text_bytes, tokenizer_bytes=10 * 2**20, validation_share=0.02
+        vocab_size=VOCAB_SIZE, max_bytes=text_bytes, tokenizer_bytes=10 * 2**20, validation_share=0.05
     )
     with bars() as progress:
         prepare((), out / "data", options, progress, installed_documents)

@@ -70,7 +70,7 @@ def rows(contents: Contents) -> list[tuple[str, ...]]:
     ]
 
 
-HEADERS = ("run", "seed", "bag x share", "steps", "latent tokens", "raw tokens", "training", "val. loss", "bits/byte")
+HEADERS = ("run", "seed", "bags", "steps", "latent tokens", "raw tokens", "time", "val. loss", "bits/byte")
 
 
 def verdicts(contents: Contents) -> list[tuple[str, str]]:

@@ -15,7 +15,7 @@ def print_table(directory: Path, console: Console) -> None:
     contents = read(directory)
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
     for header in HEADERS:
-        table.add_column(header.replace(" ", "\n"), justify="left" if header == "run" else "right", no_wrap=True)
+        table.add_column(header.removesuffix(" tokens"), justify="left" if header == "run" else "right", no_wrap=True)
     for row in rows(contents):
         table.add_row(*row)
     console.print(table)
