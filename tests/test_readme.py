@@ -7,7 +7,6 @@ import tomllib
 from pathlib import Path
 
 import numpy as np
-import pytest
 import torch
 from transformers import TrainingArguments
 
@@ -16,7 +15,6 @@ from token_superposition.cli import COMMANDS
 from token_superposition.experiment.config import Config, from_dict
 
 README = Path(__file__).parent.parent / "README.md"
-pytestmark = pytest.mark.skipif(not README.exists(), reason="installed without the README")
 
 
 def blocks(language: str) -> list[str]:
