@@ -1,6 +1,9 @@
+"""Every implementation of the loss against the float64 specification, and the properties that make it TST's loss."""
+
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -9,24 +12,57 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn import functional as F
 
-from token_superposition import TokenSuperpositionError, loss, place_weights, reference
+from token_superposition import TokenSuperpositionError, place_weights, reference
 from token_superposition import linear_multi_hot_cross_entropy as linear
 from token_superposition import multi_hot_cross_entropy as on_logits
 
 WEIGHTINGS = ["uniform", "power", "exponential", "first", "fitted"]
+IN_FLOAT64 = ["reference", "chunked", "native"]
+ALL = [*IN_FLOAT64, "liger", "triton"]  # on a CPU the last two run in Triton's interpreter
 
 
-def example(n: int, d: int, v: int, s: int, masked: float, seed: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def example(
+    n: int, d: int, v: int, s: int, masked: float, seed: int, dtype: torch.dtype = torch.float64
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     g = torch.Generator().manual_seed(seed)
-    hidden = torch.randn(n, d, generator=g, dtype=torch.float64).requires_grad_()
-    head = torch.randn(v, d, generator=g, dtype=torch.float64).requires_grad_()
-    bias = torch.randn(v, generator=g, dtype=torch.float64).requires_grad_()
+    hidden = torch.randn(n, d, generator=g).to(dtype).requires_grad_()
+    head = torch.randn(v, d, generator=g).to(dtype).requires_grad_()
+    bias = torch.randn(v, generator=g).to(dtype).requires_grad_()
     targets = torch.randint(v, (n, s), generator=g)
     targets[torch.rand(n, s, generator=g) < masked] = -100
     return hidden, head, bias, targets
 
 
-@settings(deadline=None, max_examples=60)
+def specification(
+    hidden: Tensor,
+    head: Tensor,
+    bias: Tensor,
+    targets: Tensor,
+    w: Tensor | None,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    z_loss: float = 0.0,
+) -> Tensor:
+    """``reference`` on whole logits in float64, with everything the loss can do."""
+    logits = hidden.double() @ head.double().T * logit_scale + bias.double()
+    if softcap is not None:
+        logits = softcap * torch.tanh(logits / softcap)
+    rows = (targets != -100).any(1) if w is None else ((targets != -100) & (w > 0)).any(1)
+    extra = (logits.logsumexp(1).square() * rows).sum() / rows.sum().clamp(min=1)
+    return reference.multi_hot_cross_entropy(logits, targets, w) + z_loss * extra
+
+
+def options_of(impl: str, rich: bool) -> dict[str, Any]:
+    """What beyond the plain loss an implementation can do (Liger's soft cap does not run in the interpreter)."""
+    if impl == "native":
+        return {"logit_scale": 0.7} if rich else {}
+    if impl == "liger" and not torch.cuda.is_available():
+        return {"logit_scale": 0.7, "z_loss": 0.1} if rich else {}
+    return {"softcap": 2.0, "logit_scale": 0.7, "z_loss": 0.1} if rich else {}
+
+
+@pytest.mark.parametrize("impl", IN_FLOAT64)
+@settings(deadline=None, max_examples=40)
 @given(
     n=st.integers(0, 7),
     d=st.integers(1, 5),
@@ -34,50 +70,167 @@ def example(n: int, d: int, v: int, s: int, masked: float, seed: int) -> tuple[T
     s=st.integers(1, 5),
     masked=st.sampled_from([0.0, 0.3, 1.0]),
     weighting=st.sampled_from(WEIGHTINGS),
-    rows=st.integers(1, 3),  # rows in a chunk
+    rows=st.integers(1, 3),  # rows in a chunk: also not a divisor of n
+    rich=st.booleans(),
     seed=st.integers(0, 99),
 )
-def test_both_forms_and_their_gradients_are_the_reference(
-    n: int, d: int, v: int, s: int, masked: float, weighting: str, rows: int, seed: int
+def test_value_and_gradients_are_the_specification(
+    impl: Any, n: int, d: int, v: int, s: int, masked: float, weighting: Any, rows: int, rich: bool, seed: int
 ) -> None:
     hidden, head, bias, targets = example(n, d, v, s, masked, seed)
-    w = place_weights(weighting, s).double()  # pyright: ignore[reportArgumentType]
-    expected = reference.multi_hot_cross_entropy(hidden @ head.T + bias, targets, w)
-    grads = torch.autograd.grad(expected, (hidden, head, bias))
-    whole = loss.CHUNK_ELEMENTS
-    try:
-        loss.CHUNK_ELEMENTS = rows * v
-        chunked = linear(hidden, head, targets, w, bias=bias)
-        results = [(chunked, torch.autograd.grad(chunked, (hidden, head, bias)))]
-    finally:
-        loss.CHUNK_ELEMENTS = whole
-    plain = on_logits(hidden @ head.T + bias, targets, w)
-    results.append((plain, torch.autograd.grad(plain, (hidden, head, bias))))
-    for value, gradients in results:
-        torch.testing.assert_close(value, expected)
-        for got, want in zip(gradients, grads, strict=True):
-            torch.testing.assert_close(got, want)
-            assert got.isfinite().all()
+    w, options = place_weights(weighting, s).double(), options_of(impl, rich)
+    expected = specification(hidden, head, bias, targets, w, **options)
+    got = linear(hidden, head, targets, w, bias=bias, impl=impl, chunk_rows=rows, **options)
+    torch.testing.assert_close(got, expected)
+    wanted = torch.autograd.grad(expected, (hidden, head, bias))
+    for gradient, want in zip(torch.autograd.grad(got, (hidden, head, bias)), wanted, strict=True):
+        torch.testing.assert_close(gradient, want)
 
 
-def test_full_bags_equal_the_papers_mean_of_cross_entropies() -> None:
-    hidden, head, _, targets = example(6, 4, 11, 3, 0.0, 1)
+@pytest.mark.parametrize("impl", ["liger", "triton"])
+@settings(deadline=None, max_examples=12)
+@given(
+    n=st.integers(1, 4),
+    v=st.sampled_from([1, 5, 37]),
+    s=st.integers(1, 5),
+    masked=st.sampled_from([0.0, 0.3, 1.0]),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16]),
+    rich=st.booleans(),
+    seed=st.integers(0, 99),
+)
+def test_kernels_are_the_specification(
+    impl: Any, n: int, v: int, s: int, masked: float, dtype: torch.dtype, rich: bool, seed: int
+) -> None:
+    hidden, head, bias, targets = example(n, 3, v, s, masked, seed, dtype)
+    w, options = place_weights("power", s), options_of(impl, rich)
+    expected = specification(hidden, head, bias, targets, w, **options)
+    got = linear(hidden, head, targets, w, bias=bias, impl=impl, **options)
+    near: dict[str, float] = {"rtol": 1e-4, "atol": 1e-5} if dtype == torch.float32 else {"rtol": 3e-2, "atol": 3e-2}
+    torch.testing.assert_close(got.double(), expected, **near)
+    wanted = torch.autograd.grad(expected, (hidden, head, bias))
+    for gradient, want in zip(torch.autograd.grad(got, (hidden, head, bias)), wanted, strict=True):
+        assert gradient.dtype == dtype
+        torch.testing.assert_close(gradient, want, **near)
+
+
+def test_kernel_reads_a_vocabulary_of_several_tiles() -> None:
+    hidden, head, bias, targets = example(3, 4, 9001, 3, 0.2, 5, torch.float32)
+    targets[0] = torch.tensor([8191, 8192, 8192])  # both sides of the first tile's end, one twice
+    expected = specification(hidden, head, bias, targets, None)
+    got = linear(hidden, head, targets, bias=bias, impl="triton")
+    torch.testing.assert_close(got.double(), expected, rtol=1e-5, atol=1e-5)
+    wanted = torch.autograd.grad(expected, (hidden, head, bias))
+    for gradient, want in zip(torch.autograd.grad(got, (hidden, head, bias)), wanted, strict=True):
+        torch.testing.assert_close(gradient, want, rtol=1e-4, atol=1e-5)
+
+
+@settings(deadline=None, max_examples=30)
+@given(
+    shape=st.tuples(st.integers(0, 5), st.integers(1, 9), st.integers(1, 4)),
+    masked=st.sampled_from([0.0, 0.3, 1.0]),
+    weighting=st.sampled_from(WEIGHTINGS),
+    seed=st.integers(0, 99),
+)
+def test_on_logits_is_the_specification(shape: tuple[int, int, int], masked: float, weighting: Any, seed: int) -> None:
+    n, v, s = shape
+    hidden, head, bias, targets = example(n, 3, v, s, masked, seed)
+    w = place_weights(weighting, s).double()
+    expected = specification(hidden, head, bias, targets, w, z_loss=0.1)
+    got = on_logits(hidden @ head.T + bias, targets, w, z_loss=0.1)
+    torch.testing.assert_close(got, expected)
+    wanted = torch.autograd.grad(expected, hidden)[0]
+    torch.testing.assert_close(torch.autograd.grad(got, hidden)[0], wanted)
+
+
+@pytest.mark.parametrize("impl", ALL)
+def test_full_bags_equal_the_papers_mean_of_cross_entropies(impl: Any) -> None:
+    hidden, head, _, targets = example(6, 4, 11, 3, 0.0, 1, torch.float32)
     logits = hidden @ head.T
-    published = sum(F.cross_entropy(logits, targets[:, i]) for i in range(3)) / 3
-    torch.testing.assert_close(linear(hidden, head, targets), published)
+    published = sum((F.cross_entropy(logits, targets[:, i]) for i in range(3)), torch.zeros(())) / 3
+    got = linear(hidden, head, targets, impl=impl)
+    torch.testing.assert_close(got, published)
+    wanted = torch.autograd.grad(published, (hidden, head))
+    for gradient, want in zip(torch.autograd.grad(got, (hidden, head)), wanted, strict=True):
+        torch.testing.assert_close(gradient, want)
 
 
-def test_gradcheck() -> None:
+@pytest.mark.parametrize("impl", IN_FLOAT64)
+def test_gradcheck(impl: Any) -> None:
     hidden, head, bias, targets = example(4, 3, 7, 3, 0.2, 2)
-    assert torch.autograd.gradcheck(
-        lambda h, w, b: linear(h, w, targets, bias=b, reduction="sum"), (hidden, head, bias)
-    )
+    w, options = place_weights("power", 3), options_of(impl, True)
+
+    def loss(h: Tensor, weight: Tensor, b: Tensor) -> Tensor:
+        return linear(h, weight, targets, w, bias=b, reduction="sum", impl=impl, **options)
+
+    assert torch.autograd.gradcheck(loss, (hidden, head, bias))
 
 
-def test_one_target_is_ordinary_cross_entropy() -> None:
-    logits = torch.randn(5, 13)
-    targets = torch.randint(13, (5,))
-    torch.testing.assert_close(on_logits(logits, targets), F.cross_entropy(logits, targets))
+@pytest.mark.parametrize("impl", ["liger", "triton"])
+def test_gradient_of_kernels_by_differences(impl: Any) -> None:
+    """The kernels work in float32, too coarse for gradcheck: one direction, a central difference in float64."""
+    hidden, head, bias, targets = example(4, 3, 7, 3, 0.2, 2, torch.float32)
+    options = options_of(impl, True)
+    value = linear(hidden, head, targets, bias=bias, impl=impl, **options)
+    gradients = torch.autograd.grad(value, (hidden, head, bias))
+    directions = [torch.randn(t.shape, generator=torch.Generator().manual_seed(3)) for t in (hidden, head, bias)]
+
+    def along(step: float) -> float:
+        moved = [t.detach().double() + step * u for t, u in zip((hidden, head, bias), directions, strict=True)]
+        return specification(*moved, targets, None, **options).item()
+
+    slope = sum((g * u).sum().item() for g, u in zip(gradients, directions, strict=True))
+    assert slope == pytest.approx((along(1e-5) - along(-1e-5)) / 2e-5, rel=1e-4)
+
+
+@pytest.mark.parametrize("impl", ALL)
+def test_one_target_is_ordinary_cross_entropy(impl: Any) -> None:
+    hidden, head, bias, targets = example(5, 4, 13, 1, 0.2, 7, torch.float32)
+    expected = F.cross_entropy(hidden @ head.T + bias, targets[:, 0])
+    torch.testing.assert_close(linear(hidden, head, targets[:, 0], bias=bias, impl=impl), expected)
+    torch.testing.assert_close(on_logits(hidden @ head.T + bias, targets), expected)
+
+
+@pytest.mark.parametrize("impl", ALL)
+def test_a_masked_row_adds_nothing_whatever_it_holds(impl: Any) -> None:
+    hidden, head, _, targets = example(4, 3, 7, 2, 0.0, 8, torch.float32)
+    targets[1] = -100
+    expected = linear(hidden[[0, 2, 3]], head, targets[[0, 2, 3]], impl=impl)
+    wanted = torch.autograd.grad(expected, (hidden, head))
+    for garbage in (math.nan, math.inf, 1e4):
+        dirty = hidden.detach().clone()
+        dirty[1] = garbage
+        got = linear(dirty.requires_grad_(), head, targets, impl=impl)
+        torch.testing.assert_close(got, expected)
+        for gradient, want in zip(torch.autograd.grad(got, (dirty, head)), wanted, strict=True):
+            torch.testing.assert_close(gradient, want)
+
+
+@pytest.mark.parametrize("impl", ALL)
+def test_extreme_logits(impl: Any) -> None:
+    """Logits of 1e4 and -1e4: finite, and what float64 gives."""
+    hidden = torch.tensor([[1e4], [-1e4], [1.0]], requires_grad=True)
+    head = torch.tensor([[1.0], [-1.0], [0.5]], requires_grad=True)
+    targets = torch.tensor([[1, 1], [0, 2], [0, -100]])
+    got = linear(hidden, head, targets, impl=impl)
+    expected = specification(hidden, head, torch.zeros(3), targets, None)
+    torch.testing.assert_close(got.double(), expected, rtol=1e-5, atol=1e-5)
+    wanted = torch.autograd.grad(expected, (hidden, head))
+    for gradient, want in zip(torch.autograd.grad(got, (hidden, head)), wanted, strict=True):
+        torch.testing.assert_close(gradient, want, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("impl", ALL)
+def test_inputs_need_not_be_contiguous(impl: Any) -> None:
+    hidden, head, _, targets = example(6, 4, 11, 3, 0.2, 9, torch.float32)
+    expected = linear(hidden, head, targets, impl=impl)
+    strided = [t.detach().T.contiguous().T for t in (hidden, head, targets)]
+    assert not any(t.is_contiguous() for t in strided)
+    h, w, y = strided[0].requires_grad_(), strided[1].requires_grad_(), strided[2]
+    got = linear(h, w, y, impl=impl)
+    torch.testing.assert_close(got, expected)
+    wanted = torch.autograd.grad(expected, (hidden, head))
+    for gradient, want in zip(torch.autograd.grad(got, (h, w)), wanted, strict=True):
+        torch.testing.assert_close(gradient, want)
 
 
 def test_repeated_tokens_count_twice() -> None:
@@ -99,13 +252,6 @@ def test_untrained_model_starts_at_ln_v() -> None:
     hidden, head = torch.randn(64, 16) * 0.02, torch.randn(500, 16) * 0.02
     for s in (1, 4):
         assert abs(linear(hidden, head, torch.randint(500, (64, s))).item() - math.log(500)) < 0.01
-
-
-def test_extreme_logits_stay_finite() -> None:
-    logits = torch.tensor([[1e4, -1e4, 0.0], [-1e4, -1e4, -1e4]], requires_grad=True)
-    value = on_logits(logits, torch.tensor([[1, 1], [0, 2]]))
-    value.backward()
-    assert value.isfinite() and logits.grad is not None and logits.grad.isfinite().all()
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -133,22 +279,7 @@ def test_no_gradient_is_formed_without_need() -> None:
         assert not linear(hidden, head, torch.randint(9, (8, 2))).requires_grad
 
 
-def test_whole_logits_are_never_made() -> None:
-    """8,192 rows by 50,000 tokens would be 1.6 GB; the largest tensor made is one chunk."""
-    largest = 0
-
-    class Watch(torch.utils._python_dispatch.TorchDispatchMode):  # pyright: ignore
-        def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
-            nonlocal largest
-            out = func(*args, **(kwargs or {}))
-            if isinstance(out, Tensor):
-                largest = max(largest, out.numel())
-            return out
-
-    hidden, head = torch.randn(8192, 4, requires_grad=True), torch.randn(50_000, 4, requires_grad=True)
-    with Watch():
-        linear(hidden, head, torch.randint(50_000, (8192, 4))).backward()
-    assert largest <= loss.CHUNK_ELEMENTS
+ONES, LABELS = torch.ones(2, 3), torch.zeros(2, dtype=torch.long)
 
 
 @pytest.mark.parametrize(
@@ -160,6 +291,11 @@ def test_whole_logits_are_never_made() -> None:
             "one weight per place",
         ),
         (lambda: linear(torch.randn(2, 3), torch.randn(5, 4), torch.zeros(2, dtype=torch.long)), "must be equal"),
+        (lambda: linear(ONES, ONES, LABELS, impl="fast"), "choose one of auto, reference"),  # pyright: ignore
+        (lambda: linear(ONES, ONES, LABELS, softcap=0.0), "softcap is 0.0; give a number above 0"),
+        (lambda: linear(ONES, ONES, LABELS, chunk_rows=0), "chunk_rows is 0; give at least 1"),
+        (lambda: linear(ONES, ONES, LABELS, softcap=1.0, impl="native"), "choose impl='chunked'"),
+        (lambda: linear(ONES, ONES, LABELS, reduction="none"), "choose 'mean' or 'sum'"),  # pyright: ignore
         (lambda: place_weights("cubic", 2), "choose one of uniform"),  # pyright: ignore
         (lambda: place_weights("power", 0), "at least 1"),
     ],

@@ -21,6 +21,7 @@ from token_superposition import Schedule, TokenSuperpositionError, place_weights
 from token_superposition.data.plan import PlannedDataset, ValidationSet
 from token_superposition.data.store import TokenStore
 from token_superposition.engines.transformers import TSTTrainer
+from token_superposition.engines.transformers.head import Head
 from token_superposition.experiment.metrics import read_metrics
 
 FOUR = ("llama", "qwen3_moe", "gpt2", "mamba")
@@ -84,18 +85,20 @@ def test_first_step_on_bags_is_the_reference(architecture: str, weighting: str, 
 
 
 @pytest.mark.parametrize(
-    ("architecture", "fused"),
-    [("llama", True), ("qwen3_moe", True), ("gpt2", True), ("mamba", True), ("gemma3_text", True), ("gemma2", False)],
+    ("architecture", "head"),
+    [(a, Head()) for a in ("llama", "qwen3_moe", "gpt2", "mamba", "gemma3_text")]
+    + [("gemma2", Head(softcap=30.0)), ("granite", Head(logit_scale=1 / 8)), ("cohere", Head(logit_scale=0.25))]
+    + [("bert", None)],  # a projection between decoder and head
 )
-def test_whole_logits_only_where_the_model_changes_them(
-    architecture: str, fused: bool, prepared: Path, tmp_path: Path
+def test_whole_logits_only_where_the_head_is_not_known(
+    architecture: str, head: Head | None, prepared: Path, tmp_path: Path
 ) -> None:
     trainer = TSTTrainer(tiny(architecture), arguments(tmp_path), train_dataset=plan_of(prepared))
-    assert trainer.fused is fused
+    assert trainer.head == head
     seen: list[int] = []
     trainer.model.get_output_embeddings().register_forward_hook(lambda m, a, o: seen.append(o.shape[1]))
     trainer.train()
-    assert set(seen) == ({1} if fused else {16})
+    assert set(seen) == ({1} if head else {16})
 
 
 @pytest.mark.parametrize("architecture", FOUR)
@@ -131,7 +134,7 @@ def test_bag_size_one_is_the_stock_trainer(architecture: str, prepared: Path, tm
 
     fused = TSTTrainer(tiny(architecture), arguments(tmp_path, **args), train_dataset=Shifted())
     fused.train()
-    assert fused.fused
+    assert fused.head is not None
     # Trainer divides GPT-2's loss by all 16 labels of a row, of which 15 are targets (its loss has no registered type).
     miscounted = 16 / 15 if architecture == "gpt2" else 1
     assert losses(fused)[0] == pytest.approx(losses(stock)[0] * miscounted, rel=1e-5)

@@ -17,17 +17,103 @@ M = TypeVar("M", bound=nn.Module)
 def bag_embedding(embedding: nn.Module, ids: Tensor) -> Tensor:  # (..., s) -> (..., d)
     """Mean over the last axis of what ``embedding`` gives for each id, accumulated in float32.
 
-    A plain float32 or float64 ``nn.Embedding`` goes through ``embedding_bag``, which never holds (..., s, d). Any
-    other one (scaled, quantised, adapted, half-precision) is asked for the s rows and these are averaged.
+    An ``nn.Embedding``, also one with a padding row, an ``embed_scale`` (Gemma) or a DTensor weight sharded over the
+    vocabulary or replicated, never holds (..., s, d), forward or backward. Any other one (quantised, adapted) is asked
+    for the s rows and these are averaged. From a sharded weight comes a DTensor with the placement ``Partial``, as
+    from ``nn.Embedding`` itself.
     """
+    e = cast(Any, embedding)
     base = _stock_class(type(embedding))
-    if base is nn.Embedding:
-        e = cast(nn.Embedding, embedding)
-        plain = e.max_norm is None and e.padding_idx is None and not e.sparse and not e.scale_grad_by_freq
-        if plain and e.weight.dtype in (torch.float32, torch.float64):
-            return F.embedding_bag(ids.reshape(-1, ids.shape[-1]), e.weight).unflatten(0, ids.shape[:-1])
-    rows: Tensor = base.forward(cast(Any, embedding), ids)
+    if not isinstance(embedding, nn.Embedding) or e.max_norm is not None or e.sparse or e.scale_grad_by_freq:
+        return _mean_of_rows(base.forward(e, ids))
+    scale: float | Tensor = 1.0
+    if base.forward is not nn.Embedding.forward:
+        if not hasattr(e, "embed_scale"):
+            return _mean_of_rows(base.forward(e, ids))
+        scale = e.embed_scale
+    pad = -1 if e.padding_idx is None else int(e.padding_idx)
+    if hasattr(e.weight, "device_mesh"):
+        out = _dtensor_bag_mean(e.weight, ids, pad)
+    elif pad < 0 and e.weight.dtype in (torch.float32, torch.float64):
+        out = F.embedding_bag(ids.reshape(-1, ids.shape[-1]), e.weight).unflatten(0, ids.shape[:-1])
+    else:
+        out = bag_mean(e.weight, ids.reshape(-1, ids.shape[-1]), 0, pad).unflatten(0, ids.shape[:-1])
+    return out if isinstance(scale, float) and scale == 1 else out * torch.as_tensor(scale).to(out.device, out.dtype)
+
+
+def _mean_of_rows(rows: Tensor) -> Tensor:  # (..., s, d) -> (..., d)
     return rows.to(torch.promote_types(rows.dtype, torch.float32)).mean(-2).to(rows.dtype)
+
+
+@torch.library.custom_op("token_superposition::bag_mean", mutates_args=())
+def bag_mean(
+    weight: Tensor,  # (V, d), or the rows of tokens start .. start + V
+    ids: Tensor,  # (N, s)
+    start: int,
+    padding_idx: int,  # this row gets no gradient; -1 for none
+) -> Tensor:  # (N, d) sum over the ids whose row is here, over s
+    """``embedding_bag`` with the gradient summed in float32, for part of a vocabulary too."""
+    inside, local = _local_ids(weight, ids, start)
+    total = F.embedding_bag(local, weight, mode="sum", per_sample_weights=inside.to(weight.dtype))
+    return total / ids.shape[1]
+
+
+@bag_mean.register_fake
+def _(weight: Tensor, ids: Tensor, start: int, padding_idx: int) -> Tensor:
+    return weight.new_empty(ids.shape[0], weight.shape[1])
+
+
+@torch.library.custom_op("token_superposition::bag_mean_backward", mutates_args=())
+def bag_mean_backward(
+    grad: Tensor,  # (N, d)
+    weight: Tensor,  # (V, d)
+    ids: Tensor,  # (N, s)
+    start: int,
+    padding_idx: int,
+) -> Tensor:  # (V, d)
+    inside, local = _local_ids(weight, ids, start)
+    share = grad.to(torch.promote_types(grad.dtype, torch.float32)) / ids.shape[1]
+    total = torch.zeros_like(weight, dtype=share.dtype)
+    for place in range(ids.shape[1]):  # never (N, s, d)
+        total.index_add_(0, local[:, place], share * inside[:, place : place + 1])
+    if start <= padding_idx < start + weight.shape[0]:
+        total[padding_idx - start] = 0
+    return total.to(weight.dtype)
+
+
+@bag_mean_backward.register_fake
+def _(grad: Tensor, weight: Tensor, ids: Tensor, start: int, padding_idx: int) -> Tensor:
+    return torch.empty_like(weight)
+
+
+def _local_ids(weight: Tensor, ids: Tensor, start: int) -> tuple[Tensor, Tensor]:
+    local = ids - start
+    inside = (local >= 0) & (local < weight.shape[0])
+    return inside, torch.where(inside, local, 0)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, int, int], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs[:2])
+    ctx.place = inputs[2:]
+
+
+def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    return bag_mean_backward(grad, *ctx.saved_tensors, *ctx.place), None, None, None
+
+
+bag_mean.register_autograd(_backward, setup_context=_setup_context)
+
+
+def _dtensor_bag_mean(weight: Any, ids: Tensor, padding_idx: int) -> Tensor:
+    """The rows that this process holds; ``Partial`` sums them over the processes when it is redistributed."""
+    from torch.distributed.tensor import DTensor, Partial, Replicate
+
+    from token_superposition.sharding import local_rows
+
+    rows, start, sharded = local_rows(weight)
+    local = ids.to_local() if isinstance(ids, DTensor) else ids
+    out = bag_mean(rows, local.reshape(-1, local.shape[-1]), start, padding_idx).unflatten(0, local.shape[:-1])
+    return DTensor.from_local(out, weight.device_mesh, [Partial() if sharded else Replicate()], run_check=False)
 
 
 def superpose(model: M, embedding: nn.Module | None = None) -> M:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import inspect
+from dataclasses import dataclass
+from itertools import product
 from typing import Any
 
 import torch
@@ -29,12 +31,20 @@ def last_hidden_state(output: Any) -> Tensor:
     return output.last_hidden_state if hasattr(output, "last_hidden_state") else output[0]
 
 
-def why_not_fused(model: nn.Module) -> str | None:
-    """Why the logits of ``model`` are not plainly ``head(hidden)``; None if they are.
+@dataclass(frozen=True)
+class Head:
+    """How the logits of a model come from the hidden states and its output head."""
+
+    softcap: float | None = None
+    logit_scale: float = 1.0
+
+
+def read_head(model: nn.Module) -> Head | str:
+    """How ``model`` makes its logits, or why they cannot be made from the hidden states by ``Head`` alone.
 
     Told by a forward pass over 4 ids in which the head's input is compared with the decoder's output, and the head's
-    output is replaced by a ramp from -100 to 100 that must come out unchanged: a soft cap, a scale, or a
-    projection between decoder and head shows, whatever the weights are.
+    output is replaced by a ramp from -100 to 100: what comes out is the ramp, or the ramp with the scale and the soft
+    cap that the model's configuration names, or something that we do not know.
     """
     if not hasattr(model, "get_output_embeddings") or not hasattr(model, "get_decoder"):
         return "it is not a transformers causal LM"
@@ -67,6 +77,16 @@ def why_not_fused(model: nn.Module) -> str | None:
             handle.remove()
     if not torch.equal(seen["input"].float(), seen["hidden"].float()):
         return "the hidden states are changed between decoder and head"
-    if not torch.equal(logits.float(), ramp.float().expand_as(logits)):
-        return "the logits are changed after the head (soft cap or scale)"
-    return None
+    config: Any = model.config
+    config = config.get_text_config()
+    caps = [None, getattr(config, "final_logit_softcapping", None)]
+    scales = [1.0, getattr(config, "logit_scale", None), getattr(config, "lm_head_multiplier", None)]
+    if getattr(config, "logits_scaling", None):
+        scales.append(1 / config.logits_scaling)
+    for softcap, scale in product(caps, [s for s in scales if s]):
+        expected = ramp.float() * scale
+        expected = expected if softcap is None else torch.tanh(expected / softcap) * softcap
+        tolerance = 0 if scale == 1 and softcap is None else 4 * torch.finfo(ramp.dtype).eps
+        if torch.allclose(logits.float(), expected.expand_as(logits), rtol=tolerance, atol=tolerance * 100):
+            return Head(softcap, scale)
+    return "the logits are changed after the head in a way that its configuration does not name"

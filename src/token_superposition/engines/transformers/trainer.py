@@ -13,7 +13,7 @@ from transformers import Trainer, TrainingArguments, default_data_collator
 
 from token_superposition.data.plan import PlannedDataset
 from token_superposition.embedding import superpose
-from token_superposition.engines.transformers.head import HiddenStates, why_not_fused
+from token_superposition.engines.transformers.head import HiddenStates, read_head
 from token_superposition.errors import TokenSuperpositionError
 from token_superposition.loss import linear_multi_hot_cross_entropy, multi_hot_cross_entropy
 from token_superposition.weights import Weighting, place_weights
@@ -45,9 +45,9 @@ class TSTTrainer(Trainer):
         **kwargs: Any,
     ):
         superpose(model)
-        reason = why_not_fused(model)
-        if reason is not None:
-            logger.warning("%s computes whole logits in training: %s", type(model).__name__, reason)
+        head = read_head(model)
+        if isinstance(head, str):
+            logger.warning("%s computes whole logits in training: %s", type(model).__name__, head)
         if isinstance(kwargs.get("train_dataset"), PlannedDataset) and kwargs.get("data_collator") is None:
             kwargs["data_collator"] = default_data_collator  # nothing to pad
         super().__init__(model, args, **kwargs)
@@ -57,8 +57,8 @@ class TSTTrainer(Trainer):
             )
         self.weighting: Weighting = weighting
         self.lr_factor = lr_factor
-        self.fused = reason is None
-        self._hidden = HiddenStates(model.get_decoder()) if self.fused else None  # pyright: ignore[reportCallIssue]
+        self.head = None if isinstance(head, str) else head
+        self._hidden = HiddenStates(model.get_decoder()) if self.head else None  # pyright: ignore[reportCallIssue]
         if isinstance(self.train_dataset, PlannedDataset):
             self._check_plan(self.train_dataset)
 
@@ -91,12 +91,19 @@ class TSTTrainer(Trainer):
         inputs = {k: v for k, v in inputs.items() if k not in ("shift_labels", "labels")} | {"use_cache": False}
         weights = place_weights(self.weighting, targets.shape[-1]) if targets.dim() == 3 else None
         reduction = "mean" if num_items_in_batch is None else "sum"
-        if self._hidden is not None:
+        if self._hidden is not None and self.head is not None:
             outputs = model(**inputs, logits_to_keep=1)
             head: nn.Linear = self.accelerator.unwrap_model(model).get_output_embeddings()
             with self.accelerator.autocast():
                 loss = linear_multi_hot_cross_entropy(
-                    self._hidden.take(), head.weight, targets, weights, bias=head.bias, reduction=reduction
+                    self._hidden.take(),
+                    head.weight,
+                    targets,
+                    weights,
+                    bias=head.bias,
+                    softcap=self.head.softcap,
+                    logit_scale=self.head.logit_scale,
+                    reduction=reduction,
                 )
         else:
             outputs = model(**inputs)

@@ -1,0 +1,102 @@
+"""The Triton kernel: loss of a row and gradient of its logits, in place, in two passes over the row.
+
+One program takes one row. The first pass finds the logsumexp online, tile by tile, in float32; the second writes the
+gradient over the logits. The s targets are read at once as one vector before the logits are overwritten. So the cost is
+that of a single target. Runs on the CPU, slowly, with ``TRITON_INTERPRET=1``.
+"""
+
+# pyright: basic
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+MAX_TILE = 8192
+
+
+@triton.jit
+def _loss_and_gradient(
+    z_ptr,
+    z_stride,
+    y_ptr,
+    w_ptr,
+    loss_ptr,
+    v,
+    s,
+    z_loss,
+    softcap,
+    HAS_SOFTCAP: tl.constexpr,
+    S: tl.constexpr,  # next power of two of s
+    TILE: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    z_ptr += row * z_stride
+    place = tl.arange(0, S)
+    y = tl.load(y_ptr + row * s + place, mask=place < s, other=-1)
+    w = tl.load(w_ptr + row * s + place, mask=place < s, other=0.0)
+    target = tl.load(z_ptr + y, mask=y >= 0, other=0.0).to(tl.float32)
+    slope = tl.full((S,), 1.0, tl.float32)
+    if HAS_SOFTCAP:
+        t = 2 * tl.sigmoid(2 * target / softcap) - 1  # tanh
+        target = softcap * t
+        slope = 1 - t * t
+
+    top = -float("inf")
+    total = 0.0
+    for start in range(0, v, TILE):
+        column = start + tl.arange(0, TILE)
+        z = tl.load(z_ptr + column, mask=column < v, other=-float("inf")).to(tl.float32)
+        if HAS_SOFTCAP:
+            z = tl.where(column < v, softcap * (2 * tl.sigmoid(2 * z / softcap) - 1), -float("inf"))
+        new_top = tl.maximum(top, tl.max(z, 0))
+        total = total * tl.exp(top - new_top) + tl.sum(tl.exp(z - new_top), 0)
+        top = new_top
+    lse = top + tl.log(total)
+    loss = tl.log(total) - tl.sum(w * (target - top), 0) + z_loss * lse * lse
+    tl.store(loss_ptr + row, loss)
+
+    scale = 1 + 2 * z_loss * lse
+    for start in range(0, v, TILE):
+        column = start + tl.arange(0, TILE)
+        z = tl.load(z_ptr + column, mask=column < v, other=0.0).to(tl.float32)
+        factor = 1.0
+        if HAS_SOFTCAP:
+            t = 2 * tl.sigmoid(2 * z / softcap) - 1
+            z = softcap * t
+            factor = 1 - t * t
+        tl.store(z_ptr + column, scale * tl.exp(z - lse) * factor, mask=column < v)
+    tl.debug_barrier()  # the targets are written after their tiles
+    # A token that fills several places gets the sum of their weights, written alike from each of them.
+    same = (y[:, None] == y[None, :]).to(tl.float32)
+    summed = tl.sum(same * w[None, :], 1)
+    tl.store(z_ptr + y, (scale * tl.exp(target - lse) - summed) * slope, mask=y >= 0)
+
+
+def loss_and_gradient(
+    z: Tensor,  # (n, V) logits, overwritten by the gradient
+    y: Tensor,  # (n, s) int64 in [0, V); 0 where the weight is 0
+    w: Tensor,  # (n, s) float32
+    softcap: float,
+    z_loss: float,
+) -> Tensor:  # (n,) float32
+    n, v = z.shape
+    losses = torch.empty(n, dtype=torch.float32, device=z.device)
+    tile = min(triton.next_power_of_2(v), MAX_TILE)
+    _loss_and_gradient[(n,)](
+        z,
+        z.stride(0),
+        y.contiguous(),
+        w.contiguous(),
+        losses,
+        v,
+        y.shape[1],
+        z_loss,
+        softcap or 1.0,
+        HAS_SOFTCAP=softcap != 0,
+        S=triton.next_power_of_2(y.shape[1]),
+        TILE=tile,
+        num_warps=max(min(tile // 256, 32), 4),  # pyright: ignore[reportCallIssue]
+    )
+    return losses

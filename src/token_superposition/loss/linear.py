@@ -1,0 +1,116 @@
+"""The loss from hidden states and the output head, without their (N, V) logits."""
+
+from __future__ import annotations
+
+from typing import Any, Literal, cast, get_args
+
+import torch
+from torch import Tensor
+
+from token_superposition.errors import TokenSuperpositionError
+from token_superposition.loss.chunked import linear_multi_hot_loss
+from token_superposition.loss.logits import multi_hot_cross_entropy
+from token_superposition.loss.targets import Reduction, as_rows, reduce, target_weights
+from token_superposition.loss.vocab_parallel import VocabParallel, local_head
+
+Implementation = Literal["auto", "reference", "chunked", "native", "liger", "triton"]
+IMPLEMENTATIONS: tuple[str, ...] = get_args(Implementation)
+
+
+def linear_multi_hot_cross_entropy(
+    hidden: Tensor,  # (..., d)
+    weight: Tensor,  # (V, d) the output head; a DTensor sharded over V, or its local rows with vocab_parallel
+    targets: Tensor,  # (..., s) int64, or (...) for s = 1; a bag is a multiset
+    place_weights: Tensor | None = None,  # (s,) weights of the places in a bag; None is uniform
+    *,
+    bias: Tensor | None = None,  # (V,)
+    ignore_index: int = -100,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    z_loss: float = 0.0,
+    reduction: Reduction = "mean",
+    impl: Implementation = "auto",
+    chunk_rows: int | None = None,
+    vocab_parallel: VocabParallel | None = None,
+) -> Tensor:  # ()
+    """Multi-hot cross-entropy of ``hidden @ weight.T`` (arXiv 2605.06546, eq. 3) without the (N, V) logits.
+
+    The logits are ``z = hidden @ weight.T * logit_scale + bias``, then ``softcap * tanh(z / softcap)`` if a soft cap
+    is given. The loss of a row is ``logsumexp(z) - sum_i w_i z[y_i] + z_loss * logsumexp(z)**2`` with ``w``
+    renormalised over the valid targets; a row without any contributes 0, whatever it holds. ``mean`` is over the rows
+    that have a valid target. Under autocast the matrix products run in the autocast dtype; everything else, and the
+    gradient of the head over the rows, is computed in float32 (float64 for float64 inputs).
+
+    ``impl``:
+
+    - ``reference``: materialises the logits; the specification; any order of derivative.
+    - ``chunked``: some rows at a time on any device. Three matrix products for any s, as for an ordinary head.
+    - ``native``: ``torch.nn.functional.linear_cross_entropy`` of torch 2.13 plus s + 1 gathered rows.
+    - ``liger``: the same over Liger-Kernel (CUDA).
+    - ``triton``: ``chunked``, with the work between the matrix products in one kernel of ours (CUDA).
+    - ``auto``: ``chunked``. It was the fastest on a CPU at every size measured (benchmarks/results.csv); ``triton``
+      stays a choice by hand until it has been measured on a GPU.
+
+    All but ``reference`` can be differentiated once. ``chunk_rows`` sets the rows of a chunk of ``chunked`` and
+    ``triton``. Raises ``TokenSuperpositionError`` for shapes that do not fit and for what ``impl`` cannot do.
+
+    >>> linear_multi_hot_cross_entropy(torch.zeros(1, 2), torch.ones(4, 2), torch.tensor([[0, 0, 3]]))  # ln 4
+    tensor(1.3863)
+    """
+    hidden, weight, bias, vocab_start, group = local_head(hidden, weight, bias, vocab_parallel)
+    hidden, targets = as_rows(hidden, targets)
+    _check(hidden, weight, softcap, impl, chunk_rows)
+    device = hidden.device.type
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
+    w, valid = target_weights(targets, place_weights, ignore_index, torch.promote_types(dtype, torch.float32))
+    cap = softcap or 0.0
+    if group and impl not in ("auto", "chunked"):
+        raise TokenSuperpositionError(f"impl={impl!r} cannot read a head sharded over the vocabulary; choose 'chunked'")
+    if impl == "reference":
+        rows = torch.where(valid.unsqueeze(1), hidden, 0)
+        logits = rows.to(w.dtype) @ weight.to(w.dtype).T * logit_scale
+        logits = logits if bias is None else logits + bias
+        logits = torch.tanh(logits / cap) * cap if cap else logits
+        return multi_hot_cross_entropy(
+            logits, targets, place_weights, ignore_index=ignore_index, z_loss=z_loss, reduction=reduction
+        )
+    if impl in ("native", "liger"):
+        from token_superposition.loss import single_target
+
+        library = single_target.native if impl == "native" else single_target.liger
+        total = single_target.by_identity(
+            library, hidden, weight, bias, targets, w, valid, dtype, cap, logit_scale, z_loss
+        )
+        return reduce(total, valid, reduction)
+    enabled = torch.is_grad_enabled()
+    total = cast(Any, linear_multi_hot_loss)(
+        hidden,
+        weight,
+        bias,
+        targets,
+        w,
+        valid,
+        dtype,
+        cap,
+        logit_scale,
+        z_loss,
+        "triton" if impl == "triton" else "torch",
+        chunk_rows or 0,
+        [t is not None and enabled and t.requires_grad for t in (hidden, weight, bias)],
+        vocab_start,
+        group,
+    )[0]
+    return reduce(total, valid, reduction)
+
+
+def _check(hidden: Tensor, weight: Tensor, softcap: float | None, impl: str, chunk_rows: int | None) -> None:
+    if hidden.shape[1] != weight.shape[1]:
+        raise TokenSuperpositionError(
+            f"hidden has width {hidden.shape[1]} but the head has width {weight.shape[1]}; they must be equal"
+        )
+    if impl not in IMPLEMENTATIONS:
+        raise TokenSuperpositionError(f"impl is {impl!r}; choose one of {', '.join(IMPLEMENTATIONS)}")
+    if softcap is not None and not softcap > 0:
+        raise TokenSuperpositionError(f"softcap is {softcap}; give a number above 0, or None for no cap")
+    if chunk_rows is not None and chunk_rows < 1:
+        raise TokenSuperpositionError(f"chunk_rows is {chunk_rows}; give at least 1, or None to leave it to us")

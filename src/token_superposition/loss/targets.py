@@ -1,0 +1,51 @@
+"""What every form of the loss does with its targets: shapes, weights, reduction."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from token_superposition.errors import TokenSuperpositionError
+
+Reduction = Literal["mean", "sum"]
+
+
+def as_rows(x: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:  # (N, d), (N, s)
+    """Flatten (..., d) and (..., s) or (...) to rows. Raises ``TokenSuperpositionError`` if they do not fit."""
+    if targets.dim() == x.dim() - 1:
+        targets = targets.unsqueeze(-1)
+    if targets.dim() != x.dim() or targets.shape[:-1] != x.shape[:-1] or not targets.shape[-1]:
+        raise TokenSuperpositionError(
+            f"targets of shape {tuple(targets.shape)} do not fit rows of shape {tuple(x.shape)}; "
+            f"give {tuple(x.shape[:-1])} for ordinary targets or {(*x.shape[:-1], 's')} for bags"
+        )
+    return x.reshape(-1, x.shape[-1]), targets.reshape(-1, targets.shape[-1])
+
+
+def target_weights(
+    targets: Tensor,  # (N, s)
+    place_weights: Tensor | None,  # (s,)
+    ignore_index: int,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor]:  # (N, s) summing to 1 in each row with a valid target, else to 0; (N,) bool
+    """Weight of every target: its place's weight, renormalised over the valid targets of its row."""
+    if place_weights is None:
+        place_weights = targets.new_ones(targets.shape[1], dtype=dtype)
+    elif place_weights.shape != targets.shape[1:]:
+        raise TokenSuperpositionError(
+            f"place_weights has shape {tuple(place_weights.shape)} for bags of {targets.shape[1]}; "
+            "give one weight per place"
+        )
+    w = place_weights.to(targets.device, dtype) * (targets != ignore_index)
+    total = w.sum(1, keepdim=True)
+    return w / torch.where(total > 0, total, 1), total.squeeze(1) > 0
+
+
+def reduce(total: Tensor, valid: Tensor, reduction: Reduction) -> Tensor:  # (), (N,) -> ()
+    if reduction == "sum":
+        return total
+    if reduction == "mean":
+        return total / valid.sum().clamp(min=1)
+    raise TokenSuperpositionError(f"reduction is {reduction!r}; choose 'mean' or 'sum'")

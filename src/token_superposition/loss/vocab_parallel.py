@@ -1,0 +1,50 @@
+"""An output head whose rows are spread over processes (tensor parallelism over the vocabulary)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch.distributed as dist
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class VocabParallel:
+    """This process's place in a head sharded over the vocabulary, for heads that are not DTensors.
+
+    The loss then takes the process's own rows of the head (and of the bias), and the same hidden states and targets on
+    every process. It costs one all-reduce each of the maximum, the sum of exponentials and the gathered logits of a
+    chunk's rows, for any bag size, and one of the gradient by the hidden states, which comes out whole everywhere.
+    """
+
+    group: dist.ProcessGroup
+    start: int
+    """Id of the first token whose row this process holds."""
+
+
+def local_head(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, place: VocabParallel | None
+) -> tuple[Tensor, Tensor, Tensor | None, int, str]:
+    """Plain tensors of this process (hidden, weight, bias), the first id of weight, and the group's name ('' if none).
+
+    Raises ``TokenSuperpositionError`` for a DTensor that is sharded otherwise than over V.
+    """
+    if place is not None:
+        return hidden, weight, bias, place.start, place.group.group_name
+    if not hasattr(weight, "device_mesh"):
+        return hidden, weight, bias, 0, ""
+    from torch.distributed.tensor import DTensor, Replicate, Shard
+
+    from token_superposition.sharding import local_rows
+
+    head: Any = weight
+    mesh = head.device_mesh
+    rows, start, sharded = local_rows(head)
+    if isinstance(hidden, DTensor):
+        hidden = hidden.redistribute(mesh, [Replicate()] * mesh.ndim).to_local()
+    if isinstance(bias, DTensor):
+        bias = bias.redistribute(mesh, head.placements).to_local()
+    elif bias is not None and sharded:
+        bias = DTensor.from_local(bias, mesh, [Replicate()], run_check=False).redistribute(mesh, [Shard(0)]).to_local()
+    return hidden, rows, bias, start, mesh.get_group().group_name if sharded else ""

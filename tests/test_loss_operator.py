@@ -1,0 +1,213 @@
+"""The loss and the bag embedding inside a training step: compile, checkpointing, accumulation, memory."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from benchmarks.measure import peak_bytes
+from token_superposition import TokenSuperpositionError, bag_embedding
+from token_superposition import linear_multi_hot_cross_entropy as linear
+from token_superposition.embedding import bag_mean
+from token_superposition.loss.chunked import linear_multi_hot_loss
+from token_superposition.loss.single_target import weighted_logits
+from token_superposition.loss.targets import target_weights
+
+
+def example(n: int = 12, d: int = 4, v: int = 19, s: int = 3) -> tuple[Tensor, Tensor, Tensor]:
+    g = torch.Generator().manual_seed(0)
+    hidden, head = torch.randn(n, d, generator=g), torch.randn(v, d, generator=g)
+    targets = torch.randint(v, (n, s), generator=g)
+    targets[1], targets[2, 0] = -100, -100
+    return hidden.requires_grad_(), head.requires_grad_(), targets
+
+
+def gradients(loss: Callable[..., Tensor], *tensors: Tensor) -> list[Tensor]:
+    value = loss(*tensors)
+    return [value.detach(), *torch.autograd.grad(value, tensors)]
+
+
+def assert_same(got: list[Tensor], want: list[Tensor]) -> None:
+    for a, b in zip(got, want, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("impl", ["auto", "reference", "chunked", "native"])
+@pytest.mark.parametrize("autocast", [False, True])
+def test_compiles_without_a_graph_break(impl: Any, autocast: bool) -> None:
+    hidden, head, targets = example()
+
+    def loss(h: Tensor, w: Tensor) -> Tensor:
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            return linear(h * 2, w, targets, impl=impl, softcap=None if impl == "native" else 3.0)
+
+    torch._dynamo.reset()
+    if impl == "native":  # torch's own operator breaks the graph
+        compiled = torch.compile(loss, backend="aot_eager")
+    else:
+        compiled = torch.compile(loss, backend="aot_eager", fullgraph=True)
+    assert_same(gradients(compiled, hidden, head), gradients(loss, hidden, head))
+
+
+def test_compiled_once_for_all_bags_of_one_rank() -> None:
+    """A change of the bag size is at most one more graph; of the step, none."""
+    hidden, head, _ = example()
+    torch._dynamo.reset()
+    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(linear, backend=counter, fullgraph=True)
+    for s in (2, 3, 5, 8, 4):
+        for _ in range(2):
+            compiled(hidden, head, torch.randint(19, (12, s))).backward()
+    assert counter.frame_count <= 2
+
+
+def test_the_step_compiles_as_a_whole() -> None:
+    table = nn.Embedding(19, 4)
+    head, targets = torch.randn(19, 4, requires_grad=True), torch.randint(19, (2, 5, 3))
+    ids = torch.randint(19, (2, 5, 3))
+
+    def step(weight: Tensor, head: Tensor) -> Tensor:
+        return linear(torch.tanh(bag_embedding(table, ids)) * weight, head, targets)
+
+    scale = torch.ones(4, requires_grad=True)
+    torch._dynamo.reset()
+    compiled = torch.compile(step, backend="aot_eager", fullgraph=True)
+    want = torch.autograd.grad(step(scale, head), (scale, head, table.weight))
+    assert_same(list(torch.autograd.grad(compiled(scale, head), (scale, head, table.weight))), list(want))
+
+
+def test_registered_as_torch_asks() -> None:
+    """Schema, fake tensors and autograd of every operator, by torch's own check."""
+    hidden, head, targets = example()
+    w, valid = target_weights(targets, None, -100, torch.float32)
+    bias = torch.zeros(19, requires_grad=True)
+    settings = (torch.float32, 2.0, 0.5, 0.1, "torch", 5, [True, True, True], 0, "")
+    torch.library.opcheck(
+        linear_multi_hot_loss,
+        (hidden, head, bias, targets, w, valid, *settings),
+        test_utils=("test_schema", "test_faketensor", "test_autograd_registration"),
+    )
+    rows = targets.clamp(min=0)
+    torch.library.opcheck(weighted_logits, (hidden, head, bias, rows, torch.ones(rows.shape), 2.0))
+    torch.library.opcheck(bag_mean, (head, rows, 0, 3))
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_under_activation_checkpointing(reentrant: bool) -> None:
+    hidden, head, targets = example()
+
+    def plain(h: Tensor, w: Tensor) -> Tensor:
+        return linear(h.tanh(), w, targets)
+
+    def checkpointed(h: Tensor, w: Tensor) -> Tensor:
+        out: Any = checkpoint(plain, h, w, use_reentrant=reentrant)
+        return out
+
+    def grads(loss: Callable[..., Tensor]) -> list[Tensor]:
+        hidden.grad = head.grad = None
+        loss(hidden, head).backward()
+        assert hidden.grad is not None and head.grad is not None
+        return [hidden.grad, head.grad]
+
+    assert_same(grads(checkpointed), grads(plain))
+
+
+def test_gradients_add_up_over_micro_batches() -> None:
+    hidden, head, targets = example()
+    whole = gradients(lambda h, w: linear(h, w, targets, reduction="sum"), hidden, head)[2]
+    head.grad = None
+    for part in range(0, 12, 4):
+        linear(hidden[part : part + 4].detach(), head, targets[part : part + 4], reduction="sum").backward()
+    assert head.grad is not None
+    torch.testing.assert_close(head.grad, whole)
+
+
+@pytest.mark.parametrize("impl", ["chunked", "native", "triton"])
+def test_a_retained_graph_gives_the_same_gradients_again(impl: Any) -> None:
+    hidden, head, targets = example()
+    loss = linear(hidden, head, targets, impl=impl) * 3
+    first = torch.autograd.grad(loss, (hidden, head), retain_graph=True)
+    kept = [g.clone() for g in first]
+    second = torch.autograd.grad(loss, (hidden, head))
+    assert_same(list(second), kept)
+    assert_same(list(first), kept)
+
+
+def test_second_derivatives_are_refused_not_wrong() -> None:
+    hidden, head, targets = example()
+    with pytest.raises(TokenSuperpositionError, match="only impl='reference' has second derivatives"):
+        torch.autograd.grad(linear(hidden, head, targets), hidden, create_graph=True)
+    (once,) = torch.autograd.grad(linear(hidden, head, targets, impl="reference"), hidden, create_graph=True)
+    assert torch.autograd.grad(once.square().sum(), head)[0].abs().sum() > 0
+
+
+@pytest.mark.parametrize("impl", ["chunked", "native", "triton"])
+@pytest.mark.parametrize("frozen", ["hidden", "head"])
+def test_a_frozen_input_gets_no_gradient(impl: Any, frozen: str) -> None:
+    hidden, head, targets = example()
+    want = gradients(lambda h, w: linear(h, w, targets), hidden, head)[1:]
+    (hidden if frozen == "hidden" else head).requires_grad_(False)
+    linear(hidden, head, targets, impl=impl).backward()
+    assert (hidden.grad is None) == (frozen == "hidden") and (head.grad is None) == (frozen == "head")
+    kept = head.grad if frozen == "hidden" else hidden.grad
+    assert kept is not None
+    torch.testing.assert_close(kept, want[1 if frozen == "hidden" else 0])
+
+
+def test_deterministic_algorithms() -> None:
+    hidden, head, targets = example()
+    table = nn.Embedding(19, 4, dtype=torch.bfloat16)
+    torch.use_deterministic_algorithms(True)
+    try:
+        runs = [gradients(lambda h, w: linear(h, w, targets), hidden, head) for _ in range(2)]
+        for _ in range(2):
+            table.weight.grad = None
+            bag_embedding(table, targets.clamp(min=0)).float().sum().backward()
+            assert table.weight.grad is not None
+            runs.append([table.weight.grad.clone()])
+    finally:
+        torch.use_deterministic_algorithms(False)
+    for first, second in ((runs[0], runs[1]), (runs[2], runs[3])):
+        assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+def test_nothing_is_kept_after_the_step() -> None:
+    hidden, head, targets = example()
+
+    def tensors() -> int:
+        return sum(issubclass(type(o), Tensor) for o in gc.get_objects())
+
+    linear(hidden.tanh(), head, targets).backward()  # makes the leaves' gradients
+    gc.collect()
+    gc.disable()  # a reference cycle would stay
+    try:
+        before = tensors()
+        for _ in range(3):
+            linear(hidden.tanh(), head, targets).backward()
+        linear(hidden.tanh(), head, targets)  # never differentiated
+        assert tensors() == before
+    finally:
+        gc.enable()
+
+
+def test_whole_logits_are_never_made() -> None:
+    """4,096 rows by 20,000 tokens by 4 targets: beside a chunk of 192 rows and the gradients, nothing of size."""
+    hidden, head = torch.randn(4096, 4, requires_grad=True), torch.randn(20_000, 4, requires_grad=True)
+    targets = torch.randint(20_000, (4096, 4))
+    peak = peak_bytes(lambda: linear(hidden, head, targets, impl="chunked").backward())
+    gradients = 4 * (hidden.numel() + head.numel())
+    assert 0 < peak - gradients < 1.1 * 4 * 192 * 20_000
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rows_of_a_bag_are_never_made(dtype: torch.dtype) -> None:
+    table, ids = nn.Embedding(10, 64, dtype=dtype), torch.randint(10, (4, 100, 32))
+    grad = torch.ones(4, 100, 64, dtype=dtype)
+    peak = peak_bytes(lambda: bag_embedding(table, ids).backward(grad))
+    assert 0 < peak < ids.numel() * 64 * dtype.itemsize / 2  # half of (B, L, s, d)

@@ -1,0 +1,119 @@
+"""Embedding and output head sharded over the vocabulary, on two real processes, against one process."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor, init_device_mesh
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+from torch.profiler import ProfilerActivity, profile
+
+from token_superposition import TokenSuperpositionError, superpose
+from token_superposition import linear_multi_hot_cross_entropy as linear
+from token_superposition.loss.vocab_parallel import VocabParallel
+
+V, D, N, S = 11, 4, 9, 3  # 11 rows on two processes: 6 and 5
+
+
+def example() -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    g = torch.Generator().manual_seed(0)
+    hidden, head, bias = (torch.randn(*shape, generator=g).double() for shape in ((N, D), (V, D), (V,)))
+    targets = torch.randint(V, (N, S), generator=g)
+    targets[1], targets[2, 0], targets[3] = -100, -100, 10
+    return hidden.requires_grad_(), head.requires_grad_(), bias.requires_grad_(), targets
+
+
+def all_reduces(call: Callable[[], Any]) -> int:
+    with profile(activities=[ProfilerActivity.CPU]) as p:
+        call()
+    return sum(e.name == "_c10d_functional::all_reduce" for e in p.events())
+
+
+def close(got: Any, want: Any) -> None:
+    torch.testing.assert_close(got.full_tensor() if isinstance(got, DTensor) else got, want)
+
+
+def check_loss_on_local_rows(rank: int) -> None:
+    hidden, head, bias, targets = example()
+    options: dict[str, Any] = {"softcap": 2.0, "logit_scale": 0.7, "z_loss": 0.1}
+    expected = linear(hidden, head, targets, bias=bias, impl="reference", **options)
+    want = torch.autograd.grad(expected, (hidden, head, bias))
+    mine = slice(0, 6) if rank == 0 else slice(6, V)
+    rows, part = head.detach()[mine].requires_grad_(), bias.detach()[mine].requires_grad_()
+    place = VocabParallel(dist.group.WORLD, mine.start)  # pyright: ignore
+    for chunk_rows in (4, N):
+        got = linear(hidden, rows, targets, bias=part, vocab_parallel=place, chunk_rows=chunk_rows, **options)
+        close(got, expected)
+        gradients = torch.autograd.grad(got, (hidden, rows, part))
+        for g, w in zip(gradients, (want[0], want[1][mine], want[2][mine]), strict=True):
+            close(g, w)
+
+
+def check_number_of_collectives(rank: int) -> None:
+    hidden, head, _, _ = example()
+    mine = slice(0, 6) if rank == 0 else slice(6, V)
+    place = VocabParallel(dist.group.WORLD, mine.start)  # pyright: ignore
+    for s in (1, 8):
+        targets, rows = torch.randint(V, (N, s)), head.detach()[mine].requires_grad_()
+        with torch.no_grad():
+            assert all_reduces(lambda: linear(hidden, rows, targets, vocab_parallel=place)) == 3  # noqa: B023
+        assert all_reduces(lambda: linear(hidden, rows, targets, vocab_parallel=place).backward()) == 4  # noqa: B023
+
+
+def check_dtensors(rank: int) -> None:
+    """The plan of a tensor-parallel model: embedding by rows, head by columns of its product."""
+    mesh = init_device_mesh("cpu", (2,))
+    g = torch.Generator().manual_seed(1)
+    table, out = nn.Embedding(V, D).double(), nn.Linear(D, V).double()
+    for p in (*table.parameters(), *out.parameters()):
+        p.data.copy_(torch.randn(p.shape, generator=g))
+    ids, targets = torch.randint(V, (2, 5, S), generator=g), torch.randint(V, (2, 5, S), generator=g)
+    hidden = torch.tanh(table.weight[ids].mean(2))
+    expected = linear(hidden, out.weight, targets, bias=out.bias, impl="reference")
+    want = torch.autograd.grad(expected, (table.weight, out.weight, out.bias))  # pyright: ignore
+
+    model = nn.ModuleDict({"table": table, "out": out})
+    plan = {
+        "table": RowwiseParallel(input_layouts=Replicate(), output_layouts=Replicate(), use_local_output=True),
+        "out": ColwiseParallel(output_layouts=Shard(-1)),
+    }
+    parallelize_module(model, mesh, plan)
+    superpose(model, table)
+    hidden = torch.tanh(table(ids))
+    weight, bias = out.weight, out.bias
+    assert isinstance(weight, DTensor) and weight.placements == (Shard(0),)
+    for state in (hidden, DTensor.from_local(hidden, mesh, [Replicate()])):
+        got = linear(state, weight, targets, bias=bias)
+        close(got, expected)
+        grads = torch.autograd.grad(got, (table.weight, weight, bias), retain_graph=True)
+        for g_, w in zip(grads, want, strict=True):
+            close(g_, w)
+    whole = weight.full_tensor().detach()
+    close(linear(hidden, distribute_tensor(whole, mesh, [Replicate()]), targets, bias=bias), expected)
+    with pytest.raises(TokenSuperpositionError, match=r"Shard\(0\) on a mesh of one dimension"):
+        linear(hidden, distribute_tensor(whole, mesh, [Shard(1)]), targets)
+    with pytest.raises(TokenSuperpositionError, match="choose 'chunked'"):
+        linear(hidden, weight, targets, impl="triton")
+
+
+CHECKS = (check_loss_on_local_rows, check_number_of_collectives, check_dtensors)
+
+
+def worker(rank: int, check: int, rendezvous: str) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=2)
+    try:
+        CHECKS[check](rank)
+    finally:
+        dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("check", range(len(CHECKS)), ids=[c.__name__ for c in CHECKS])
+def test_two_processes(check: int, tmp_path: Path) -> None:
+    torch.multiprocessing.spawn(worker, (check, str(tmp_path / "rendezvous")), nprocs=2)  # pyright: ignore
