@@ -1,13 +1,12 @@
 """Raw tokens a second that the planned dataset delivers, against what a training step of the demo's model takes.
 
-    python benchmarks/bench_loader.py
+    python -m benchmarks.bench_loader
 
 Prints one line a bag size and appends rows to benchmarks/results.csv. Loader and model run in turn in this process.
 """
 
 from __future__ import annotations
 
-import csv
 import statistics
 import tempfile
 import time
@@ -17,10 +16,10 @@ import numpy as np
 import torch
 from transformers import AutoModelForCausalLM, Qwen3Config, default_data_collator
 
+from benchmarks.measure import append_rows
 from token_superposition import Phase, Schedule, linear_multi_hot_cross_entropy, superpose
 from token_superposition.data.plan import PlannedDataset
 from token_superposition.experiment.demo import DEMO, VOCAB_SIZE
-from token_superposition.experiment.run import hardware
 
 BATCH, LENGTH, ROUNDS = DEMO.train.batch_size, DEMO.data.sequence_length, 5
 
@@ -52,18 +51,10 @@ def main() -> None:
                     "bag_size": bag,
                     "raw_tokens_per_second": round(raw / statistics.median(load)),
                     "load_over_step": round(statistics.median(load) / statistics.median(step), 4),
-                    "hardware": hardware(),
-                    "torch": torch.__version__,
                 }
             )
             print(", ".join(f"{k} {v}" for k, v in rows[-1].items()))
-    results = Path(__file__).parent / "results.csv"
-    new = not results.exists()
-    with results.open("a", newline="") as f:
-        writer = csv.DictWriter(f, rows[0])
-        if new:
-            writer.writeheader()
-        writer.writerows(rows)
+    append_rows(rows)
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import os
 import platform
 import statistics
 import time
@@ -42,7 +43,7 @@ def side_by_side(contenders: dict[str, Callable[[], Any]], rounds: int) -> dict[
     names = list(contenders)
     seconds: dict[str, list[float]] = {name: [] for name in names}
     for name in names:
-        contenders[name]()
+        contenders[name]()  # warm-up
     for r in range(rounds):
         for name in names[r % len(names) :] + names[: r % len(names)]:
             synchronize()
@@ -75,6 +76,12 @@ def peak_bytes(call: Callable[[], Any]) -> int:
         held += event.nbytes()
         peak = max(peak, held)
     return peak
+
+
+def free_bytes() -> int:
+    if torch.cuda.is_available():
+        return torch.cuda.mem_get_info()[0]
+    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 def append_rows(rows: Sequence[dict[str, Any]], path: Path = RESULTS) -> None:
