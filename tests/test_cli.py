@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 import sys
+import time
 import tomllib
 from collections.abc import Callable
 from dataclasses import replace
@@ -266,6 +267,29 @@ def test_generate_continues_the_prompt_and_repeats_itself(comparison: Path) -> N
     assert tst("generate", model, "The river", "--max-new-tokens", "5").stdout == first
 
 
+def test_a_terminated_comparison_leaves_no_run_behind(write_config: Callable[..., Path], tmp_path: Path) -> None:
+    out = tmp_path / "terminated"
+    command = [sys.executable, "-m", "token_superposition", "compare", write_config(steps=100_000), "--out", out]
+
+    def training() -> list[Path]:
+        """Processes whose command line names the output: the comparison and its runs."""
+        lines = list(Path("/proc").glob("[0-9]*/cmdline"))
+        return [p for p in lines if p.exists() and str(out).encode() in p.read_bytes()]
+
+    process = subprocess.Popen(list(map(str, command)), stdout=subprocess.DEVNULL)
+    wait_for(lambda: len(training()) >= 2)
+    process.terminate()
+    assert process.wait(60) == 143
+    wait_for(lambda: not training())
+
+
+def wait_for(condition: Callable[[], bool], seconds: float = 120) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+
+
 def test_demo_on_this_installation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The whole demo, with a smaller model and batch than it ships with."""
     from rich.console import Console
@@ -291,7 +315,7 @@ def test_demo_on_this_installation(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     runs = {r["name"]: r for r in summary["runs"]}
     assert list(runs) == ["baseline", "tst", "baseline-x0.5"]
     assert runs["tst"]["flops"] == runs["baseline"]["flops"] and runs["tst"]["epochs"] < 1
-    assert (note is not None) == (runs["tst"]["steps"] <= module.LOST_UP_TO_STEPS) and summary["note"] == note
+    assert (note is not None) == (runs["tst"]["steps"] < module.STEPS) and summary["note"] == note
     assert summary["comparison"]["equal_loss_speedup"] is None or runs["tst"]["val_loss"] > runs["baseline"]["val_loss"]
     write_report(tmp_path / "demo")
     print_table(tmp_path / "demo", console)

@@ -172,7 +172,8 @@ class _BagMixin:
         ids = args[0] if args else next(iter(kwargs.values()))
         if ids.dim() == 3:
             return bag_embedding(cast(nn.Module, self), ids)
-        return super().forward(*args, **kwargs)  # type: ignore[misc]  # the stock class, next in line
+        stock: Any = super()  # the stock class, next in line
+        return stock.forward(*args, **kwargs)
 
 
 class _FeedEmbeddings:

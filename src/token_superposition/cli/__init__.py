@@ -6,7 +6,9 @@ import errno
 import importlib
 import os
 import re
+import signal
 import sys
+import threading
 from collections.abc import Sequence
 
 COMMANDS = {
@@ -29,7 +31,7 @@ commands:
 {chr(10).join(f"  {name:<10} {what}" for name, what in COMMANDS.items())}
 
 start here:
-  tst demo                                        five minutes, no configuration, no network
+  tst demo                                        ten minutes, no configuration, no network
   tst prepare docs/ 'src/**/*.py' --out data      your own text
   tst compare config.toml --out comparison        with and without TST, on your text
   tst train config.toml --superposition.bag-size 8 --out run
@@ -40,7 +42,8 @@ tst COMMAND --help explains every option.
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command. Exit status: 0 done, 1 failed, 2 unusable input (one line says what to do), 130 interrupted."""
+    """Run a command. Exit status: 0 done, 1 failed, 2 unusable input (one line says what to do), 130 interrupted,
+    143 terminated."""
     args = list(sys.argv[1:] if argv is None else argv)
     if not args or args[0] in ("-h", "--help", "help"):
         print(HELP, end="")
@@ -58,6 +61,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         hint = f"did you mean {near[0]}?" if near else f"the commands are {', '.join(COMMANDS)}"
         return _fail(f"unknown command {command}; {hint}")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that whatever was started is stopped, too
     try:
         importlib.import_module(f"token_superposition.cli.{command}").run(rest)
     except KeyboardInterrupt:

@@ -9,8 +9,9 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial as bind
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
@@ -68,7 +69,7 @@ def prepare(
             raise TokenSuperpositionError("no source given; name files, folders, globs or hf:DATASET")
         find_files([s for s in sources if not s.startswith("hf:")])  # a missing source is found before any work
         total = estimated_bytes(sources)
-        documents = lambda dropped: read_documents(sources, options.text_field, dropped)  # noqa: E731
+        documents = bind(read_documents, sources, options.text_field)
     else:
         total = None
     if options.max_bytes is not None:
@@ -127,7 +128,7 @@ def _prepare(
         sample = _sample(documents(Counter()), share, options, lambda done: progress("train tokenizer", done, total))
         tokenizer = train_bpe(sample, options.vocab_size)
     tokenizer.save_pretrained(str(out / "tokenizer"))
-    eos: int = tokenizer.eos_token_id  # type: ignore[assignment]
+    eos = cast(int, tokenizer.eos_token_id)
     vocab_size = len(tokenizer)
     dtype = "uint16" if vocab_size <= 2**16 else "uint32"
     writers: dict[Split, _ShardWriter] = {

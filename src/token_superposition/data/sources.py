@@ -107,7 +107,8 @@ def _read_file(path: Path, text_field: str, dropped: Counter[str]) -> Iterator[s
 def _open(path: Path) -> io.BufferedReader:
     import pyarrow as pa
 
-    return io.BufferedReader(pa.input_stream(str(path), compression="detect"), 2**20)  # pyright: ignore
+    stream: Any = pa.input_stream(str(path), compression="detect")
+    return io.BufferedReader(stream, 2**20)
 
 
 def _read_text(path: Path, dropped: Counter[str]) -> Iterator[str]:
@@ -165,7 +166,7 @@ def _read_parquet(path: Path, text_field: str, dropped: Counter[str]) -> Iterato
 
 def _read_hub(name: str, text_field: str, dropped: Counter[str]) -> Iterator[str]:
     try:
-        import datasets  # pyright: ignore[reportMissingImports]
+        import datasets
     except ImportError:
         raise TokenSuperpositionError(
             f"hf:{name} needs the datasets library; install it with: pip install 'token-superposition[datasets]'"

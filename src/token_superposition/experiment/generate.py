@@ -36,7 +36,8 @@ def generate(
 ) -> str:
     """``prompt`` and its continuation. An empty prompt starts a new document."""
     set_seed(seed)
-    ids: list[int] = tokenizer(prompt, add_special_tokens=False)["input_ids"] or [tokenizer.eos_token_id]  # type: ignore[assignment]
+    encoded: Any = tokenizer(prompt, add_special_tokens=False)
+    ids: list[Any] = encoded["input_ids"] or [tokenizer.eos_token_id]
     sampling = (
         {"do_sample": True, "temperature": temperature, "top_p": top_p} if temperature > 0 else {"do_sample": False}
     )

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -122,7 +122,7 @@ def train(
     )
     trainer.remove_callback(PrinterCallback)
     trainer.train(resume_from_checkpoint=str(start) if start is not None else None)
-    val_loss = trainer.evaluate(final)["eval_loss"]  # type: ignore[arg-type]
+    val_loss = trainer.evaluate(cast(Any, final))["eval_loss"]
     save_model(trainer, out / MODEL)
     counts = (config.train.batch_size, config.data.sequence_length)
     result = RunResult(
@@ -172,7 +172,7 @@ def build_model(config: Config, meta: Meta) -> PreTrainedModel:
     except Exception as e:
         where = f"model.path {wanted.path}" if wanted.path is not None else f"model {wanted.architecture}"
         raise TokenSuperpositionError(f"{where} cannot be built: {str(e).strip().splitlines()[0]}") from e
-    rows: int = model.get_input_embeddings().weight.shape[0]  # pyright: ignore
+    rows: int = cast(Any, model).get_input_embeddings().weight.shape[0]
     if rows < meta.vocab_size:
         raise TokenSuperpositionError(
             f"the model has {rows} token embeddings, the data's vocabulary has {meta.vocab_size}; "

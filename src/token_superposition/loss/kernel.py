@@ -8,6 +8,8 @@ that of a single target. Runs on the CPU, slowly, with ``TRITON_INTERPRET=1``.
 # pyright: basic
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -84,7 +86,8 @@ def loss_and_gradient(
     n, v = z.shape
     losses = torch.empty(n, dtype=torch.float32, device=z.device)
     tile = min(triton.next_power_of_2(v), MAX_TILE)
-    _loss_and_gradient[(n,)](
+    launch: Any = _loss_and_gradient[(n,)]
+    launch(
         z,
         z.stride(0),
         y.contiguous(),
@@ -97,6 +100,6 @@ def loss_and_gradient(
         HAS_SOFTCAP=softcap != 0,
         S=triton.next_power_of_2(y.shape[1]),
         TILE=tile,
-        num_warps=max(min(tile // 256, 32), 4),  # pyright: ignore[reportCallIssue]
+        num_warps=max(min(tile // 256, 32), 4),
     )
     return losses

@@ -50,7 +50,8 @@ def read_head(model: nn.Module) -> Head | str:
         return "it is not a transformers causal LM"
     if "logits_to_keep" not in inspect.signature(model.forward).parameters:
         return "its forward has no logits_to_keep"
-    head, decoder = model.get_output_embeddings(), model.get_decoder()  # pyright: ignore[reportCallIssue]
+    causal: Any = model
+    head, decoder = causal.get_output_embeddings(), causal.get_decoder()
     if type(head) is not nn.Linear or decoder is model:
         return f"its output head is a {type(head).__name__}" if decoder is not model else "its decoder is not separate"
     if head.weight.is_meta:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -56,9 +56,10 @@ class TSTTrainer(Trainer):
                 "label_smoothing_factor and compute_loss_func cannot be combined with TSTTrainer; use weighting"
             )
         self.weighting: Weighting = weighting
+        self._weights: dict[tuple[int, torch.device], Tensor] = {}
         self.lr_factor = lr_factor
         self.head = None if isinstance(head, str) else head
-        self._hidden = HiddenStates(model.get_decoder()) if self.head else None  # pyright: ignore[reportCallIssue]
+        self._hidden = HiddenStates(cast(Any, model).get_decoder()) if self.head else None
         if isinstance(self.train_dataset, PlannedDataset):
             self._check_plan(self.train_dataset)
 
@@ -89,7 +90,7 @@ class TSTTrainer(Trainer):
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         targets: Tensor = inputs["shift_labels"]
         inputs = {k: v for k, v in inputs.items() if k not in ("shift_labels", "labels")} | {"use_cache": False}
-        weights = place_weights(self.weighting, targets.shape[-1]) if targets.dim() == 3 else None
+        weights = self._place_weights(targets) if targets.dim() == 3 else None
         reduction = "mean" if num_items_in_batch is None else "sum"
         if self._hidden is not None and self.head is not None:
             outputs = model(**inputs, logits_to_keep=1)
@@ -122,6 +123,15 @@ class TSTTrainer(Trainer):
                 / accumulated
             )
         return (loss, outputs) if return_outputs else loss
+
+    def _place_weights(self, targets: Tensor) -> Tensor | None:  # (B, L, s) -> (s,)
+        """Made once for a bag size: a copy to the device would make the step wait."""
+        if self.weighting == "uniform":
+            return None
+        key = targets.shape[-1], targets.device
+        if key not in self._weights:
+            self._weights[key] = place_weights(self.weighting, targets.shape[-1]).to(targets.device)
+        return self._weights[key]
 
     def prediction_step(
         self,

@@ -1,0 +1,93 @@
+"""What only a GPU can show. Skipped without one."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from benchmarks.measure import peak_bytes
+from token_superposition import bag_embedding, fold, span, superpose
+from token_superposition import linear_multi_hot_cross_entropy as linear
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+
+N, D, V, S = 512, 256, 128_256, 16
+
+
+def example(dtype: torch.dtype = torch.bfloat16) -> tuple[Tensor, Tensor, Tensor]:
+    torch.manual_seed(0)
+    hidden = torch.randn(N, D, device="cuda", dtype=dtype).requires_grad_()
+    head = (torch.randn(V, D, device="cuda", dtype=dtype) * D**-0.5).requires_grad_()
+    targets = torch.randint(V, (N, S), device="cuda")
+    targets[1], targets[2, 3:], targets[3] = -100, -100, 7
+    return hidden, head, targets
+
+
+@pytest.mark.parametrize("impl", ["chunked", "native", "liger", "triton"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_every_implementation_is_the_float64_reference(impl: Any, dtype: torch.dtype) -> None:
+    if impl == "native" and not hasattr(nn.functional, "linear_cross_entropy"):
+        pytest.skip("needs torch 2.13")
+    hidden, head, targets = example(dtype)
+    exact = [t.detach().double().requires_grad_() for t in (hidden, head)]
+    expected = linear(*exact, targets, impl="reference")
+    got = linear(hidden, head, targets, impl=impl)
+    tolerance = 1e-4 if dtype == torch.float32 else 1e-2
+    torch.testing.assert_close(got.double(), expected, rtol=tolerance, atol=0)
+    pairs = zip(torch.autograd.grad(got, (hidden, head)), torch.autograd.grad(expected, exact), strict=True)
+    for gradient, want in pairs:
+        error = (gradient.double() - want).norm() / want.norm()
+        assert error < (1e-4 if dtype == torch.float32 else 2e-2), error
+
+
+@pytest.mark.parametrize("impl", ["chunked", "triton"])
+@pytest.mark.parametrize("compiled", [False, True])
+def test_the_step_never_waits_for_the_device(impl: Any, compiled: bool) -> None:
+    hidden, head, targets = example()
+    table = nn.Embedding(V, D, device="cuda", dtype=torch.bfloat16)
+    ids = targets.clamp(min=0)
+
+    def step(h: Tensor, w: Tensor) -> Tensor:
+        return linear(h + bag_embedding(table, ids), w, targets, impl=impl)
+
+    call = torch.compile(step, fullgraph=True) if compiled else step
+    call(hidden, head).backward()
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        call(hidden, head).backward()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("impl", ["chunked", "triton"])
+def test_whole_logits_are_never_made(impl: Any) -> None:
+    hidden, head, targets = (t.repeat(8, 1) if i != 1 else t for i, t in enumerate(example()))
+    hidden, head = hidden.detach().requires_grad_(), head.detach().requires_grad_()
+    linear(hidden, head, targets, impl=impl).backward()
+    hidden.grad = head.grad = None
+    peak = peak_bytes(lambda: linear(hidden, head, targets, impl=impl).backward())
+    assert peak < 8 * N * V * 2 / 2 + 3 * head.nbytes  # half of the logits in bfloat16, beside the head's gradients
+
+
+def test_deterministic_algorithms() -> None:
+    hidden, head, targets = example()
+    torch.use_deterministic_algorithms(True)
+    try:
+        first, second = (torch.autograd.grad(linear(hidden, head, targets), (hidden, head)) for _ in range(2))
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+def test_a_superposed_model_compiles() -> None:
+    from tests.conftest import VOCAB, tiny
+
+    model: Any = superpose(tiny("llama")).cuda()
+    ids, targets = fold(torch.randint(VOCAB, (2, span(16, 4, 4)), device="cuda"), 4, 4)
+    want = linear(model.get_decoder()(ids).last_hidden_state, model.lm_head.weight, targets)
+    decoder = torch.compile(model.get_decoder())
+    torch.testing.assert_close(linear(decoder(ids).last_hidden_state, model.lm_head.weight, targets), want)
