@@ -10,11 +10,11 @@ from torch import Tensor
 
 from token_superposition.errors import TokenSuperpositionError
 
-# Logits of one chunk: as many rows as make the matrix products efficient, and no more than these bytes.
-CHUNK_ROWS = 192
+# Rows of a chunk on a CPU and elsewhere: as many as make the matrix products efficient, in no more than these bytes.
+CHUNK_ROWS, CHUNK_ROWS_ACCELERATOR = 192, 2048
 CHUNK_BYTES = 2**29
-# Weight gradients of low precision are summed in float32 through a buffer of at most this many elements.
-TILE_ELEMENTS = 2**22
+# Head gradients of low precision are summed in float32 through a buffer of at most this many elements.
+TILE_ELEMENTS, TILE_ELEMENTS_ACCELERATOR = 2**22, 2**27
 
 
 @torch.library.custom_op("token_superposition::linear_multi_hot_loss", mutates_args=())
@@ -46,10 +46,12 @@ def linear_multi_hot_loss(
     device = hidden.device
     need_hidden, need_weight, need_bias = differentiate
     total = torch.zeros((), dtype=acc, device=device)
-    grad_hidden = torch.zeros_like(hidden) if need_hidden else hidden.new_empty(0)
+    grad_hidden = torch.empty_like(hidden) if need_hidden else hidden.new_empty(0)
     grad_weight = torch.zeros((v, d), dtype=acc, device=device) if need_weight else weight.new_empty(0)
     grad_bias = torch.zeros(v, dtype=acc, device=device) if need_bias else weight.new_empty(0)
-    rows = max(min(chunk_rows or CHUNK_ROWS, CHUNK_BYTES // (v * acc.itemsize), n), 1)
+    usual = CHUNK_ROWS if device.type == "cpu" else CHUNK_ROWS_ACCELERATOR
+    widest = dtype if kernel == "triton" else acc
+    rows = max(min(chunk_rows or min(usual, CHUNK_BYTES // (v * widest.itemsize)), n), 1)
     logits = torch.empty((rows, v), dtype=dtype, device=device)
     with torch.autocast(device.type, enabled=False):
         w_c = weight.to(dtype)
@@ -129,7 +131,8 @@ def _add_product(total: Tensor, g: Tensor, h: Tensor) -> None:  # (V, d) += (n, 
     if g.dtype == total.dtype:
         total.addmm_(g.T, h)
         return
-    tile = max(TILE_ELEMENTS // h.shape[1], 1)
+    elements = TILE_ELEMENTS if total.device.type == "cpu" else TILE_ELEMENTS_ACCELERATOR
+    tile = max(elements // h.shape[1], 1)
     for i in range(0, total.shape[0], tile):
         total[i : i + tile] += g[:, i : i + tile].T @ h
 
