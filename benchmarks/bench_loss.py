@@ -1,10 +1,11 @@
 """Loss from hidden states and head, forward and backward: every implementation and the usual ways, side by side.
 
-    python -m benchmarks.bench_loss [--vocab 32768 131072] [--rounds 5]
+    python -m benchmarks.bench_loss [--shapes 0 1] [--rounds 5]
 
-On a CPU in float32 with 2,048 rows of width 512; on a GPU in bfloat16 with 16,384 rows of widths 576, 2,048 and 4,096
-and the vocabulary of Llama 3. A contender that cannot run here is named and left out. "products" are the three matrix
-products alone. Memory is what torch held at its peak beyond the inputs and the two gradients.
+On a CPU in float32: the demo's shape, and 2,048 rows of width 512 with vocabularies of 32k and 128k. On a GPU in
+bfloat16: 16,384 rows of widths 576, 2,048 and 4,096 with the vocabulary of Llama 3. A contender that cannot run here is
+named and left out. "products" are the three matrix products alone. Memory is what torch held at its peak beyond the
+inputs and the two gradients.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from benchmarks.measure import append_rows, free_bytes, peak_bytes, side_by_side
 from benchmarks.plot import plot
 from token_superposition import TokenSuperpositionError, linear_multi_hot_cross_entropy
 
-BAG = 16
+BAG, ROWS = 16, 228  # rows: those of a chunk of ours for 2,048
 
 
 @dataclass
@@ -51,12 +52,12 @@ class Case:
         """Logits and both gradients in the chunks of ours, nothing else."""
         with torch.no_grad():
             total = torch.zeros_like(self.head)
-            logits = torch.empty(192, self.v, dtype=self.dtype, device=self.device)
+            logits = torch.empty(ROWS, self.v, dtype=self.dtype, device=self.device)
             out = torch.empty_like(self.hidden)
-            for i in range(0, self.n, 192):
-                h = self.hidden[i : i + 192]
+            for i in range(0, self.n, ROWS):
+                h = self.hidden[i : i + ROWS]
                 z = torch.mm(h, self.head.T, out=logits[: len(h)])
-                torch.mm(z, self.head, out=out[i : i + 192])
+                torch.mm(z, self.head, out=out[i : i + ROWS])
                 total.addmm_(z.T, h)
 
 
@@ -106,7 +107,7 @@ def contenders(case: Case) -> dict[str, Callable[[], None]]:
     able: dict[str, Callable[[], None]] = {"products": case.products}
     for name, (loss, sizes) in known.items():
         for s in sizes:
-            needed = (2 + s) * case.n * case.v * 4 if loss is loop else 0
+            needed = (4 + s) * case.n * case.v * 4 if loss is loop else 0
             if needed > free_bytes():
                 print(f"left out: {name}, s = {s}: needs {needed / 1e9:.0f} GB")
                 continue
@@ -121,30 +122,34 @@ def contenders(case: Case) -> dict[str, Callable[[], None]]:
     return able
 
 
+CPU_SHAPES = ((8192, 96, 2048), (2048, 512, 32_768), (2048, 512, 131_072))  # rows, width, vocabulary
+GPU_SHAPES = tuple((16_384, d, 128_256) for d in (576, 2048, 4096))
+
+
 def main() -> None:
     gpu = torch.cuda.is_available()
+    shapes = GPU_SHAPES if gpu else CPU_SHAPES
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--vocab", type=int, nargs="+", default=[128_256] if gpu else [32_768, 131_072])
+    parser.add_argument("--shapes", type=int, nargs="+", default=range(len(shapes)), help="which of the shapes, from 0")
     parser.add_argument("--rounds", type=int, default=20 if gpu else 5)
     options = parser.parse_args()
-    device, dtype, n = ("cuda", torch.bfloat16, 16_384) if gpu else ("cpu", torch.float32, 2048)
-    for d in (576, 2048, 4096) if gpu else (512,):
-        for v in options.vocab:
-            case = Case(n, d, v, dtype, device)
-            title = f"N {n:,}, d {d:,}, V {v:,}, {str(dtype).removeprefix('torch.')}"
-            print(title)
-            calls = contenders(case)
-            timings = side_by_side(calls, options.rounds)
-            gradients = (case.hidden.numel() + case.head.numel()) * dtype.itemsize
-            rows: list[dict[str, Any]] = []
-            for name, call in calls.items():
-                case.hidden.grad = case.head.grad = None
-                extra = 0 if name == "products" else peak_bytes(call) - gradients
-                row = {"benchmark": "loss", "case": title, "contender": name, **timings[name].row()}
-                row |= {"extra_mb": round(extra / 1e6, 1), "rounds": options.rounds}
-                rows.append(row)
-                print(f"  {name:30} {row['median_ms']:10.1f} ms  {row['extra_mb']:10.1f} MB")
-            append_rows(rows)
+    device, dtype = ("cuda", torch.bfloat16) if gpu else ("cpu", torch.float32)
+    for n, d, v in (shapes[i] for i in options.shapes):
+        case = Case(n, d, v, dtype, device)
+        title = f"N {n:,}, d {d:,}, V {v:,}, {str(dtype).removeprefix('torch.')}"
+        print(title)
+        calls = contenders(case)
+        timings = side_by_side(calls, options.rounds)
+        gradients = (case.hidden.numel() + case.head.numel()) * dtype.itemsize
+        rows: list[dict[str, Any]] = []
+        for name, call in calls.items():
+            case.hidden.grad = case.head.grad = None
+            extra = 0 if name == "products" else peak_bytes(call) - gradients
+            row = {"benchmark": "loss", "case": title, "contender": name, **timings[name].row()}
+            row |= {"extra_mb": round(extra / 1e6, 1), "rounds": options.rounds}
+            rows.append(row)
+            print(f"  {name:30} {row['median_ms']:10.1f} ms  {row['extra_mb']:10.1f} MB")
+        append_rows(rows)
     plot("loss")
 
 

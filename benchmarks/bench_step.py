@@ -63,7 +63,7 @@ def main() -> None:
     rows: list[dict[str, Any]] = []
     for title, (architecture, options, batch, length) in cases.items():
         torch.manual_seed(0)
-        config = AutoConfig.for_model(architecture, **options, tie_word_embeddings=False)
+        config = AutoConfig.for_model(architecture, **{**options, "tie_word_embeddings": False})
         model: Any = superpose(AutoModelForCausalLM.from_config(config)).to("cuda" if gpu else "cpu")
         if gpu:
             model.compile()

@@ -197,12 +197,21 @@ def test_nothing_is_kept_after_the_step() -> None:
 
 
 def test_whole_logits_are_never_made() -> None:
-    """4,096 rows by 20,000 tokens by 4 targets: beside a chunk of 192 rows and the gradients, nothing of size."""
+    """4,096 rows by 20,000 tokens by 4 targets: beside a chunk of 240 rows and the gradients, nothing of size."""
     hidden, head = torch.randn(4096, 4, requires_grad=True), torch.randn(20_000, 4, requires_grad=True)
     targets = torch.randint(20_000, (4096, 4))
     peak = peak_bytes(lambda: linear(hidden, head, targets, impl="chunked").backward())
     gradients = 4 * (hidden.numel() + head.numel())
-    assert 0 < peak - gradients < 1.1 * 4 * 192 * 20_000
+    assert 0 < peak - gradients < 1.1 * 4 * 240 * 20_000
+
+
+def test_one_gradient_of_the_head_is_held() -> None:
+    """A head of 20 MB and a chunk of 5 MB: a second copy of the gradient would show."""
+    hidden, head = torch.randn(64, 256, requires_grad=True), torch.randn(20_000, 256, requires_grad=True)
+    targets = torch.randint(20_000, (64, 4))
+    peak = peak_bytes(lambda: linear(hidden, head, targets, impl="chunked").backward())
+    gradients = 4 * (hidden.numel() + head.numel())
+    assert 0 < peak - gradients < 1.2 * 4 * 64 * 20_000
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -34,7 +34,7 @@ def bag_embedding(embedding: nn.Module, ids: Tensor) -> Tensor:  # (..., s) -> (
     pad = -1 if e.padding_idx is None else int(e.padding_idx)
     if hasattr(e.weight, "device_mesh"):
         out = _dtensor_bag_mean(e.weight, ids, pad)
-    elif pad < 0 and e.weight.dtype in (torch.float32, torch.float64):
+    elif pad < 0 and (e.weight.is_cuda or e.weight.dtype in (torch.float32, torch.float64)):
         out = F.embedding_bag(ids.reshape(-1, ids.shape[-1]), e.weight).unflatten(0, ids.shape[:-1])
     else:
         out = bag_mean(e.weight, ids.reshape(-1, ids.shape[-1]), 0, pad).unflatten(0, ids.shape[:-1])

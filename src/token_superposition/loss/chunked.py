@@ -11,7 +11,7 @@ from torch import Tensor
 from token_superposition.errors import TokenSuperpositionError
 
 # Rows of a chunk on a CPU and elsewhere: as many as make the matrix products efficient, in no more than these bytes.
-CHUNK_ROWS, CHUNK_ROWS_ACCELERATOR = 192, 2048
+CHUNK_ROWS, CHUNK_ROWS_ACCELERATOR = 240, 2048
 CHUNK_BYTES = 2**29
 # Head gradients of low precision are summed in float32 through a buffer of at most this many elements.
 TILE_ELEMENTS, TILE_ELEMENTS_ACCELERATOR = 2**22, 2**27
@@ -51,7 +51,8 @@ def linear_multi_hot_loss(
     grad_bias = torch.zeros(v, dtype=acc, device=device) if need_bias else weight.new_empty(0)
     usual = CHUNK_ROWS if device.type == "cpu" else CHUNK_ROWS_ACCELERATOR
     widest = dtype if kernel == "triton" else acc
-    rows = max(min(chunk_rows or min(usual, CHUNK_BYTES // (v * widest.itemsize)), n), 1)
+    most = max(chunk_rows or min(usual, CHUNK_BYTES // (v * widest.itemsize)), 1)
+    rows = max(ceil_div(n, max(ceil_div(n, most), 1)), 1)  # chunks of equal size
     logits = torch.empty((rows, v), dtype=dtype, device=device)
     with torch.autocast(device.type, enabled=False):
         w_c = weight.to(dtype)
@@ -127,6 +128,10 @@ def _loss_and_gradient(
     return losses, g if slope is None else g.mul_(slope)
 
 
+def ceil_div(a: int, b: int) -> int:
+    return -(-a // b)
+
+
 def _add_product(total: Tensor, g: Tensor, h: Tensor) -> None:  # (V, d) += (n, V).T @ (n, d)
     if g.dtype == total.dtype:
         total.addmm_(g.T, h)
@@ -171,13 +176,16 @@ def _(
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    ctx.set_materialize_grads(False)  # the gradients are outputs that nobody differentiates: no zeros for them
     ctx.save_for_backward(*inputs[:6])
     ctx.settings = inputs[6:]
     # The gradients are kept beside the graph's saved tensors, so that the backward pass can scale them in place.
     ctx.gradients = tuple(g.detach() for g in output[1:])
 
 
-def _backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+def _backward(ctx: Any, grad: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
+    if grad is None:
+        return (None,) * 15
     if torch.is_grad_enabled():
         raise TokenSuperpositionError(
             "linear_multi_hot_cross_entropy was differentiated with create_graph=True; "
