@@ -73,6 +73,11 @@ def native(hidden: Tensor, head: Tensor, targets: Tensor) -> Tensor:
     return F.linear_cross_entropy(hidden, head, targets[:, 0], options=options)
 
 
+def native_in_our_chunks(hidden: Tensor, head: Tensor, targets: Tensor) -> Tensor:
+    options = torch.nn.LinearCrossEntropyOptions(chunking_method=None, batch_chunk_size=ROWS)
+    return F.linear_cross_entropy(hidden, head, targets[:, 0], options=options)
+
+
 def cut_cross_entropy(hidden: Tensor, head: Tensor, targets: Tensor) -> Tensor:
     from cut_cross_entropy import linear_cross_entropy  # pyright: ignore
 
@@ -94,6 +99,7 @@ def contenders(case: Case) -> dict[str, Callable[[], None]]:
         "ours chunked": (ours("chunked"), (1, BAG)),
         "ours native": (ours("native"), (BAG,)),
         "F.linear_cross_entropy": (native, (1,)),
+        f"F.linear_cross_entropy, {ROWS} rows": (native_in_our_chunks, (1,)),
         "F.cross_entropy": (loop, (1,)),
         "loop of cross-entropies": (loop, (BAG,)),
     }

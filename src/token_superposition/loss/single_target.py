@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from token_superposition.errors import TokenSuperpositionError
+from token_superposition.loss.chunked import CHUNK_ROWS, CHUNK_ROWS_ACCELERATOR
 
 IGNORED = -100
 
@@ -32,7 +33,10 @@ def native(
         )
     if softcap or z_loss:
         raise TokenSuperpositionError("impl='native' has neither softcap nor z_loss; choose impl='chunked'")
-    options = torch.nn.LinearCrossEntropyOptions(allow_retain_graph=True)
+    chunk = CHUNK_ROWS if hidden.device.type == "cpu" else CHUNK_ROWS_ACCELERATOR  # its own choice is slow on a CPU
+    options = torch.nn.LinearCrossEntropyOptions(
+        allow_retain_graph=True, chunking_method=None, batch_chunk_size=min(chunk, max(hidden.shape[0], 1))
+    )
     return F.linear_cross_entropy(
         hidden, weight, targets, linear_bias=bias, reduction="sum", ignore_index=IGNORED, options=options
     )
