@@ -1,6 +1,6 @@
 """Loss from hidden states and head, forward and backward: every implementation and the usual ways, side by side.
 
-    python -m benchmarks.bench_loss [--shapes 0 1] [--rounds 5]
+    python -m benchmarks.bench_loss [--shapes 0 1] [--rounds 5] [--only chunked]
 
 On a CPU in float32: the demo's shape, and 2,048 rows of width 512 with vocabularies of 32k and 128k. On a GPU in
 bfloat16: 16,384 rows of widths 576, 2,048 and 4,096 with the vocabulary of Llama 3. A contender that cannot run here is
@@ -11,6 +11,7 @@ inputs and the two gradients.
 from __future__ import annotations
 
 import argparse
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -138,13 +139,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shapes", type=int, nargs="+", default=range(len(shapes)), help="which of the shapes, from 0")
     parser.add_argument("--rounds", type=int, default=20 if gpu else 5)
+    parser.add_argument("--only", default="", help="regular expression: contenders whose name it is found in")
     options = parser.parse_args()
     device, dtype = ("cuda", torch.bfloat16) if gpu else ("cpu", torch.float32)
     for n, d, v in (shapes[i] for i in options.shapes):
         case = Case(n, d, v, dtype, device)
         title = f"N {n:,}, d {d:,}, V {v:,}, {str(dtype).removeprefix('torch.')}"
         print(title)
-        calls = contenders(case)
+        calls = {name: call for name, call in contenders(case).items() if re.search(options.only, name)}
         timings = side_by_side(calls, options.rounds)
         gradients = (case.hidden.numel() + case.head.numel()) * dtype.itemsize
         rows: list[dict[str, Any]] = []

@@ -29,7 +29,7 @@ def latest(benchmark: str) -> dict[str, dict[str, dict[str, str]]]:
 
 def plot(benchmark: str) -> Path:
     """Time with its range, and memory where it was measured, one row of panels a case."""
-    plt.rcParams["svg.hashsalt"] = "token-superposition"
+    plt.rcParams |= {"svg.hashsalt": "token-superposition", "svg.fonttype": "none"}
     cases = latest(benchmark)
     measures = ["median_ms"]
     if any(row["extra_mb"] for rows in cases.values() for row in rows.values()):
