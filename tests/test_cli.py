@@ -88,7 +88,8 @@ def test_a_wrong_value_has_one_line(
         ("[superpositon]\nbag_size = 2\n", "unknown key superpositon; did you mean superposition?"),
         ("[train\n", "is not a TOML file"),
         ("[[compare.variants]]\nname = 'tst'\n", "give each its own plain name"),
-        ("[compare]\nseeds = []\n", "at least one seed"),
+        ("[compare]\nbaseline_lengths = [0]\n", "baseline_lengths are (0.0,); give numbers above 0"),
+        ("[compare]\nseeds = [-1]\n", "compare.seeds is -1"),
     ],
 )
 def test_a_wrong_file_has_one_line(
@@ -310,10 +311,10 @@ def test_demo_on_this_installation(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     with pytest.raises(TokenSuperpositionError, match="minutes are enough for 0 steps"):
         module.demo(tmp_path / "demo", 1e-6, console, lambda: bars(console))
     assert not (tmp_path / "demo").exists()
-    note = module.demo(tmp_path / "demo", 0.02, console, lambda: bars(console))
+    note = module.demo(tmp_path / "demo", 0.02, console, lambda: bars(console), seed=3)
     summary = json.loads((tmp_path / "demo/summary.json").read_text())
     runs = {r["name"]: r for r in summary["runs"]}
-    assert list(runs) == ["baseline", "tst", "baseline-x0.5"]
+    assert list(runs) == ["baseline", "tst", "baseline-x0.5"] and {r["seed"] for r in runs.values()} == {3}
     assert runs["tst"]["flops"] == runs["baseline"]["flops"] and runs["tst"]["epochs"] < 1
     assert (note is not None) == (runs["tst"]["steps"] < module.STEPS) and summary["note"] == note
     assert summary["comparison"]["equal_loss_speedup"] is None or runs["tst"]["val_loss"] > runs["baseline"]["val_loss"]

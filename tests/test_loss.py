@@ -17,8 +17,8 @@ from token_superposition import linear_multi_hot_cross_entropy as linear
 from token_superposition import multi_hot_cross_entropy as on_logits
 
 WEIGHTINGS = ["uniform", "power", "exponential", "first", "fitted"]
-IN_FLOAT64 = ["reference", "chunked", "native"]
-ALL = [*IN_FLOAT64, "liger", "triton"]  # on a CPU the last two run in Triton's interpreter
+IN_FLOAT64 = ["reference", "chunked", "native", "triton"]
+ALL = [*IN_FLOAT64, "liger"]  # on a CPU the last two run in Triton's interpreter
 
 
 def example(
@@ -62,7 +62,7 @@ def options_of(impl: str, rich: bool) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("impl", IN_FLOAT64)
-@settings(deadline=None, max_examples=40)
+@settings(deadline=None, max_examples=30)
 @given(
     n=st.integers(0, 7),
     d=st.integers(1, 5),
@@ -90,7 +90,7 @@ def test_value_and_gradients_are_the_specification(
 @pytest.mark.parametrize("impl", ["liger", "triton"])
 @settings(deadline=None, max_examples=12)
 @given(
-    n=st.integers(1, 4),
+    n=st.integers(0, 4),
     v=st.sampled_from([1, 5, 37]),
     s=st.integers(1, 5),
     masked=st.sampled_from([0.0, 0.3, 1.0]),
@@ -165,9 +165,9 @@ def test_gradcheck(impl: Any) -> None:
     assert torch.autograd.gradcheck(loss, (hidden, head, bias))
 
 
-@pytest.mark.parametrize("impl", ["liger", "triton"])
-def test_gradient_of_kernels_by_differences(impl: Any) -> None:
-    """The kernels work in float32, too coarse for gradcheck: one direction, a central difference in float64."""
+@pytest.mark.parametrize("impl", ["liger"])
+def test_gradient_in_float32_by_differences(impl: Any) -> None:
+    """Liger works in float32, too coarse for gradcheck: one direction, a central difference in float64."""
     hidden, head, bias, targets = example(4, 3, 7, 3, 0.2, 2, torch.float32)
     options = options_of(impl, True)
     value = linear(hidden, head, targets, bias=bias, impl=impl, **options)

@@ -49,8 +49,9 @@ def jobs_of(config: Config) -> list[Job]:
     config = replace(config, data=replace(config.data, common_bag=lcm(config.data.common_bag, *bags)))
     lengths = sorted({1.0, *config.compare.baseline_lengths}, reverse=True)
     jobs: list[Job] = []
-    for seed in config.compare.seeds:
-        ending = f"-seed{seed}" if len(config.compare.seeds) > 1 else ""
+    seeds = config.compare.seeds or (config.train.seed,)
+    for seed in seeds:
+        ending = f"-seed{seed}" if len(seeds) > 1 else ""
         seeded = replace(config, train=replace(config.train, seed=seed))
         baselines: list[Job] = []
         for length in lengths:

@@ -131,8 +131,8 @@ class Variant:
 class CompareConfig:
     """What tst compare runs beside the baseline, which has the same model, data, learning rate and steps."""
 
-    seeds: tuple[int, ...] = (0,)
-    """Every run is repeated with each of these seeds."""
+    seeds: tuple[int, ...] = ()
+    """Every run is repeated with each of these seeds; without any, train.seed is the seed."""
     variants: tuple[Variant, ...] = ()
     """Runs beside baseline and tst ([superposition])."""
     baseline_lengths: tuple[float, ...] = (1.0,)
@@ -176,8 +176,12 @@ class Config:
                 )
         if not t.learning_rate > 0:
             raise TokenSuperpositionError(f"train.learning_rate is {t.learning_rate}; give a number above 0")
-        if not self.compare.seeds or any(x <= 0 for x in self.compare.baseline_lengths):
-            raise TokenSuperpositionError("compare needs at least one seed, and baseline_lengths above 0")
+        for seed in self.compare.seeds:
+            require_int("compare.seeds", seed, 0)
+        if any(x <= 0 for x in self.compare.baseline_lengths):
+            raise TokenSuperpositionError(
+                f"compare.baseline_lengths are {self.compare.baseline_lengths}; give numbers above 0"
+            )
         names = ["baseline", "tst", *(v.name for v in self.compare.variants)]
         if len(set(names)) < len(names) or any(not n or "/" in n for n in names):
             raise TokenSuperpositionError(

@@ -30,6 +30,7 @@ def _loss_and_gradient(
     z_loss,
     softcap,
     HAS_SOFTCAP: tl.constexpr,
+    ACC: tl.constexpr,  # float32, or float64 for float64 logits
     S: tl.constexpr,  # next power of two of s
     TILE: tl.constexpr,
 ):
@@ -38,18 +39,18 @@ def _loss_and_gradient(
     place = tl.arange(0, S)
     y = tl.load(y_ptr + row * s + place, mask=place < s, other=-1)
     w = tl.load(w_ptr + row * s + place, mask=place < s, other=0.0)
-    target = tl.load(z_ptr + y, mask=y >= 0, other=0.0).to(tl.float32)
-    slope = tl.full((S,), 1.0, tl.float32)
+    target = tl.load(z_ptr + y, mask=y >= 0, other=0.0).to(ACC)
+    slope = tl.full((S,), 1.0, ACC)
     if HAS_SOFTCAP:
         t = 2 * tl.sigmoid(2 * target / softcap) - 1  # tanh
         target = softcap * t
         slope = 1 - t * t
 
-    top = -float("inf")
-    total = 0.0
+    top = tl.full((), -float("inf"), ACC)
+    total = tl.full((), 0.0, ACC)
     for start in range(0, v, TILE):
         column = start + tl.arange(0, TILE)
-        z = tl.load(z_ptr + column, mask=column < v, other=-float("inf")).to(tl.float32)
+        z = tl.load(z_ptr + column, mask=column < v, other=-float("inf")).to(ACC)
         if HAS_SOFTCAP:
             z = tl.where(column < v, softcap * (2 * tl.sigmoid(2 * z / softcap) - 1), -float("inf"))
         new_top = tl.maximum(top, tl.max(z, 0))
@@ -62,7 +63,7 @@ def _loss_and_gradient(
     scale = 1 + 2 * z_loss * lse
     for start in range(0, v, TILE):
         column = start + tl.arange(0, TILE)
-        z = tl.load(z_ptr + column, mask=column < v, other=0.0).to(tl.float32)
+        z = tl.load(z_ptr + column, mask=column < v, other=0.0).to(ACC)
         factor = 1.0
         if HAS_SOFTCAP:
             t = 2 * tl.sigmoid(2 * z / softcap) - 1
@@ -71,7 +72,7 @@ def _loss_and_gradient(
         tl.store(z_ptr + column, scale * tl.exp(z - lse) * factor, mask=column < v)
     tl.debug_barrier()  # the targets are written after their tiles
     # A token that fills several places gets the sum of their weights, written alike from each of them.
-    same = (y[:, None] == y[None, :]).to(tl.float32)
+    same = (y[:, None] == y[None, :]).to(ACC)
     summed = tl.sum(same * w[None, :], 1)
     tl.store(z_ptr + y, (scale * tl.exp(target - lse) - summed) * slope, mask=y >= 0)
 
@@ -79,12 +80,12 @@ def _loss_and_gradient(
 def loss_and_gradient(
     z: Tensor,  # (n, V) logits, overwritten by the gradient
     y: Tensor,  # (n, s) int64 in [0, V); 0 where the weight is 0
-    w: Tensor,  # (n, s) float32
+    w: Tensor,  # (n, s) float32, or float64 for float64 logits
     softcap: float,
     z_loss: float,
-) -> Tensor:  # (n,) float32
+) -> Tensor:  # (n,)
     n, v = z.shape
-    losses = torch.empty(n, dtype=torch.float32, device=z.device)
+    losses = torch.empty(n, dtype=w.dtype, device=z.device)
     tile = min(triton.next_power_of_2(v), MAX_TILE)
     launch: Any = _loss_and_gradient[(n,)]
     launch(
@@ -98,6 +99,7 @@ def loss_and_gradient(
         z_loss,
         softcap or 1.0,
         HAS_SOFTCAP=softcap != 0,
+        ACC=tl.float64 if w.dtype == torch.float64 else tl.float32,
         S=triton.next_power_of_2(y.shape[1]),
         TILE=tile,
         num_warps=max(min(tile // 256, 32), 4),

@@ -74,7 +74,7 @@ def linear_multi_hot_cross_entropy(
         return multi_hot_cross_entropy(
             logits, targets, place_weights, ignore_index=ignore_index, z_loss=z_loss, reduction=reduction
         )
-    if impl in ("native", "liger"):
+    if impl in ("native", "liger") and hidden.shape[0]:  # no rows: they divide by them
         from token_superposition.loss import single_target
 
         library = single_target.native if impl == "native" else single_target.liger

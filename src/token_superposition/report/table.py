@@ -14,10 +14,11 @@ from token_superposition.report.contents import HEADERS, read, rows, verdicts
 def print_table(directory: Path, console: Console) -> None:
     contents = read(directory)
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    for header in HEADERS:
-        table.add_column(header.removesuffix(" tokens"), justify="left" if header == "run" else "right", no_wrap=True)
+    shown = [i for i, h in enumerate(HEADERS) if h != "seed" or len({r["seed"] for r in contents.runs}) > 1]
+    for header in (HEADERS[i].removesuffix(" tokens").removeprefix("val. ") for i in shown):
+        table.add_column(header, justify="left" if header == "run" else "right", no_wrap=True)
     for row in rows(contents):
-        table.add_row(*row)
+        table.add_row(*(row[i] for i in shown))
     console.print(table)
     for accounting, sentence in verdicts(contents):
         console.print(f"[bold]{accounting}[/bold]: {sentence}", highlight=False, soft_wrap=True)
