@@ -52,6 +52,7 @@ def plot(benchmark: str) -> Path:
             bars = panel.barh(names, values, color=colours, xerr=error, error_kw={"elinewidth": 1})
             panel.bar_label(bars, [f"{v:,.0f}" for v in values], padding=4, fontsize=8)
             panel.margins(x=0.18)
+            panel.locator_params(axis="x", nbins=5)
             panel.set_xlabel("ms, median and range" if measure == "median_ms" else "MB beyond inputs and gradients")
             panel.spines[["top", "right"]].set_visible(False)
         panels[0].set_title(case, loc="left", fontsize=10)
