@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import copy
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -117,7 +118,7 @@ def test_scaled_embedding_is_scaled_once() -> None:
     torch.testing.assert_close(embedding(IDS), plain, rtol=1e-4, atol=1e-5)
 
 
-def test_superposed_model_generates_and_saves_as_before(tmp_path) -> None:  # type: ignore[no-untyped-def]
+def test_superposed_model_generates_and_saves_as_before(tmp_path: Path) -> None:
     model = tiny("llama").eval()
     prompt = IDS[:1, :, 0]
     expected = model.generate(prompt, max_new_tokens=5, do_sample=False)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -300,7 +301,7 @@ ONES, LABELS = torch.ones(2, 3), torch.zeros(2, dtype=torch.long)
         (lambda: place_weights("power", 0), "at least 1"),
     ],
 )
-def test_bad_input_has_one_clear_line(call, message: str) -> None:  # type: ignore[no-untyped-def]
+def test_bad_input_has_one_clear_line(call: Callable[[], object], message: str) -> None:
     with pytest.raises(TokenSuperpositionError, match=message):
         call()
 

@@ -150,23 +150,9 @@ def _all_reduce(x: Tensor, operation: str, group: str) -> Tensor:
 
 @linear_multi_hot_loss.register_fake
 def _(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    targets: Tensor,
-    target_weights: Tensor,
-    valid: Tensor,
-    dtype: torch.dtype,
-    softcap: float,
-    logit_scale: float,
-    z_loss: float,
-    kernel: str,
-    chunk_rows: int,
-    differentiate: Sequence[bool],
-    vocab_start: int,
-    group: str,
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, target_weights: Tensor, *settings: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    need_hidden, need_weight, need_bias = differentiate
+    need_hidden, need_weight, need_bias = settings[7]  # valid, then from dtype on
     return (
         target_weights.new_empty(()),
         torch.empty_like(hidden) if need_hidden else hidden.new_empty(0),
