@@ -214,3 +214,19 @@ def test_rows_of_a_bag_are_never_made(dtype: torch.dtype) -> None:
     grad = torch.ones(4, 100, 64, dtype=dtype)
     peak = peak_bytes(lambda: bag_embedding(table, ids).backward(grad))
     assert 0 < peak < ids.numel() * 64 * dtype.itemsize / 2  # half of (B, L, s, d)
+
+
+def test_the_step_reads_nothing_back() -> None:
+    """No operation whose result the host must wait for on a GPU (there, tests/test_gpu.py asks CUDA itself)."""
+    hidden, head, targets = example()
+    table, ids = nn.Embedding(19, 4), targets.clamp(min=0)
+
+    def step() -> None:
+        linear(hidden + bag_embedding(table, ids), head, targets, softcap=3.0, z_loss=0.1, chunk_rows=5).backward()
+
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as p:
+        step()
+    seen = {e.name for e in p.events()}
+    assert {"token_superposition::linear_multi_hot_loss", "aten::mm"} <= seen  # the profile looks inside the operator
+    waiting = ("item", "_local_scalar_dense", "is_nonzero", "nonzero", "masked_select", "unique", "equal", "tolist")
+    assert not {f"aten::{name}" for name in waiting} & seen

@@ -42,9 +42,9 @@ def _loss_and_gradient(
     target = tl.load(z_ptr + y, mask=y >= 0, other=0.0).to(ACC)
     slope = tl.full((S,), 1.0, ACC)
     if HAS_SOFTCAP:
-        t = 2 * tl.sigmoid(2 * target / softcap) - 1  # tanh
-        target = softcap * t
-        slope = 1 - t * t
+        tanh = 2 * tl.sigmoid(2 * target / softcap) - 1
+        target = softcap * tanh
+        slope = 1 - tanh * tanh
 
     top = tl.full((), -float("inf"), ACC)
     total = tl.full((), 0.0, ACC)
@@ -64,12 +64,11 @@ def _loss_and_gradient(
     for start in range(0, v, TILE):
         column = start + tl.arange(0, TILE)
         z = tl.load(z_ptr + column, mask=column < v, other=0.0).to(ACC)
-        factor = 1.0
+        g = scale * tl.exp(z - lse)
         if HAS_SOFTCAP:
-            t = 2 * tl.sigmoid(2 * z / softcap) - 1
-            z = softcap * t
-            factor = 1 - t * t
-        tl.store(z_ptr + column, scale * tl.exp(z - lse) * factor, mask=column < v)
+            capped = 2 * tl.sigmoid(2 * z / softcap) - 1
+            g = scale * tl.exp(softcap * capped - lse) * (1 - capped * capped)
+        tl.store(z_ptr + column, g, mask=column < v)
     tl.debug_barrier()  # the targets are written after their tiles
     # A token that fills several places gets the sum of their weights, written alike from each of them.
     same = (y[:, None] == y[None, :]).to(ACC)
@@ -102,6 +101,10 @@ def loss_and_gradient(
         ACC=tl.float64 if w.dtype == torch.float64 else tl.float32,
         S=triton.next_power_of_2(y.shape[1]),
         TILE=tile,
-        num_warps=max(min(tile // 256, 32), 4),
+        num_warps=warps_of(tile),
     )
     return losses
+
+
+def warps_of(tile: int) -> int:
+    return max(min(tile // 256, 32), 4)
