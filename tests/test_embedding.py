@@ -6,10 +6,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import nn
 
 from tests.conftest import TINY, VOCAB, tiny
 from token_superposition import TokenSuperpositionError, bag_embedding, reference, superpose, unsuperpose
+from token_superposition.embedding import bag_mean
 
 IDS = torch.randint(VOCAB, (2, 6, 3), generator=torch.Generator().manual_seed(1))
 
@@ -125,3 +128,37 @@ def test_superposed_model_generates_and_saves_as_before(tmp_path: Path) -> None:
     superpose(model).save_pretrained(tmp_path)
     assert torch.equal(model.generate(prompt, max_new_tokens=5, do_sample=False), expected)
     assert torch.equal(type(model).from_pretrained(tmp_path)(prompt).logits, model(prompt).logits)
+
+
+@settings(deadline=None, max_examples=40)
+@given(
+    v=st.sampled_from([1, 7, 700]),
+    n=st.sampled_from([0, 1, 300]),
+    s=st.integers(1, 5),
+    most=st.floats(0, 1),  # share of the places that hold one token, so that it fills several rounds
+    start=st.sampled_from([0, 3]),
+    padding=st.sampled_from([-1, 3, 5]),
+    dtype=st.sampled_from([torch.float32, torch.float64, torch.bfloat16]),
+    seed=st.integers(0, 99),
+)
+def test_gradient_of_any_part_of_a_vocabulary(
+    v: int, n: int, s: int, most: float, start: int, padding: int, dtype: torch.dtype, seed: int
+) -> None:
+    """Rows ``start .. start + v`` of a table, against lookups in float64 of the ids that are there."""
+    g = torch.Generator().manual_seed(seed)
+    ids = torch.randint(v + 6, (n, s), generator=g)
+    ids[torch.rand(n, s, generator=g) < most] = start
+    rows, grad = torch.randn(v, 3, generator=g).to(dtype), torch.randn(n, 3, generator=g).to(dtype)
+    exact = rows.double().requires_grad_()
+    total = torch.zeros(n, 3, dtype=torch.float64)
+    for place in range(s):
+        here = (ids[:, place] >= start) & (ids[:, place] < start + v)
+        total[here] += exact[ids[here, place] - start]
+    (want,) = torch.autograd.grad((total / s * grad.double()).sum(), exact)
+    if start <= padding < start + v:
+        want[padding - start] = 0
+    weight = rows.requires_grad_()
+    (got,) = torch.autograd.grad((bag_mean(weight, ids, start, padding) * grad).sum(), weight)
+    assert got.dtype == dtype
+    rounding = {torch.float32: 1e-5, torch.float64: 1e-12, torch.bfloat16: 2**-8}[dtype]  # once, of the result
+    torch.testing.assert_close(got.double(), want, rtol=rounding, atol=rounding * 10)

@@ -210,10 +210,10 @@ def test_one_chunk_of_logits_and_one_gradient_are_held(n: int, d: int, chunk: in
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_rows_of_a_bag_are_never_made(dtype: torch.dtype) -> None:
-    table, ids = nn.Embedding(10, 64, dtype=dtype), torch.randint(10, (4, 100, 32))
-    grad = torch.ones(4, 100, 64, dtype=dtype)
+    table, ids = nn.Embedding(10, 256, dtype=dtype), torch.randint(10, (4, 100, 32))
+    grad = torch.ones(4, 100, 256, dtype=dtype)
     peak = peak_bytes(lambda: bag_embedding(table, ids).backward(grad))
-    assert 0 < peak < ids.numel() * 64 * dtype.itemsize / 2  # half of (B, L, s, d)
+    assert 0 < peak < ids.numel() * 256 * dtype.itemsize / 2  # half of (B, L, s, d)
 
 
 def test_the_step_reads_nothing_back() -> None:

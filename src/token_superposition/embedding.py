@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Iterator
 from typing import Any, TypeVar, cast
 
 import torch
@@ -72,13 +73,46 @@ def bag_mean_backward(
     padding_idx: int,
 ) -> Tensor:  # (V, d)
     inside, local = _local_ids(weight, ids, start)
-    share = grad.to(torch.promote_types(grad.dtype, torch.float32)) / ids.shape[1]
-    total = torch.zeros_like(weight, dtype=share.dtype)
-    for place in range(ids.shape[1]):  # never (N, s, d)
-        total.index_add_(0, local[:, place], share * inside[:, place : place + 1])
+    acc = torch.promote_types(grad.dtype, torch.float32)
+    if grad.device.type == "cpu":
+        total = torch.zeros_like(weight)
+        for tokens, sums in _sums_by_token(grad, local.where(inside, weight.shape[0]), weight.shape[0], acc):
+            total[tokens] = (sums / ids.shape[1]).to(weight.dtype)
+    else:  # in float32 for the whole vocabulary: tokens cannot be counted without waiting for the device
+        share = grad.to(acc) / ids.shape[1]
+        summed = torch.zeros_like(weight, dtype=acc)
+        for place in range(ids.shape[1]):  # never (N, s, d)
+            summed.index_add_(0, local[:, place], share * inside[:, place : place + 1])
+        total = summed.to(weight.dtype)
     if start <= padding_idx < start + weight.shape[0]:
         total[padding_idx - start] = 0
-    return total.to(weight.dtype)
+    return total
+
+
+ROWS = 512  # tokens, and places, that are summed at a time
+
+
+def _sums_by_token(
+    grad: Tensor,  # (N, d)
+    ids: Tensor,  # (N, s); those from v on are left out
+    v: int,
+    dtype: torch.dtype,
+) -> Iterator[tuple[Tensor, Tensor]]:  # tokens (n,) and the sums of their bags' gradients (n, d) in dtype
+    """Some tokens at a time: the places of the batch are sorted by token, so a few rows in ``dtype`` are enough."""
+    by_token, place = ids.reshape(-1).sort(stable=True)
+    bags = place.div_(ids.shape[1], rounding_mode="floor")
+    tokens, token_of, counts = torch.unique_consecutive(by_token, return_inverse=True, return_counts=True)
+    ends = counts.cumsum(0).tolist()
+    sums = torch.empty(ROWS, grad.shape[1], dtype=dtype)
+    last = len(tokens) - (len(tokens) > 0 and bool(tokens[-1] >= v))
+    for first in range(0, last, ROWS):
+        stop = min(first + ROWS, last)
+        part = sums[: stop - first].zero_()
+        begin, end = ends[first - 1] if first else 0, ends[stop - 1]
+        for i in range(begin, end, ROWS):
+            some = slice(i, min(i + ROWS, end))
+            part.index_add_(0, token_of[some] - first, grad[bags[some]].to(dtype))
+        yield tokens[first:stop], part
 
 
 @bag_mean_backward.register_fake
