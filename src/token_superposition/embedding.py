@@ -89,7 +89,7 @@ def bag_mean_backward(
     return total
 
 
-ROWS = 512  # tokens, and places, that are summed at a time
+ROWS = 128  # tokens, and places, that are summed at a time
 
 
 def _sums_by_token(
