@@ -21,7 +21,7 @@ def parse(options: type[T], command: str, args: Sequence[str], default: T | None
 
 
 def split_config(args: Sequence[str]) -> tuple[Config, list[str]]:
-    """The configuration file, which comes first, and the arguments after it."""
+    """The configuration, a file or the name of a preset, which comes first, and the arguments after it."""
     if args and not args[0].startswith("-"):
         return load_config(args[0]), list(args[1:])
     return Config(), list(args)

@@ -8,6 +8,7 @@ import tomllib
 import types
 import typing
 from dataclasses import dataclass, field
+from importlib.resources import files
 from pathlib import Path
 from typing import Any, Literal, TypeVar, cast
 
@@ -72,6 +73,7 @@ class SuperpositionConfig:
         return (s if self.sides != "output" else 1, s if self.sides != "input" else 1)
 
 
+_PRESETS = files("token_superposition") / "presets"
 BASELINE = SuperpositionConfig(bag_size=1, ratio=0.0)
 
 
@@ -192,16 +194,41 @@ class Config:
         _ = self.wsd
 
 
-def load_config(path: str | Path) -> Config:
-    """Read a TOML file. Raises ``TokenSuperpositionError``, with the nearest name for a key that does not exist."""
+def load_config(name: str | Path) -> Config:
+    """Read a TOML file or, where there is no file of that name, the preset of that name.
+
+    Raises ``TokenSuperpositionError``, with the nearest name for a key that does not exist.
+    """
+    path = Path(name)
+    if not path.is_file() and str(name) in preset_names():
+        return load_preset(str(name))
     try:
-        with Path(path).open("rb") as f:
-            content = tomllib.load(f)
+        content = path.read_text(encoding="utf-8")
     except FileNotFoundError:
-        raise TokenSuperpositionError(f"{path} does not exist; give a TOML file, or start from the README's") from None
+        raise TokenSuperpositionError(
+            f"{name} does not exist; give a TOML file, or one of the presets {', '.join(preset_names())}"
+        ) from None
     except (OSError, ValueError) as e:
-        raise TokenSuperpositionError(f"{path} is not a TOML file ({e})") from None
-    return from_dict(Config, content, str(path))
+        raise TokenSuperpositionError(f"{name} is not a TOML file ({e})") from None
+    return _parse(content, str(name))
+
+
+def preset_names() -> list[str]:
+    """Names of the configurations that come with the package."""
+    return sorted(f.name.removesuffix(".toml") for f in _PRESETS.iterdir() if f.name.endswith(".toml"))
+
+
+def load_preset(name: str) -> Config:
+    """The configuration of that name in the package's ``presets`` folder."""
+    return _parse((_PRESETS / f"{name}.toml").read_text(encoding="utf-8"), name)
+
+
+def _parse(content: str, where: str) -> Config:
+    try:
+        tree = tomllib.loads(content)
+    except ValueError as e:
+        raise TokenSuperpositionError(f"{where} is not a TOML file ({e})") from None
+    return from_dict(Config, tree, where)
 
 
 def save_config(config: Config, path: Path) -> None:

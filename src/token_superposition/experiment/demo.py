@@ -17,42 +17,16 @@ from token_superposition.data.installation import installed_documents
 from token_superposition.data.prepare import PrepareOptions, Progress, prepare
 from token_superposition.errors import TokenSuperpositionError
 from token_superposition.experiment.compare import compare, cores, default_parallel
-from token_superposition.experiment.config import (
-    CompareConfig,
-    Config,
-    DataConfig,
-    ModelConfig,
-    SuperpositionConfig,
-    TrainConfig,
-)
+from token_superposition.experiment.config import Config, load_preset
 
 VOCAB_SIZE = 2048
 BYTES_PER_TOKEN = 2.8  # a little above what that vocabulary gives on the demo's text, so that the text suffices
 MIN_TEXT_BYTES = 8 * 2**20
 OVERHEAD = 1.08  # validation, start and end of the runs, as a share of their steps
-SHORT_BASELINE = 0.5
 
 # With this many steps TST ended below the baseline with every seed tried, with 560 steps above it: see LOG.md.
-STEPS = 1000
-
-DEMO = Config(
-    model=ModelConfig(
-        architecture="qwen3",
-        options={
-            "hidden_size": 96,
-            "intermediate_size": 256,
-            "num_hidden_layers": 2,
-            "num_attention_heads": 3,
-            "num_key_value_heads": 3,
-            "head_dim": 32,
-            "tie_word_embeddings": False,
-        },
-    ),
-    data=DataConfig(sequence_length=128, eval_tokens=32_768, final_eval_tokens=131_072),
-    superposition=SuperpositionConfig(bag_size=4, ratio=0.3),
-    train=TrainConfig(batch_size=64, learning_rate=2e-3, warmup_steps=60),
-    compare=CompareConfig(baseline_lengths=(SHORT_BASELINE, 1.0)),
-)
+DEMO = load_preset("demo")
+STEPS = DEMO.train.steps
 
 Bars = Callable[[], AbstractContextManager[Progress]]
 
@@ -73,7 +47,7 @@ def demo(out: str | Path, minutes: float | None, console: Console, bars: Bars, s
     with console.status("measuring the speed of this machine"):
         step_minutes = seconds_per_step(config) / 60
     # The baseline's process also runs the decay of the shorter baseline.
-    step_minutes *= OVERHEAD * (1 + SHORT_BASELINE * config.train.decay_ratio)
+    step_minutes *= OVERHEAD * (1 + min(config.compare.baseline_lengths) * config.train.decay_ratio)
     minutes = STEPS * step_minutes if minutes is None else minutes
     steps = round(minutes / step_minutes)
     fewest = 3 * config.train.warmup_steps  # the short baseline needs its warm-up, too

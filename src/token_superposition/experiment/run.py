@@ -159,7 +159,11 @@ def build_model(config: Config, meta: Meta) -> PreTrainedModel:
             # Stock defaults may name a padding token beyond a small vocabulary.
             options |= {"pad_token_id": None, "max_position_embeddings": config.data.sequence_length}
             known = AutoConfig.for_model(wanted.architecture)
-            fields = [*dir(known), "head_dim"]  # read by some models whose configuration does not declare it
+            fields = [
+                *dir(known),
+                "head_dim",
+                "rope_theta",
+            ]  # understood by models whose configuration does not declare it
             for key in wanted.options:
                 if key not in fields:
                     near = difflib.get_close_matches(key, fields, 1)
