@@ -24,7 +24,15 @@ from token_superposition.experiment.planning import LLAMA3_VOCAB, Plan, plan
 from token_superposition.experiment.published import nearest_runs, nearest_table, outside, published_runs, tables
 from token_superposition.experiment.run import empty_model, flops_per_sequence
 
+DOCUMENT = Path(__file__).parent.parent / "docs/plan.md"
 DENSE = ("270m", "600m", "3b")
+
+
+@pytest.fixture(autouse=True)
+def _no_data_here(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Presets read ``data``: a folder of that name would change their vocabulary."""
+    monkeypatch.chdir(tmp_path_factory.mktemp("empty"))
+    monkeypatch.setenv("COLUMNS", "80")
 
 
 def counts(layers: int, d: int, queries: int, keys: int, mlp: int, norms: int) -> int:
@@ -191,6 +199,7 @@ def test_the_nearest_table_and_runs() -> None:
 def test_a_papers_run_is_inside_its_own_tables(name: str) -> None:
     result = plan(load_preset(name), mfu=0.2)
     assert (result.published.outside == {}) == (name != "3b") and not result.advice
+    assert max(filter(None, result.published.run_gains)) == {"270m": 0.07, "600m": 0.076, "3b": 0.132}[name]
     assert result.published.runs[0].model == name.upper() and None not in result.published.mfu
     assert all("outside the published tables" in w for w in result.warnings)
     assert {r.raw_tokens for r in result.published.runs if r.bag_size == 6 and r.steps == 20_000} == {
@@ -222,7 +231,7 @@ def test_a_batch_that_does_not_divide() -> None:
 def test_too_little_memory() -> None:
     (warning,) = [w for w in plan(load_preset("3b"), gpus=1).warnings if "needed" in w]
     assert warning.startswith(
-        "82 GB are needed on each GPU, 72 GB of a H100 can be used; use --train.micro-batch-size 1"
+        "82 GB are needed on each GPU, 72 GB can be used (90% of the H100's); use --train.micro-batch-size 1"
     )
     assert "activation checkpointing" in warning and "H200 GPUs" in warning
     assert not [w for w in follow(warning, "3b", gpus=1).warnings if "needed" in w]
@@ -271,31 +280,28 @@ def test_what_the_tables_do_not_say() -> None:
     assert any("4.3 x what the paper's B200-hours" in w for w in moe.warnings)
 
 
-def test_the_command_prints_tables_and_json(tmp_path: Path, prepared: Path) -> None:
-    arguments = ("plan", "600m", "--data.path", tmp_path, "--tokens-available", "50e9", "--gpus", "64")
-    printed = tst(*arguments).stdout
-    for expected in (
-        "561M parameters",
-        "20,000",
-        "105B",
-        "419.4 GB",
-        "H100-hours at an MFU of 40%",
-        "warning: data repeats",
-    ):
-        assert expected in printed
-    assert (
-        "advice: --superposition.bag-size" in printed
-        and max(map(len, printed.split("warning")[0].splitlines()[2:])) <= 80
-    )
-    content = json.loads(tst(*arguments, "--json").stdout)
-    expected = plan(
-        replace(load_preset("600m"), data=DataConfig(str(tmp_path), 2048)), gpus=64, tokens_available=50 * 10**9
-    )
+@pytest.mark.parametrize("example", re.findall(r"```console\n\$ tst (.*)\n([^`]*)```", DOCUMENT.read_text()))
+def test_the_documents_examples_are_what_is_printed(
+    example: tuple[str, str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    command, expected = example
+    assert main(command.split()) == 0
+    printed = "\n".join(line.rstrip() for line in capsys.readouterr().out.splitlines())
+    assert printed.strip() == expected.strip()
+
+
+def test_the_command_is_the_function() -> None:
+    content = json.loads(tst("plan", "600m", "--gpus", "64", "--tokens-available", "50e9", "--json").stdout)
+    expected = plan(load_preset("600m"), gpus=64, tokens_available=50_000_000_000)
     assert content == json.loads(json.dumps(asdict(expected)))
-    demo = json.loads(tst("plan", "demo", "--data.path", prepared, "--json").stdout)
+
+
+def test_prepared_data_decide_vocabulary_and_tokens(prepared: Path) -> None:
+    demo = load_preset("demo")
+    result = plan(replace(demo, data=replace(demo.data, path=str(prepared))))
     meta = json.loads((prepared / "meta.json").read_text())
-    assert demo["vocab_size"] == VOCAB and demo["tokens_available"] == meta["train"]["tokens"]
-    assert demo["shape"]["embedding_parameters"] == 2 * VOCAB * 96 and "data repeats" in demo["warnings"][0]
+    assert (result.vocab_size, result.tokens_available) == (VOCAB, meta["train"]["tokens"])
+    assert result.shape.embedding_parameters == 2 * VOCAB * 96 and "data repeats" in result.warnings[0]
 
 
 @pytest.mark.parametrize(

@@ -39,12 +39,18 @@ class Published:
     """Reads the least text among the runs about as good as the best."""
     within_data: Cell | None
     """The best that reads no more than the tokens available; None if there are none or no number was given."""
+    bag_size: int
+    """This run's, the largest."""
+    ratio: float
+    """This run's share of superposed steps."""
     gain: float | None
     """The table's gain at this run's s and r, interpolated; None outside of the table."""
     outside: dict[str, float]
     """By what factor the run lies outside of the published range; empty inside."""
     runs: list[PublishedRun]
     """The paper's main runs of the nearest model."""
+    run_gains: list[float | None]
+    """Their gain over the baseline of as many steps, nats; None without such a baseline."""
     mfu: list[float | None]
     """Utilisation of B200s which their hours mean by our formula, where the model has this size."""
 
@@ -104,11 +110,13 @@ def plan(
         if vocab_size is None:
             vocab_size, source = meta.vocab_size, f"of {directory}"
     if vocab_size is None:
-        vocab_size, source = LLAMA3_VOCAB, f"Llama 3's; {directory} holds no data"
+        vocab_size, source = LLAMA3_VOCAB, f"Llama 3's; no data in {directory}/"
     for name, value in (("vocab-size", vocab_size), ("tokens-available", tokens_available)):
         if value is not None:
             require_int(name, value, 1)
 
+    if config.model.path is not None:
+        source = f"of {config.model.path}"
     shape = shape_of(config, vocab_size)
     length, micro = config.data.sequence_length, micro_batch_of(config, gpus)
     run = cost_of(config, shape, gpus, gpu_type, mfu)
@@ -154,6 +162,7 @@ def _published(config: Config, shape: Shape, run: Cost, tokens_available: int | 
     assert best is not None
     runs = nearest_runs(shape.body_parameters, shape.experts_per_token > 0)
     same_size = abs(shape.body_parameters / runs[0].body_parameters - 1) < SAME_SIZE
+    baselines = {r.steps: r.final_loss for r in runs if r.superposed_steps == 0}
     flops = shape.flops_per_token(config.data.sequence_length)
     peak = GPUS["B200"].flops * 3600
     in_table = wanted.sides == "both" and not wanted.anneal
@@ -163,9 +172,15 @@ def _published(config: Config, shape: Shape, run: Cost, tokens_available: int | 
         best=best,
         frugal=table.frugal(),
         within_data=table.best(tokens_available / run.latent_tokens) if tokens_available is not None else None,
+        bag_size=max(max(p.input_bag, p.output_bag) for p in config.schedule.phases),
+        ratio=run.superposed_steps / run.steps,
         gain=table.gain(wanted.ratio, wanted.bag_size) if in_table else None,
         outside=outside(table, shape.body_parameters, run.steps, run.latent_tokens // run.steps),
         runs=runs,
+        run_gains=[
+            round(baselines[r.steps] - r.final_loss, 3) if r.superposed_steps and r.steps in baselines else None
+            for r in runs
+        ],
         mfu=[flops * r.steps * r.latent_tokens / (peak * r.b200_hours) if same_size else None for r in runs],
     )
 
@@ -205,7 +220,8 @@ def _memory_warnings(config: Config, shape: Shape, gpus: int, gpu_type: GpuType,
     larger = [g for g in GPUS if GPUS[g].memory > GPUS[gpu_type].memory and need.total <= USABLE * GPUS[g].memory]
     remedies += [f"{larger[0]} GPUs"] if larger else []
     return [
-        f"{need.total / 1e9:.0f} GB are needed on each GPU, {limit / 1e9:.0f} GB of a {gpu_type} can be used; "
+        f"{need.total / 1e9:.0f} GB are needed on each GPU, "
+        f"{limit / 1e9:.0f} GB can be used ({USABLE:.0%} of the {gpu_type}'s); "
         + (
             f"use {', or '.join(remedies)}"
             if remedies

@@ -64,7 +64,7 @@ def _memory(plan: Plan) -> Table:
     table.add_row("activations", gb(memory.activations), gb(memory.activations_checkpointed))
     whole = f"loss (whole logits: {gb(memory.loss_whole_logits)})"
     table.add_row(whole, gb(memory.loss), gb(memory.loss))
-    limit = f"of {gb(plan.memory_limit)} that can be used of a {plan.gpu_type}"
+    limit = f"total (usable on {plan.gpu_type}: {gb(plan.memory_limit)})"
     table.add_row(limit, gb(memory.total), gb(memory.total_checkpointed))
     return table
 
@@ -83,14 +83,15 @@ def _published(plan: Plan) -> Table:
             raw = short(round(cell.raw_per_latent * plan.run.latent_tokens))
             table.add_row(name, str(cell.bag_size), f"{cell.ratio:g}", raw, f"{cell.loss:.4f}", f"{cell.gain:.4f}")
     gain = "not in the table" if published.gain is None else f"{published.gain:.4f}"
-    table.add_row("this run's s and r", "", "", short(plan.run.raw_tokens), "", gain)
+    s, r = str(published.bag_size), f"{published.ratio:.3g}"
+    table.add_row("this run", s, r, short(plan.run.raw_tokens), "", gain)
     return table
 
 
 def _runs(plan: Plan) -> Table:
     published = plan.published
-    table = _table("", "steps", "s", "raw tokens", "B200-hours", "MFU", "loss")
-    for run, mfu in zip(published.runs, published.mfu, strict=True):
+    table = _table("", "steps", "s", "raw tokens", "B200-hours", "MFU", "loss", "gain")
+    for run, gain, mfu in zip(published.runs, published.run_gains, published.mfu, strict=True):
         superposed = run.superposed_steps > 0
         table.add_row(
             "TST" if superposed else "baseline",
@@ -100,6 +101,7 @@ def _runs(plan: Plan) -> Table:
             f"{run.b200_hours:,g}",
             f"{mfu:.0%}" if mfu is not None else "",
             f"{run.final_loss:.3f}",
+            f"{gain:.3f}" if gain is not None else "",
         )
     return table
 
