@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from tests.conftest import tst
 from token_superposition import TokenSuperpositionError
 from token_superposition.cli.arguments import split_config
 from token_superposition.experiment.config import Config, load_config, preset_names, save_config
@@ -67,3 +69,28 @@ def test_a_name_is_a_preset_unless_a_file_has_it(tmp_path: Path, monkeypatch: py
 def test_a_preset_survives_the_file(name: str, tmp_path: Path) -> None:
     save_config(load_config(name), tmp_path / "copy.toml")
     assert load_config(tmp_path / "copy.toml") == load_config(name) != Config()
+
+
+SHRUNK = {
+    "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
+    "intermediate_size": 48, "moe_intermediate_size": 24, "head_dim": 8, "num_experts": 8, "num_experts_per_tok": 2,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ["600m", "10b-a1b"])
+def test_a_preset_trains(name: str, tmp_path: Path, prepared: Path) -> None:
+    """The command and the preset as they are, with a smaller model and a shorter run on its flags."""
+    options = {k: v for k, v in SHRUNK.items() if k in load_config(name).model.options}
+    small = {f"model.options.{k}": v for k, v in options.items()} | {
+        "data.path": prepared, "data.sequence_length": 16, "data.eval_tokens": 256, "data.final_eval_tokens": 256,
+        "superposition.bag_size": 4, "train.steps": 12, "train.warmup_steps": 2, "train.batch_size": 8,
+        "train.micro_batch_size": 4, "train.loader_workers": 0,
+    }  # fmt: skip
+    flags = [text for k, v in small.items() for text in (f"--{k.replace('_', '-')}", str(v))]
+    tst("train", name, *flags, "--out", tmp_path / "run")
+    result = json.loads((tmp_path / "run/run.json").read_text())
+    superposed = 4 if name == "600m" else 3  # of 12, at r = 0.3 and 0.25
+    assert result["raw_tokens"] == 8 * 16 * (12 + superposed * 3) and result["latent_tokens"] == 8 * 16 * 12
+    saved = json.loads((tmp_path / "run/model/config.json").read_text())
+    assert saved["rope_parameters"]["rope_theta"] == load_config(name).model.options["rope_theta"]
+    assert saved["hidden_size"] == 32 and not saved["tie_word_embeddings"] and saved["vocab_size"] == 320

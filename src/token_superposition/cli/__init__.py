@@ -14,7 +14,8 @@ from collections.abc import Sequence
 COMMANDS = {
     "demo": "train a small model with and without TST on this machine's own text, and show the difference",
     "prepare": "turn text, code, JSON lines or Parquet into a token store",
-    "train": "train one model from a TOML file",
+    "plan": "what a run would cost, and what the paper's results say about it",
+    "train": "train one model from a TOML file or a preset",
     "compare": "train a baseline and TST at equal compute, and write the report",
     "generate": "continue a prompt with a trained model",
     "report": "write the report of a comparison again",
@@ -35,6 +36,7 @@ start here:
   tst prepare docs/ 'src/**/*.py' --out data      your own text
   tst compare config.toml --out comparison        with and without TST, on your text
   tst train config.toml --superposition.bag-size 8 --out run
+  tst plan 600m --gpus 64                         the paper's models: 270m, 600m, 3b, 10b-a1b
   tst generate run/model "def main("
 
 tst COMMAND --help explains every option.

@@ -15,7 +15,7 @@ from token_superposition.experiment.config import Config
 
 @dataclass(frozen=True)
 class CompareCommand:
-    """Train a baseline and TST at equal compute: tst compare CONFIG.toml [OPTIONS]
+    """Train a baseline and TST at equal compute: tst compare CONFIG.toml|PRESET [OPTIONS]
 
     Same model, data, learning rate and number of steps, hence equal FLOPs. --out gets summary.json, report.html and
     runs/NAME/ with metrics.jsonl and model/. Calling it again goes on with what is not done.

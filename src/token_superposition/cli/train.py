@@ -15,11 +15,12 @@ from token_superposition.experiment.config import Config
 
 @dataclass(frozen=True)
 class TrainCommand:
-    """Train one model: tst train CONFIG.toml [OPTIONS]
+    """Train one model: tst train CONFIG.toml|PRESET [OPTIONS]
 
-    Options override the file. The directory --out holds the configuration, metrics.jsonl, checkpoints/, and, when it
-    is done, model/ (an ordinary transformers model) and run.json. Calling it again continues from the newest
-    checkpoint. Several processes: torchrun --nproc-per-node 2 -m token_superposition train CONFIG.toml
+    Presets: 270m, 600m, 3b, 10b-a1b (the paper's), demo. Options override the file. The directory --out holds the
+    configuration, metrics.jsonl, checkpoints/, and, when it is done, model/ (an ordinary transformers model) and
+    run.json. Calling it again continues from the newest checkpoint.
+    Several processes: torchrun --nproc-per-node 2 -m token_superposition train CONFIG.toml
 
     Example: tst train config.toml --superposition.bag-size 8 --train.seed 1 --out runs/s8
     """

@@ -8,7 +8,8 @@ import math
 import os
 import platform
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -21,6 +22,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
+    PretrainedConfig,
     PreTrainedModel,
     PrinterCallback,
     TrainingArguments,
@@ -33,7 +35,7 @@ from token_superposition.data.store import Meta, TokenStore
 from token_superposition.data.tokenizer import load_tokenizer
 from token_superposition.engines.transformers import TSTTrainer
 from token_superposition.errors import TokenSuperpositionError
-from token_superposition.experiment.config import Config, save_config
+from token_superposition.experiment.config import Config, ModelConfig, save_config
 from token_superposition.experiment.metrics import MetricsWriter, Report, read_metrics
 
 RESULT = "run.json"
@@ -150,32 +152,12 @@ def train(
 
 def build_model(config: Config, meta: Meta) -> PreTrainedModel:
     """The model of the configuration, with the vocabulary of the data; float32 weights."""
-    wanted = config.model
-    try:
-        if wanted.path is not None:
-            model = AutoModelForCausalLM.from_pretrained(wanted.path, dtype=torch.float32)
+    with _building(config.model):
+        if config.model.path is not None:
+            model = AutoModelForCausalLM.from_pretrained(config.model.path, dtype=torch.float32)
         else:
-            options = {"vocab_size": meta.vocab_size, "bos_token_id": meta.eos_id, "eos_token_id": meta.eos_id}
-            # Stock defaults may name a padding token beyond a small vocabulary.
-            options |= {"pad_token_id": None, "max_position_embeddings": config.data.sequence_length}
-            known = AutoConfig.for_model(wanted.architecture)
-            fields = [
-                *dir(known),
-                "head_dim",
-                "rope_theta",
-            ]  # understood by models whose configuration does not declare it
-            for key in wanted.options:
-                if key not in fields:
-                    near = difflib.get_close_matches(key, fields, 1)
-                    hint = f"did you mean {near[0]}?" if near else "see its page in transformers"
-                    raise TokenSuperpositionError(f"model.options: {wanted.architecture} has no field {key}; {hint}")
-            settings = AutoConfig.for_model(wanted.architecture, **(options | wanted.options))
+            settings = model_settings(config, meta.vocab_size, meta.eos_id)
             model = AutoModelForCausalLM.from_config(settings, dtype=torch.float32)
-    except TokenSuperpositionError:
-        raise
-    except Exception as e:
-        where = f"model.path {wanted.path}" if wanted.path is not None else f"model {wanted.architecture}"
-        raise TokenSuperpositionError(f"{where} cannot be built: {str(e).strip().splitlines()[0]}") from e
     rows: int = cast(Any, model).get_input_embeddings().weight.shape[0]
     if rows < meta.vocab_size:
         raise TokenSuperpositionError(
@@ -183,6 +165,42 @@ def build_model(config: Config, meta: Meta) -> PreTrainedModel:
             "prepare the data with the model's tokenizer (tst prepare --tokenizer)"
         )
     return model
+
+
+def empty_model(config: Config, vocab_size: int) -> PreTrainedModel:
+    """The same model without memory, on the meta device: to count, not to train."""
+    with _building(config.model), torch.device("meta"):
+        return AutoModelForCausalLM.from_config(model_settings(config, vocab_size, 0), dtype=torch.float32)
+
+
+def model_settings(config: Config, vocab_size: int, eos_id: int) -> PretrainedConfig:
+    """The model's configuration in transformers."""
+    wanted = config.model
+    if wanted.path is not None:
+        return AutoConfig.from_pretrained(wanted.path)
+    options = {"vocab_size": vocab_size, "bos_token_id": eos_id, "eos_token_id": eos_id}
+    # Stock defaults may name a padding token beyond a small vocabulary.
+    options |= {"pad_token_id": None, "max_position_embeddings": config.data.sequence_length}
+    known = AutoConfig.for_model(wanted.architecture)
+    fields = [*dir(known), "head_dim", "rope_theta"]  # read by models whose configuration does not declare them
+    for key in wanted.options:
+        if key not in fields:
+            near = difflib.get_close_matches(key, fields, 1)
+            hint = f"did you mean {near[0]}?" if near else "see its page in transformers"
+            raise TokenSuperpositionError(f"model.options: {wanted.architecture} has no field {key}; {hint}")
+    return AutoConfig.for_model(wanted.architecture, **(options | wanted.options))
+
+
+@contextmanager
+def _building(wanted: ModelConfig) -> Generator[None]:
+    """Errors of transformers become one line."""
+    try:
+        yield
+    except TokenSuperpositionError:
+        raise
+    except Exception as e:
+        where = f"model.path {wanted.path}" if wanted.path is not None else f"model {wanted.architecture}"
+        raise TokenSuperpositionError(f"{where} cannot be built: {str(e).strip().splitlines()[0]}") from e
 
 
 def training_arguments(config: Config, out: Path) -> TrainingArguments:
@@ -261,10 +279,17 @@ def flops_per_sequence(model: nn.Module, sequence_length: int) -> float:
     """FLOPs of training on one sequence: 3 x its forward pass, matrix products counted as they run."""
     device = next(model.parameters()).device
     training = model.training
-    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):  # fused attention is not counted
+    experts: dict[Any, Any] = {torch.ops.aten._grouped_mm: _grouped_mm_flops}  # torch's counter leaves it out
+    counter = FlopCounterMode(display=False, custom_mapping=experts)
+    with counter, sdpa_kernel(SDPBackend.MATH):  # fused attention is not counted
         model.eval()(input_ids=torch.zeros(1, sequence_length, dtype=torch.long, device=device), use_cache=False)
     model.train(training)
     return 3.0 * counter.get_total_flops()
+
+
+def _grouped_mm_flops(rows: list[int], matrices: list[int], *_: Any, **__: Any) -> int:
+    """Every row is multiplied by one of the matrices: (n, k) by (E, k, m)."""
+    return 2 * rows[0] * rows[1] * matrices[-1]
 
 
 def phase_step_seconds(out: Path, starts: list[int]) -> list[float]:
