@@ -36,8 +36,10 @@ from benchmarks.plot import plot
 from token_superposition import Phase, Schedule
 from token_superposition.data.plan import PlannedDataset
 from token_superposition.engines.transformers import TSTTrainer
+from token_superposition.experiment.budget import GPUS, shape_of
 from token_superposition.experiment.config import Config, load_config
-from token_superposition.experiment.run import flops_per_sequence, training_arguments
+from token_superposition.experiment.launch import Launch
+from token_superposition.experiment.run import training_arguments
 
 LEFT_OUT = 5
 VOCABULARY = {"demo": 2048}  # elsewhere Llama 3's, as in the paper
@@ -71,14 +73,13 @@ class StepTimes(TrainerCallback):
         self.seconds.append(time.perf_counter() - self.start)
 
 
-def run(config: Config, contender: str, vocabulary: int, tokens: Any, folder: Path) -> tuple[list[float], int, float]:
-    """Seconds of the counted steps, peak bytes (0 on a CPU), FLOPs of a step."""
+def run(config: Config, contender: str, vocabulary: int, tokens: Any, folder: Path) -> tuple[list[float], int]:
+    """Seconds of the counted steps, and peak bytes (0 on a CPU)."""
     torch.manual_seed(0)
     options = {"vocab_size": vocabulary, "max_position_embeddings": config.data.sequence_length, **config.model.options}
     model: Any = AutoModelForCausalLM.from_config(AutoConfig.for_model(config.model.architecture, **options))
-    args = training_arguments(config, folder)
+    args = training_arguments(config, folder, Launch())
     args.eval_strategy = IntervalStrategy.NO
-    args.gradient_checkpointing = config.train.compile and "3b" in folder.name
     times = StepTimes()
     t, length = config.train, config.data.sequence_length
     if contender == "Trainer alone":
@@ -89,12 +90,17 @@ def run(config: Config, contender: str, vocabulary: int, tokens: Any, folder: Pa
         plan = PlannedDataset(tokens, Schedule([Phase(t.steps, s, s)]), length, t.batch_size)
         trainer = TSTTrainer(model, args, train_dataset=plan, callbacks=[times])
     trainer.remove_callback(PrinterCallback)
-    flops = flops_per_sequence(model.to(args.device), length) * t.batch_size
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
     trainer.train()
     peak = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0
-    return times.seconds[LEFT_OUT:], peak, flops
+    return times.seconds[LEFT_OUT:], peak
+
+
+def peak_flops() -> float | None:
+    """By the data sheet of this GPU; None where ``tst plan`` does not know it."""
+    name = torch.cuda.get_device_name() if torch.cuda.is_available() else ""
+    return next((gpu.flops for kind, gpu in GPUS.items() if kind in name), None)
 
 
 def largest_micro_batch(config: Config, contenders: list[str], vocabulary: int, tokens: Any, folder: Path) -> int:
@@ -125,6 +131,8 @@ def main() -> None:
     options = parser.parse_args()
     for preset in options.presets:
         config = load_config(preset)
+        checkpointed = gpu and preset in CHECKPOINTED
+        config = replace(config, train=replace(config.train, activation_checkpointing=checkpointed))
         s = config.superposition.bag_size
         contenders = ["Trainer alone", "ours, recovery", f"ours, superposed, s = {s}"]
         vocabulary = VOCABULARY.get(preset, 128_256)
@@ -137,13 +145,15 @@ def main() -> None:
             train = replace(config.train, steps=options.steps, batch_size=micro, micro_batch_size=None, warmup_steps=0)
             config = replace(config, train=replace(train, compile=gpu, loader_workers=0))
             seconds: dict[str, list[float]] = {c: [] for c in contenders}
-            peaks, flops = dict.fromkeys(contenders, 0), 0.0
+            peaks = dict.fromkeys(contenders, 0)
             for r in range(options.rounds):
                 for contender in contenders[r % 3 :] + contenders[: r % 3]:
-                    measured, peaks[contender], flops = run(config, contender, vocabulary, tokens, folder)
+                    measured, peaks[contender] = run(config, contender, vocabulary, tokens, folder)
                     seconds[contender] += measured
         length = config.data.sequence_length
+        flops = float(shape_of(config, vocabulary).flops_per_token(length)) * micro * length
         title = f"{preset}, {micro} x {length:,}" + (", compiled" if gpu else "")
+        title += ", activation checkpointing" if checkpointed else ""
         print(title)
         rows: list[dict[str, Any]] = []
         for contender in contenders:
@@ -155,6 +165,8 @@ def main() -> None:
             if gpu:
                 row |= {"peak_mb": round(peaks[contender] / 1e6)}
             row["tflops"] = round(flops / timing.median / 1e12, 3)
+            if (most := peak_flops()) is not None:
+                row["mfu"] = round(flops / timing.median / most, 3)
             rows.append(row)
             print("  " + ", ".join(f"{k} {v}" for k, v in row.items() if k not in ("benchmark", "case", "rounds")))
         append_rows(rows)
