@@ -1,4 +1,4 @@
-"""``python -m tests.fsdp_on_cpu CONFIG [OPTIONS]`` is ``tst train`` with accelerate's FSDP2 over gloo, on processes without a GPU.
+"""``python -m tests.fsdp_on_cpu CONFIG [OPTIONS]`` is ``tst train`` with accelerate's FSDP2 on CPU processes.
 
 accelerate turns FSDP off where it finds no accelerator. After the process group is there, this says to its state what
 it says itself on a GPU; wrapping, training, checkpoints and export are then accelerate's, transformers' and torch's.
@@ -9,7 +9,7 @@ from __future__ import annotations
 import sys
 from typing import Any
 
-from accelerate.state import AcceleratorState
+from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 
 
@@ -22,7 +22,7 @@ def shard_on_cpu() -> None:
             self.fsdp_plugin = FullyShardedDataParallelPlugin()  # read from the launcher's FSDP_... variables
             if self.mixed_precision != "no":
                 self.fsdp_plugin.set_mixed_precision(self.mixed_precision)
-            self.distributed_type = DistributedType.FSDP
+            self.distributed_type = PartialState._shared_state["distributed_type"] = DistributedType.FSDP
 
     AcceleratorState.__init__ = with_fsdp
 

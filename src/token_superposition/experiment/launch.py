@@ -51,12 +51,13 @@ class Launch:
             )
         if self.sharded and os.environ.get("FSDP_VERSION", "1") != "2":
             raise TokenSuperpositionError(
-                "the launch file asks for FSDP version 1, which transformers has dropped; set fsdp_version: 2 in it"
+                "the launch file asks for FSDP version 1, under which the output head cannot be read; "
+                "set fsdp_version: 2 in it"
             )
         if self.mixed_precision not in ("no", "bf16"):
             raise TokenSuperpositionError(
-                f"the launch file asks for mixed_precision {self.mixed_precision}; bf16 and no are known, "
-                "and train.precision goes before them"
+                f"the launch file asks for mixed_precision {self.mixed_precision}; set it to bf16 or no "
+                "(train.precision goes before it)"
             )
 
     def micro_batch(self, config: Config) -> int:

@@ -8,7 +8,7 @@ import math
 import os
 import platform
 import shutil
-from collections.abc import Callable, Generator
+from collections.abc import Generator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
@@ -109,10 +109,12 @@ def train(
     bits_per_byte = 1 / math.log(2) / validation.split.bytes_per_token
     prepare_directory(config, out)
     args = training_arguments(config, out, launch)  # starts the process group
-    if not launch.sharded:  # FSDP moves it to the device part by part
+    if launch.sharded:  # FSDP moves the model to the device part by part; the FLOPs are counted without computing
+        with FakeTensorMode(allow_non_fake_inputs=True):
+            sequence_flops = flops_per_sequence(empty.bfloat16(), config.data.sequence_length)
+    else:
         nn.Module.to(model, args.device)
-    with FakeTensorMode(allow_non_fake_inputs=True):  # counts without computing
-        sequence_flops = flops_per_sequence(empty.bfloat16(), config.data.sequence_length)
+        sequence_flops = flops_per_sequence(model, config.data.sequence_length)
     if checkpoint is None and resume_from is not None:
         step = int(resume_from.name.rpartition("-")[2])
         before = [m for m in read_metrics(resume_from.parent.parent / METRICS) if m["step"] <= step]
