@@ -280,7 +280,7 @@ def launched(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Launch]]
     [
         ({"WORLD_SIZE": 3}, r"batch_size 4 is not a multiple of 3 \(3 processes x micro-batch 1\); use 3 or 6"),
         ({"WORLD_SIZE": 8}, r"batch_size 4 is not a multiple of 8 \(8 processes x micro-batch 1\); use 8 or 16"),
-        ({"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": 2}, "this machine has no accelerator"),
+        ({"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": 1}, "set fsdp_version: 2"),
         ({"ACCELERATE_MIXED_PRECISION": "fp8"}, "mixed_precision fp8; set it to bf16 or no"),
     ],
 )
@@ -298,14 +298,28 @@ def test_the_error_comes_before_any_process_group(config: Path, tmp_path: Path) 
     assert not (tmp_path / "run").exists()
 
 
-def test_a_model_without_room_is_refused(launched: Callable[..., Launch]) -> None:
+def test_fsdp_without_an_accelerator_is_refused(config: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FSDP_VERSION", "2")
+    Launch(sharded=True, device_memory=80e9).check(load_config(config))
+    with pytest.raises(TokenSuperpositionError, match=r"no accelerator, where .* DDP .* launch with ddp.yaml"):
+        Launch(sharded=True).check(load_config(config))
+
+
+def test_a_model_without_room_is_refused() -> None:
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     fits, too_many = memory // 16 - 1, memory // 16 + 1
     Launch().check_memory(fits)
-    launched(WORLD_SIZE=64, LOCAL_WORLD_SIZE=1, ACCELERATE_USE_FSDP="true").check_memory(60 * fits)
+    Launch(64, 1, sharded=True).check_memory(60 * fits)
     for refused, n in ((Launch(), too_many), (Launch(8, 2), too_many // 2 + 1), (Launch(2, 2, sharded=True), too_many)):
         with pytest.raises(TokenSuperpositionError, match=r"need .* GB .* has .* GB; take a smaller model"):
             refused.check_memory(n)
+    state = 16 * fits
+    Launch(4, 1, sharded=True, device_memory=state // 4 + 1).check_memory(fits)
+    for few in (Launch(4, 1, device_memory=state // 4 + 1), Launch(3, 1, sharded=True, device_memory=state // 4 + 1)):
+        with pytest.raises(TokenSuperpositionError, match=r"launch with fsdp2.yaml on more than 3 GPUs"):
+            few.check_memory(fits)
+    with pytest.raises(TokenSuperpositionError, match=r"in 5 processes on this machine"):  # before they are shared out
+        Launch(64, 5, sharded=True, device_memory=float(state)).check_memory(fits)
 
 
 def test_checkpoints_of_the_other_kind_are_refused(tmp_path: Path) -> None:

@@ -117,6 +117,12 @@ def test_fsdp2_with_one_process_is_the_unsharded_run(
 
 def test_a_model_larger_than_the_gpu_is_refused() -> None:
     memory = torch.cuda.get_device_properties(0).total_memory
-    Launch(processes=8, sharded=True).check_memory(memory // 8)
     with pytest.raises(TokenSuperpositionError, match=r"launch with fsdp2.yaml on more than \d+ GPUs"):
-        Launch(processes=2).check_memory(memory // 8)
+        Launch.from_environment().check_memory(memory // 8)
+
+
+def test_more_processes_than_gpus_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    gpus = torch.cuda.device_count()
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(gpus + 1))
+    with pytest.raises(TokenSuperpositionError, match=f"{gpus + 1} processes .* at most {gpus} here"):
+        Launch.from_environment()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,36 +24,48 @@ class Launch:
     processes: int = 1
     local_processes: int = 1
     """Of them, on this machine."""
-    local_rank: int = 0
     sharded: bool = False
     """FSDP: weights, gradients and optimizer state are spread over the processes."""
     mixed_precision: str = "no"
     """Of the launch file."""
+    device_memory: float | None = None
+    """Bytes of this process's GPU; infinite for an accelerator that does not tell, None without one."""
 
     @classmethod
     def from_environment(cls) -> Launch:
+        """Raises ``TokenSuperpositionError`` for more processes than GPUs."""
         e = os.environ
         processes = int(e.get("WORLD_SIZE", 1))
+        memory = None
+        if torch.cuda.is_available():
+            here, gpus = int(e.get("LOCAL_WORLD_SIZE", processes)), torch.cuda.device_count()
+            if here > gpus:
+                raise TokenSuperpositionError(
+                    f"{here} processes are launched on this machine, which has {gpus} GPUs; launch at most {gpus} here"
+                )
+            memory = torch.cuda.get_device_properties(int(e.get("LOCAL_RANK", 0))).total_memory
+        elif torch.accelerator.is_available():
+            memory = math.inf
         return cls(
             processes,
             int(e.get("LOCAL_WORLD_SIZE", processes)),
-            int(e.get("LOCAL_RANK", 0)),
             e.get("ACCELERATE_USE_FSDP", "false").lower() == "true",
             e.get("ACCELERATE_MIXED_PRECISION", "no"),
+            memory,
         )
 
     def check(self, config: Config) -> None:
         """Raises ``TokenSuperpositionError`` for what accelerate would change or ignore without a word."""
         self.micro_batch(config)
-        if self.sharded and not torch.accelerator.is_available():
-            raise TokenSuperpositionError(
-                "the launch file asks for FSDP and this machine has no accelerator, where accelerate trains with DDP "
-                "and does not say so; launch with ddp.yaml or torchrun"
-            )
         if self.sharded and os.environ.get("FSDP_VERSION", "1") != "2":
             raise TokenSuperpositionError(
                 "the launch file asks for FSDP version 1, under which the output head cannot be read; "
                 "set fsdp_version: 2 in it"
+            )
+        if self.sharded and self.device_memory is None:
+            raise TokenSuperpositionError(
+                "the launch file asks for FSDP and this machine has no accelerator, where accelerate trains with DDP "
+                "and does not say so; launch with ddp.yaml or torchrun"
             )
         if self.mixed_precision not in ("no", "bf16"):
             raise TokenSuperpositionError(
@@ -88,14 +101,13 @@ class Launch:
         state = BYTES_PER_PARAMETER * parameters
         mine = state / self.processes if self.sharded else state
         host = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-        if torch.cuda.is_available():
-            device = torch.cuda.get_device_properties(self.local_rank).total_memory
-            if mine > device:
-                least = -(-state // device)
+        if self.device_memory is not None:
+            if mine > self.device_memory:
+                least = int(state // self.device_memory)
                 raise TokenSuperpositionError(
                     f"{parameters / 1e9:.2f}B parameters with gradients and optimizer state need {mine / GB:.1f} GB on "
-                    f"each of {self.processes} processes, a GPU here has {device / GB:.1f} GB; launch with fsdp2.yaml "
-                    f"on more than {least} GPUs, or take a smaller model"
+                    f"each of {self.processes} processes, the GPU here has {self.device_memory / GB:.1f} GB; launch "
+                    f"with fsdp2.yaml on more than {least} GPUs, or take a smaller model"
                 )
             need = 4 * parameters * self.local_processes
         else:
