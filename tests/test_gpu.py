@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -9,8 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.measure import peak_bytes
-from token_superposition import bag_embedding, fold, span, superpose
+from tests.conftest import tst
+from tests.test_accelerate import forget_after, launch, same_history, same_model
+from token_superposition import TokenSuperpositionError, bag_embedding, fold, span, superpose
 from token_superposition import linear_multi_hot_cross_entropy as linear
+from token_superposition.experiment.launch import Launch
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
@@ -91,3 +96,33 @@ def test_a_superposed_model_compiles() -> None:
     want = linear(model.get_decoder()(ids).last_hidden_state, model.lm_head.weight, targets)
     decoder = torch.compile(model.get_decoder())
     torch.testing.assert_close(linear(decoder(ids).last_hidden_state, model.lm_head.weight, targets), want)
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_fsdp2_with_one_process_is_the_unsharded_run(
+    precision: str, write_config: Callable[..., Path], tmp_path: Path
+) -> None:
+    """The launch file as it is, resumed across the switch: the path that many GPUs take, without their traffic."""
+    config = write_config(save_every=4, append=f'precision = "{precision}"\nactivation_checkpointing = true\n')
+    tst("train", config, "--out", tmp_path / "plain")
+    launch("fsdp2.yaml", "token_superposition", "train", config, "--out", tmp_path / "sharded", processes=1)
+    tolerance = 1e-4 if precision == "float32" else 2e-2
+    same_history(tmp_path / "sharded", tmp_path / "plain", tolerance)
+    same_model(tmp_path / "sharded", tmp_path / "plain", 100 * tolerance)
+    assert (tmp_path / "sharded/checkpoints/checkpoint-4/pytorch_model_fsdp_0/__0_0.distcp").exists()
+    forget_after(tmp_path / "sharded", tmp_path / "resumed", 4)
+    launch("fsdp2.yaml", "token_superposition", "train", config, "--out", tmp_path / "resumed", processes=1)
+    same_history(tmp_path / "resumed", tmp_path / "sharded", tolerance)
+
+
+def test_a_model_larger_than_the_gpu_is_refused() -> None:
+    memory = torch.cuda.get_device_properties(0).total_memory
+    with pytest.raises(TokenSuperpositionError, match=r"launch with fsdp2.yaml on more than \d+ GPUs"):
+        Launch.from_environment().check_memory(memory // 8)
+
+
+def test_more_processes_than_gpus_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    gpus = torch.cuda.device_count()
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(gpus + 1))
+    with pytest.raises(TokenSuperpositionError, match=f"{gpus + 1} processes .* at most {gpus} here"):
+        Launch.from_environment()

@@ -21,6 +21,7 @@ class TrainCommand:
     configuration, metrics.jsonl, checkpoints/, and, when it is done, model/ (an ordinary transformers model) and
     run.json. Calling it again continues from the newest checkpoint.
     Several processes: torchrun --nproc-per-node 2 -m token_superposition train CONFIG.toml
+    DDP or FSDP2: accelerate launch --config_file FILE -m token_superposition train CONFIG.toml
 
     Example: tst train config.toml --superposition.bag-size 8 --train.seed 1 --out runs/s8
     """
@@ -39,10 +40,12 @@ def run(args: Sequence[str]) -> None:
     from rich.console import Console
 
     from token_superposition.cli.quiet import quiet
+    from token_superposition.experiment.launch import Launch
     from token_superposition.experiment.progress import RunProgress
     from token_superposition.experiment.run import train
 
     quiet()
+    Launch.from_environment().check(options.config)
     console = Console()
     with RunProgress(console) as progress:
         steps = options.config.train.steps

@@ -103,6 +103,8 @@ class TrainConfig:
     """Gradients are clipped to this norm."""
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     """Precision of the computation; weights stay float32. auto: bfloat16 where the hardware multiplies it natively."""
+    activation_checkpointing: bool = False
+    """Compute the layers' activations again in the backward pass instead of keeping them: less memory, more time."""
     compile: bool = False
     """Compile the model with torch.compile."""
     seed: int = 0

@@ -8,7 +8,7 @@ import math
 import os
 import platform
 import shutil
-from collections.abc import Callable, Generator
+from collections.abc import Generator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
@@ -17,6 +17,7 @@ from typing import Any, cast
 
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import (
@@ -28,7 +29,6 @@ from transformers import (
     TrainingArguments,
     set_seed,
 )
-from transformers.trainer_utils import get_last_checkpoint
 
 from token_superposition.data.plan import PlannedDataset, ValidationSet
 from token_superposition.data.store import Meta, TokenStore
@@ -36,6 +36,7 @@ from token_superposition.data.tokenizer import load_tokenizer
 from token_superposition.engines.transformers import TSTTrainer
 from token_superposition.errors import TokenSuperpositionError
 from token_superposition.experiment.config import Config, ModelConfig, save_config
+from token_superposition.experiment.launch import Launch
 from token_superposition.experiment.metrics import MetricsWriter, Report, read_metrics
 
 RESULT = "run.json"
@@ -86,10 +87,18 @@ def train(
     Raises ``TokenSuperpositionError`` before any work for a configuration that cannot be trained.
     """
     config.check()
+    launch = Launch.from_environment()
+    launch.micro_batch(config)
     out = Path(out)
     store = TokenStore(config.data.path)
     validation = TokenStore(config.data.path, "validation")
     schedule = config.schedule
+    empty = empty_model(config, store.meta.vocab_size)
+    launch.check_memory(sum(p.numel() for p in empty.parameters()))
+    checkpoint = newest_checkpoint(out / "checkpoints")
+    start = checkpoint or resume_from
+    if start is not None:
+        launch.check_checkpoint(start)
     set_seed(config.train.seed)
     model = build_model(config, store.meta)
     tokenizer = load_tokenizer(str(store.directory / "tokenizer"))
@@ -98,14 +107,14 @@ def train(
     held_out = ValidationSet(validation, config.data.sequence_length, config.data.eval_tokens)
     final = ValidationSet(validation, config.data.sequence_length, config.data.final_eval_tokens)
     bits_per_byte = 1 / math.log(2) / validation.split.bytes_per_token
-    args = training_arguments(config, out)
-
     prepare_directory(config, out)
-    checkpoints = out / "checkpoints"
-    checkpoint = get_last_checkpoint(checkpoints) if checkpoints.is_dir() else None
-    nn.Module.to(model, args.device)
-    sequence_flops = flops_per_sequence(model, config.data.sequence_length)
-    start = resume_from if checkpoint is None else Path(checkpoint)
+    args = training_arguments(config, out, launch)  # starts the process group
+    if launch.sharded:  # FSDP moves the model to the device part by part; the FLOPs are counted without computing
+        with FakeTensorMode(allow_non_fake_inputs=True):
+            sequence_flops = flops_per_sequence(empty.bfloat16(), config.data.sequence_length)
+    else:
+        nn.Module.to(model, args.device)
+        sequence_flops = flops_per_sequence(model, config.data.sequence_length)
     if checkpoint is None and resume_from is not None:
         step = int(resume_from.name.rpartition("-")[2])
         before = [m for m in read_metrics(resume_from.parent.parent / METRICS) if m["step"] <= step]
@@ -203,28 +212,27 @@ def _building(wanted: ModelConfig) -> Generator[None]:
         raise TokenSuperpositionError(f"{where} cannot be built: {str(e).strip().splitlines()[0]}") from e
 
 
-def training_arguments(config: Config, out: Path) -> TrainingArguments:
+def training_arguments(config: Config, out: Path, launch: Launch) -> TrainingArguments:
     t = config.train
-    processes = int(os.environ.get("WORLD_SIZE", 1))
-    micro = t.micro_batch_size or max(t.batch_size // processes, 1)
-    if t.batch_size % (micro * processes):
-        raise TokenSuperpositionError(
-            f"train.batch_size {t.batch_size} is not a multiple of {processes} processes x micro-batch {micro}; "
-            "change train.batch_size or train.micro_batch_size"
-        )
+    micro = launch.micro_batch(config)
+    bfloat16 = launch.bfloat16(t.precision)
+    os.environ["ACCELERATE_MIXED_PRECISION"] = "bf16" if bfloat16 else "no"  # accelerate takes it from nowhere else
+    if launch.sharded and t.activation_checkpointing:  # FSDP's own: the other one gathers a layer once more
+        os.environ["FSDP_ACTIVATION_CHECKPOINTING"] = "true"
     cpu = not torch.accelerator.is_available()
     return TrainingArguments(
         output_dir=str(out / "checkpoints"),
         max_steps=t.steps,
         per_device_train_batch_size=micro,
         per_device_eval_batch_size=micro,
-        gradient_accumulation_steps=t.batch_size // (micro * processes),
+        gradient_accumulation_steps=t.batch_size // (micro * launch.processes),
         learning_rate=t.learning_rate,
         weight_decay=t.weight_decay,
         adam_beta1=t.beta1,
         adam_beta2=t.beta2,
         max_grad_norm=t.max_grad_norm,
-        bf16=t.precision == "bfloat16" or (t.precision == "auto" and native_bfloat16()),
+        bf16=bfloat16,
+        activation_checkpointing=t.activation_checkpointing and not launch.sharded,
         torch_compile=t.compile,
         seed=t.seed,
         logging_steps=t.log_every,
@@ -242,14 +250,6 @@ def training_arguments(config: Config, out: Path) -> TrainingArguments:
         logging_nan_inf_filter=False,
         use_cpu=cpu,
     )
-
-
-def native_bfloat16() -> bool:
-    """Whether this machine multiplies bfloat16 faster than float32."""
-    if torch.cuda.is_available():
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    supported: Callable[[], bool] = getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
-    return supported()
 
 
 def prepare_directory(config: Config, out: Path) -> None:
@@ -271,7 +271,15 @@ def prepare_directory(config: Config, out: Path) -> None:
                 f"{out} holds a run of another configuration ({'; '.join(differences)}); choose another --out"
             )
     out.mkdir(parents=True, exist_ok=True)
-    save_config(config, out / CONFIG)
+    partial = out / f".{CONFIG}.{os.getpid()}.partial"  # every process writes it, and none reads half of another's
+    save_config(config, partial)
+    partial.rename(out / CONFIG)
+
+
+def newest_checkpoint(checkpoints: Path) -> Path | None:
+    """The newest one that is complete: the trainer writes its state last."""
+    complete = {int(p.parent.name.split("-")[1]): p.parent for p in checkpoints.glob("checkpoint-*/trainer_state.json")}
+    return complete[max(complete)] if complete else None
 
 
 @torch.no_grad()
@@ -307,8 +315,10 @@ def phase_step_seconds(out: Path, starts: list[int]) -> list[float]:
 
 
 def save_model(trainer: TSTTrainer, path: Path) -> None:
-    """Write the finished model aside, then rename it."""
+    """Write the finished model aside, then rename it. Shards are gathered to one process."""
     partial = path.with_name(f".{path.name}.partial")
+    if trainer.is_fsdp_enabled:
+        cast(Any, trainer.accelerator.state).fsdp_plugin.set_state_dict_type("FULL_STATE_DICT")
     trainer.save_model(str(partial))
     if trainer.is_world_process_zero():
         (partial / "training_args.bin").unlink(missing_ok=True)

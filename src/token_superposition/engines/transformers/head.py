@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 from dataclasses import dataclass
 from itertools import product
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -37,6 +37,22 @@ class Head:
 
     softcap: float | None = None
     logit_scale: float = 1.0
+
+
+def whole_head(model: nn.Module) -> nn.Linear:
+    """The output head of ``model`` with all its rows.
+
+    Under FSDP2 its weight may have been freed after the forward pass, and what is left, this process's rows as a
+    DTensor, would pass for a head that is spread over the vocabulary. Gathered here, it is freed and its gradient
+    scattered in the backward pass as always.
+    """
+    from torch.distributed.fsdp import FSDPModule
+
+    head: nn.Linear = cast(Any, model).get_output_embeddings()
+    owner = head if isinstance(head, FSDPModule) else model
+    if isinstance(owner, FSDPModule):
+        owner.unshard()
+    return head
 
 
 def read_head(model: nn.Module) -> Head | str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any, cast
 
 import torch
@@ -13,7 +14,7 @@ from transformers import Trainer, TrainingArguments, default_data_collator
 
 from token_superposition.data.plan import PlannedDataset
 from token_superposition.embedding import superpose
-from token_superposition.engines.transformers.head import HiddenStates, read_head
+from token_superposition.engines.transformers.head import HiddenStates, read_head, whole_head
 from token_superposition.errors import TokenSuperpositionError
 from token_superposition.loss import linear_multi_hot_cross_entropy, multi_hot_cross_entropy
 from token_superposition.weights import Weighting, place_weights
@@ -79,6 +80,13 @@ class TSTTrainer(Trainer):
         if args.max_steps <= 0:
             args.max_steps = total
 
+    def create_accelerator_and_postprocess(self) -> None:
+        """Under FSDP, gradients are averaged over the processes in float32; accelerate would do it in bfloat16."""
+        super().create_accelerator_and_postprocess()
+        plugin: Any = getattr(self.accelerator.state, "fsdp_plugin", None)
+        if plugin is not None and plugin.mixed_precision_policy is not None:
+            plugin.mixed_precision_policy = replace(plugin.mixed_precision_policy, reduce_dtype=torch.float32)
+
     def compute_loss(
         self,
         model: nn.Module,
@@ -94,7 +102,7 @@ class TSTTrainer(Trainer):
         reduction = "mean" if num_items_in_batch is None else "sum"
         if self._hidden is not None and self.head is not None:
             outputs = model(**inputs, logits_to_keep=1)
-            head: nn.Linear = self.accelerator.unwrap_model(model).get_output_embeddings()
+            head = whole_head(self.accelerator.unwrap_model(model))
             with self.accelerator.autocast():
                 loss = linear_multi_hot_cross_entropy(
                     self._hidden.take(),
