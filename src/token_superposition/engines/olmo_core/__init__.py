@@ -1,8 +1,8 @@
 """Token superposition for OLMo-core (``pip install 'token-superposition[olmo]'``).
 
 The command: ``torchrun --nproc-per-node 8 -m token_superposition.engines.olmo_core CONFIG.toml --out run``.
-For a training script of your own, the names below take the places of OLMo-core's own ones: ``PlannedDataLoader`` reads
-the plan, ``TSTTrainModule`` is a ``TransformerTrainModule`` that trains on bags, ``TSTLMHeadConfig`` a ``LMHeadConfig``.
+In a training script of your own, the names below take the places of OLMo-core's: ``PlannedDataLoader`` reads the plan,
+``TSTTrainModule`` is a ``TransformerTrainModule`` that trains on bags, ``TSTLMHeadConfig`` a ``LMHeadConfig``.
 
 The names are loaded when they are first used, so that a missing or wrong OLMo-core is one clear error.
 """

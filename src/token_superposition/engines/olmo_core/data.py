@@ -63,6 +63,7 @@ class PlannedDataLoader(DataLoaderBase):
             batch_sampler=(self._samples(step) for step in steps),  # pyright: ignore[reportArgumentType]
             num_workers=self.workers,
             collate_fn=collate,
+            pin_memory=torch.cuda.is_available(),
         )
 
     def _samples(self, step: int) -> range:

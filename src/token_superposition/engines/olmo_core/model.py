@@ -11,7 +11,7 @@ from olmo_core.nn.layer_norm import LayerNormType
 from olmo_core.nn.lm_head import LMHead, LMHeadConfig, LMOutputWithLoss
 from olmo_core.nn.transformer import TransformerConfig
 from torch import Tensor
-from torch.distributed import DeviceMesh
+from torch.distributed.device_mesh import DeviceMesh
 from transformers import PretrainedConfig
 
 from token_superposition.errors import TokenSuperpositionError
@@ -66,18 +66,19 @@ class TSTLMHead(LMHead):
         **kwargs: Any,
     ) -> Tensor | LMOutputWithLoss:
         if labels is None or loss_reduction == "none" or return_logits:
-            options = kwargs | {"loss_div_factor": loss_div_factor, "z_loss_multiplier": z_loss_multiplier}
             return super().forward(
                 x,
                 labels=self._sharded_like_logits(labels),
                 loss_reduction=loss_reduction,
                 return_logits=return_logits,
+                loss_div_factor=loss_div_factor,
+                z_loss_multiplier=z_loss_multiplier,
                 ignore_index=ignore_index,
-                **options,
+                **kwargs,
             )
         if z_loss_multiplier is not None:
             raise TokenSuperpositionError(
-                f"z_loss_multiplier is {z_loss_multiplier}; the loss on bags has no separate z-loss here, so leave it None"
+                f"z_loss_multiplier is {z_loss_multiplier}; the loss on bags has no separate z-loss, so leave it None"
             )
         loss = linear_multi_hot_cross_entropy(
             self.norm(x) if self.norm is not None else x,
@@ -89,9 +90,7 @@ class TSTLMHead(LMHead):
             reduction=loss_reduction,
         )
         if not self.tp_enabled:
-            loss = self._finalize_loss(
-                loss, x.shape[0], loss_reduction=loss_reduction, loss_div_factor=loss_div_factor
-            )
+            loss = self._finalize_loss(loss, x.shape[0], loss_reduction=loss_reduction, loss_div_factor=loss_div_factor)
         elif loss_div_factor is not None:  # whole on every process, where the stock loss is of a share of the sequence
             loss = loss / loss_div_factor
         return LMOutputWithLoss(logits=None, loss=loss, ce_loss=loss.detach(), z_loss=None)

@@ -109,6 +109,7 @@ def train(
     out = Path(out)
     store = TokenStore(config.data.path)
     start = initial_model(config, store.meta)
+    model_config = transformer_config(start.config, config.superposition.weighting, config.train.seed)
     processes = int(os.environ.get("WORLD_SIZE", 1))
     layout = Layout.of(config, start.config, processes, tensor_parallel)
     first = os.environ.get("RANK", "0") == "0"
@@ -129,7 +130,6 @@ def train(
         rows=layout.micro,
         eval_interval=config.train.eval_every,
     )
-    model_config = transformer_config(start.config, config.superposition.weighting, config.train.seed)
     if first:
         prepare_directory(config, out)
 
