@@ -11,7 +11,7 @@ from typing import Annotated
 
 import tyro
 
-from token_superposition.cli.arguments import parse, split_config
+from token_superposition.cli.arguments import split_config
 from token_superposition.engines.olmo_core import require_engine
 from token_superposition.errors import TokenSuperpositionError
 from token_superposition.experiment.config import Config
@@ -36,18 +36,26 @@ class OlmoCommand:
 
 def main(args: Sequence[str]) -> int:
     """Exit status: 0 done, 2 unusable input (one line says what to do)."""
+    first = os.environ.get("RANK", "0") == "0"  # the others have the same to say
     try:
         require_engine()
         config, rest = split_config(args)
-        options = parse(OlmoCommand, "olmo_core", rest, OlmoCommand(config))
+        options = tyro.cli(
+            OlmoCommand,
+            prog="python -m token_superposition.engines.olmo_core",
+            args=rest,
+            default=OlmoCommand(config),
+            config=(tyro.conf.AvoidSubcommands,),
+            console_outputs=first,
+        )
         from token_superposition.engines.olmo_core.train import train
 
         result = train(options.config, options.out, tensor_parallel=options.tensor_parallel)
     except TokenSuperpositionError as e:
-        if os.environ.get("RANK", "0") == "0":
+        if first:
             print(f"tst: error: {e}", file=sys.stderr)
         return 2
-    if os.environ.get("RANK", "0") == "0":
+    if first:
         print(f"validation loss {result.val_loss:.4f} nats/token, {result.val_bpb:.4f} bits/byte")
         print(f"model: {options.out}/model")
     return 0
