@@ -1,4 +1,4 @@
-"""OLMo-core on two processes: FSDP2 and tensor parallelism train like one process, and survive being killed."""
+"""OLMo-core on several processes: FSDP2 and tensor parallelism train like one process, and survive being killed."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from token_superposition.experiment.config import load_config, save_config
 from token_superposition.experiment.metrics import read_metrics
 from token_superposition.experiment.run import train as train_on_transformers
 
-LAYOUTS = {"one": (1, 1), "fsdp2": (2, 1), "tensor": (2, 2)}
+LAYOUTS = {"one": (1, 1), "fsdp2": (2, 1), "tensor": (2, 2), "both": (4, 2)}
 WholeRun = Callable[..., Path]
 
 
@@ -67,13 +67,13 @@ def test_killed_in_phase_one_and_resumed_over_the_switch(
         assert (broken / "model" / name).read_bytes() == (whole / "model" / name).read_bytes()
 
 
-@pytest.mark.parametrize(("architecture", "layout"), [("llama", "fsdp2"), ("qwen3", "tensor")])
-def test_two_processes_train_like_one(architecture: str, layout: str, whole_run: WholeRun) -> None:
-    one, two = whole_run(architecture, "one"), whole_run(architecture, layout)
+@pytest.mark.parametrize(("architecture", "layout"), [("llama", "fsdp2"), ("qwen3", "tensor"), ("llama", "both")])
+def test_several_processes_train_like_one(architecture: str, layout: str, whole_run: WholeRun) -> None:
+    one, several = whole_run(architecture, "one"), whole_run(architecture, layout)
     for name in ("loss", "grad_norm", "val_loss"):
-        assert column(two, name) == pytest.approx(column(one, name), rel=1e-5)
+        assert column(several, name) == pytest.approx(column(one, name), rel=1e-5)
     for name in ("flops", "latent_tokens", "raw_tokens", "learning_rate"):
-        assert column(two, name) == column(one, name)
+        assert column(several, name) == column(one, name)
     assert column(one, "raw_tokens")[-1] == 4 * 16 * (6 * 4 + 6)
 
 
@@ -101,7 +101,7 @@ def test_the_run_ends_with_an_ordinary_model(whole_run: WholeRun) -> None:
 
 @pytest.mark.parametrize(("architecture", "weighting"), [("llama", "uniform"), ("qwen3", "power")])
 def test_one_truth_with_transformers(architecture: str, weighting: str, prepared: Path, tmp_path: Path) -> None:
-    """The same initial weights, data and schedule: the same curves in both phases, to 1 part in 10,000."""
+    """The same initial weights, data and schedule: the same curves in both phases, to 2 parts in a million."""
     small_model(architecture).save_pretrained(tmp_path / "start")
     config = run_config(prepared, architecture, tmp_path / "start", weighting=weighting)
     train_on_transformers(config, tmp_path / "transformers")
@@ -123,9 +123,8 @@ def test_one_truth_with_transformers(architecture: str, weighting: str, prepared
         assert column(ours, name) == column(theirs, name)
     assert column(ours, "learning_rate") == pytest.approx(column(theirs, "learning_rate"), rel=1e-12)
     for name in ("loss", "val_loss"):
-        assert column(ours, name) == pytest.approx(column(theirs, name), rel=1e-4)
-    assert column(ours, "loss")[0] == pytest.approx(column(theirs, "loss")[0], rel=1e-6)
-    assert column(ours, "grad_norm") == pytest.approx(column(theirs, "grad_norm"), rel=1e-3)
+        assert column(ours, name) == pytest.approx(column(theirs, name), rel=2e-6)
+    assert column(ours, "grad_norm") == pytest.approx(column(theirs, "grad_norm"), rel=5e-6)
 
 
 def test_stock_evaluators_get_a_loss_per_token(whole_run: WholeRun, tmp_path: Path) -> None:

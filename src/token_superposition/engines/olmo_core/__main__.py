@@ -35,7 +35,7 @@ class OlmoCommand:
 
 
 def main(args: Sequence[str]) -> int:
-    """Exit status: 0 done, 2 unusable input (one line says what to do)."""
+    """Exit status: 0 done, 2 unusable input or terminated (one line says what to do)."""
     first = os.environ.get("RANK", "0") == "0"  # the others have the same to say
     try:
         require_engine()
