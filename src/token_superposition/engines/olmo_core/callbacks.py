@@ -1,0 +1,144 @@
+"""What a run says of itself, through OLMo-core's callbacks: metrics.jsonl and the next-token loss on held-out text."""
+
+from __future__ import annotations
+
+import json
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+import torch.distributed as dist
+from olmo_core.distributed.utils import get_rank, get_world_size
+from olmo_core.train.callbacks import Callback, EvaluatorCallback
+
+from token_superposition.data.plan import PlannedDataset, ValidationSet
+from token_superposition.engines.olmo_core.data import PlannedDataLoader, held_out_batches
+from token_superposition.engines.olmo_core.module import TSTTrainModule
+from token_superposition.experiment.metrics import read_metrics
+
+VALIDATION = "eval/validation/CE loss"
+
+
+def plan_of(callback: Callback) -> PlannedDataset:
+    loader = callback.trainer.data_loader
+    assert isinstance(loader, PlannedDataLoader)
+    return loader.plan
+
+
+@dataclass
+class MetricsWriter(Callback):
+    """One line of metrics.jsonl for every ``log_every``-th step and every validation, named as by ``tst train``.
+
+    ``seconds`` is the time in training steps, without validation and checkpoints. On resume, lines after the
+    checkpoint are dropped. Bag sizes and token counts are recorded as metrics of the trainer, too.
+    """
+
+    priority: ClassVar[int] = 100  # before the checkpoint of the step, which holds the seconds
+
+    path: Path = Path("metrics.jsonl")
+    log_every: int = 1
+    bits_per_byte: float = 1.0
+    seconds: float = 0.0
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"seconds": self.seconds}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.seconds = state_dict["seconds"]
+
+    def pre_train(self) -> None:
+        if get_rank() == 0:
+            kept = [m for m in read_metrics(self.path) if m["step"] <= self.step]
+            partial = self.path.with_name(f".{self.path.name}.partial")
+            partial.write_text("".join(json.dumps(m) + "\n" for m in kept))
+            partial.rename(self.path)
+
+    def pre_load_batch(self) -> None:
+        self._mark = time.perf_counter()
+
+    def post_train_batch(self) -> None:
+        self.seconds += time.perf_counter() - self._mark
+        plan = plan_of(self)
+        phase, counts = plan.schedule.at(self.step - 1), (plan.batch_size, plan.sequence_length, self.step)
+        for name, value in (
+            ("seconds", self.seconds),
+            ("input_bag", phase.input_bag),
+            ("output_bag", phase.output_bag),
+            ("latent_tokens", plan.schedule.latent_tokens(*counts)),
+            ("raw_tokens", plan.schedule.raw_tokens(*counts)),
+        ):
+            self.trainer.record_metric(name, value, namespace="superposition")
+
+    def log_metrics(self, step: int, metrics: dict[str, float]) -> None:
+        if get_rank() != 0:
+            return
+        line: dict[str, Any] = {
+            "step": step,
+            "seconds": round(metrics.get("superposition/seconds", self.seconds), 3),
+            "flops": self.flops(step),
+        }
+        if "train/CE loss" in metrics and step % self.log_every == 0:
+            losses = {
+                "loss": metrics["train/CE loss"],
+                "grad_norm": metrics["optim/total grad norm"],
+                "learning_rate": metrics["optim/LR (group 0)"],
+            }
+            names = ("input_bag", "output_bag", "latent_tokens", "raw_tokens")
+            self._append(line | losses | {k: int(metrics[f"superposition/{k}"]) for k in names})
+        if VALIDATION in metrics:
+            loss = metrics[VALIDATION]
+            self._append(line | {"val_loss": loss, "val_bpb": loss * self.bits_per_byte})
+
+    def flops(self, step: int) -> float:
+        """OLMo-core's count for the first ``step`` steps: compute follows latent positions, a bag counts once."""
+        plan, module = plan_of(self), self.trainer.train_module
+        assert isinstance(module, TSTTrainModule)
+        per_token = module.num_flops_per_token(plan.sequence_length) or 0
+        return float(per_token * plan.schedule.latent_tokens(plan.batch_size, plan.sequence_length, step))
+
+    def _append(self, line: dict[str, Any]) -> None:
+        with self.path.open("a") as f:
+            f.write(json.dumps(line) + "\n")
+
+
+@dataclass
+class Validation(EvaluatorCallback):
+    """Next-token loss on held-out text, always at bag size 1: every ``eval_interval`` steps and at the end."""
+
+    held_out: ValidationSet | None = None
+    final: ValidationSet | None = None
+    """Read once, after the last step."""
+    rows: int = 1
+    """Sequences that a process computes at once."""
+    final_loss: float = float("nan")
+
+    def perform_eval(self, prefix: str = "eval") -> None:
+        assert self.held_out is not None
+        self.trainer.record_metric(VALIDATION, self.loss(self.held_out))
+
+    def post_train(self) -> None:
+        assert self.final is not None
+        if not self.trainer.is_canceled:
+            self.final_loss = self.loss(self.final)
+            self.trainer.record_metric(VALIDATION, self.final_loss)
+
+    def loss(self, dataset: ValidationSet) -> float:
+        """Mean over all tokens of ``dataset``, without whole logits; to be called on every rank."""
+        module, group = self.trainer.train_module, self.trainer.dp_process_group
+        assert isinstance(module, TSTTrainModule)
+        total = torch.zeros((), dtype=torch.float64, device=self.trainer.device)
+        module.model.eval()
+        with torch.no_grad():
+            for batch in held_out_batches(
+                dataset, self.rows, get_world_size(group), get_rank(group), module.label_ignore_index
+            ):
+                output: Any = module.model_forward(
+                    batch["input_ids"], labels=batch["labels"], loss_reduction="sum", return_logits=False
+                )
+                total += output.loss
+        module.model.train()
+        if group is not None:
+            dist.all_reduce(total, group=group)
+        return total.item() / (len(dataset) * dataset.sequence_length)

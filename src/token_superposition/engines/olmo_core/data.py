@@ -1,0 +1,99 @@
+"""The plan as an OLMo-core data loader: the batch carries the phase, the state is the step."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from olmo_core.data import DataLoaderBase
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from token_superposition.data.plan import PlannedDataset, Sample
+from token_superposition.errors import TokenSuperpositionError
+
+
+class PlannedDataLoader(DataLoaderBase):
+    """Reads a ``PlannedDataset`` in its order: step t is samples ``t * B`` to ``(t + 1) * B``, split over the ranks.
+
+    A batch of a rank is ``input_ids`` (B / ranks, L) or (B / ranks, L, a) and ``labels`` (B / ranks, L) or
+    (B / ranks, L, b), already shifted. OLMo-core's tokens are latent positions here: ``global_batch_size`` is ``B * L``
+    in both phases, so that its token and FLOP counts follow the compute. One epoch is the whole run.
+
+    Raises ``TokenSuperpositionError`` if B is not a multiple of the data-parallel ranks.
+    """
+
+    def __init__(
+        self, plan: PlannedDataset, work_dir: str | Path, dp_world_size: int = 1, dp_rank: int = 0, workers: int = 0
+    ):
+        if plan.batch_size % dp_world_size:
+            raise TokenSuperpositionError(
+                f"the plan has {plan.batch_size} sequences a step, not a multiple of {dp_world_size} data-parallel "
+                "processes; change train.batch_size or the number of processes"
+            )
+        super().__init__(
+            work_dir=work_dir,
+            global_batch_size=plan.batch_size * plan.sequence_length,
+            dp_world_size=dp_world_size,
+            dp_rank=dp_rank,
+        )
+        self.plan = plan
+        self.workers = workers
+
+    @property
+    def total_batches(self) -> int:
+        return self.plan.schedule.total_steps
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"step": self.batches_processed}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.batches_processed = state_dict["step"]
+
+    def reshuffle(self, epoch: int | None = None, **kwargs: Any) -> None:
+        """Nothing to shuffle: the plan has shuffled the whole run."""
+        self._epoch = epoch or 1
+
+    def _iter_batches(self) -> Iterable[dict[str, Any]]:
+        steps = range(self.batches_processed, self.total_batches)
+        return DataLoader(
+            self.plan,
+            batch_sampler=(self._samples(step) for step in steps),  # pyright: ignore[reportArgumentType]
+            num_workers=self.workers,
+            collate_fn=collate,
+            pin_memory=torch.cuda.is_available(),
+        )
+
+    def _samples(self, step: int) -> range:
+        """The samples that this rank reads in a step."""
+        here = self.plan.batch_size // self.dp_world_size
+        first = step * self.plan.batch_size + self.dp_rank * here
+        return range(first, first + here)
+
+    def get_mock_batch(self) -> dict[str, Any]:
+        """The run's first batch, whose bags are the widest, for the trainer's dry run."""
+        return collate([self.plan[i] for i in self._samples(0)])
+
+    def global_num_tokens_in_batch(self, batch: dict[str, Any]) -> int:
+        """Latent tokens; raw ones are ``plan.schedule.raw_tokens``."""
+        return self.global_batch_size
+
+
+def collate(samples: list[Sample]) -> dict[str, Tensor]:
+    return {
+        "input_ids": torch.stack([s["input_ids"] for s in samples]),
+        "labels": torch.stack([s["shift_labels"] for s in samples]),
+    }
+
+
+def held_out_batches(
+    dataset: Any, rows: int, dp_world_size: int, dp_rank: int, ignore_index: int
+) -> Iterator[dict[str, Tensor]]:
+    """All samples of a ``ValidationSet`` in as many batches of ``rows`` on every rank, filled up with ignored ones."""
+    for start in range(0, len(dataset), rows * dp_world_size):
+        mine = range(start + dp_rank * rows, start + (dp_rank + 1) * rows)
+        batch = collate([dataset[min(i, len(dataset) - 1)] for i in mine])
+        batch["labels"][[i >= len(dataset) for i in mine]] = ignore_index
+        yield batch

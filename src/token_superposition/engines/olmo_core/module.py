@@ -1,0 +1,62 @@
+"""OLMo-core's train module, learning-rate schedule and speed monitor, taught about bags."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from olmo_core.nn.lm_head import LMOutputWithLoss
+from olmo_core.optim.scheduler import Scheduler
+from olmo_core.train.callbacks import SpeedMonitorCallback
+from olmo_core.train.train_module import TransformerTrainModule
+from torch import Tensor
+
+from token_superposition.embedding import superpose
+from token_superposition.schedule import WSD
+
+
+class TSTTrainModule(TransformerTrainModule):
+    """``TransformerTrainModule`` whose batches may be bags; everything else is the stock one.
+
+    A batch is what ``PlannedDataLoader`` gives; the model's head must be built by ``TSTLMHeadConfig``. The loss is the
+    mean over the latent positions that have a target.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        superpose(self.model)  # after FSDP, which puts a class of its own in front of the embedding's
+
+    def train_batch(self, batch: dict[str, Any], dry_run: bool = False) -> None:
+        has_target = batch["labels"] != self.label_ignore_index
+        self._positions = (has_target.any(-1) if has_target.dim() == 3 else has_target).sum()
+        super().train_batch(batch, dry_run)
+
+    def model_forward(
+        self, input_ids: Tensor, labels: Tensor | None = None, **kwargs: Any
+    ) -> Tensor | LMOutputWithLoss:
+        if kwargs.get("loss_div_factor") is not None:  # the stock one counts every token of a bag
+            kwargs["loss_div_factor"] = self._positions
+        return super().model_forward(input_ids, labels, **kwargs)
+
+
+@dataclass
+class PlannedWSD(Scheduler):
+    """The learning rate of ``token_superposition.WSD``: one curve through every switch."""
+
+    total_steps: int = 1
+    warmup_steps: int = 0
+    decay_ratio: float = 0.1
+
+    def get_lr(self, initial_lr: float | Tensor, current: int, t_max: int) -> float | Tensor:
+        factor = WSD(self.total_steps, self.warmup_steps, self.decay_ratio)
+        return initial_lr * factor(current - 1)  # OLMo-core counts steps from 1
+
+
+@dataclass
+class TSTSpeedMonitor(SpeedMonitorCallback):
+    """``SpeedMonitorCallback`` that counts a bag as the one position it is computed as."""
+
+    def pre_step(self, batch: dict[str, Any]) -> None:
+        ids: torch.Tensor = batch["input_ids"]
+        super().pre_step({**batch, "input_ids": ids[..., 0] if ids.dim() == 3 else ids})

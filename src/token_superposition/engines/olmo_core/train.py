@@ -1,0 +1,256 @@
+"""One training run on OLMo-core: the same configuration, directory and files as ``tst train``."""
+
+from __future__ import annotations
+
+import math
+import os
+import platform
+import warnings
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from olmo_core.config import DType
+from olmo_core.distributed.parallel import DataParallelType
+from olmo_core.distributed.utils import get_rank, get_world_size
+from olmo_core.optim import AdamWConfig, OptimGroupOverride
+from olmo_core.train import (
+    Duration,
+    Trainer,
+    TrainerConfig,
+    prepare_training_environment,
+    teardown_training_environment,
+)
+from olmo_core.train.callbacks import Callback, CheckpointerCallback, ConsoleLoggerCallback
+from olmo_core.train.train_module.transformer import (
+    TransformerDataParallelConfig,
+    TransformerTensorParallelConfig,
+)
+from olmo_core.utils import prepare_cli_environment, seed_all
+from transformers import PretrainedConfig, PreTrainedModel
+
+from token_superposition.data.plan import PlannedDataset, ValidationSet
+from token_superposition.data.store import Meta, TokenStore
+from token_superposition.data.tokenizer import load_tokenizer
+from token_superposition.engines.olmo_core.callbacks import MetricsWriter, Validation
+from token_superposition.engines.olmo_core.data import PlannedDataLoader
+from token_superposition.engines.olmo_core.export import export_model, load_weights
+from token_superposition.engines.olmo_core.model import transformer_config
+from token_superposition.engines.olmo_core.module import PlannedWSD, TSTSpeedMonitor, TSTTrainModule
+from token_superposition.errors import TokenSuperpositionError, require_int
+from token_superposition.experiment.config import Config
+from token_superposition.experiment.run import (
+    METRICS,
+    MODEL,
+    RESULT,
+    RunResult,
+    build_model,
+    hardware,
+    native_bfloat16,
+    phase_step_seconds,
+    prepare_directory,
+    write_json,
+)
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How the processes share the work: ``data`` groups of ``tensor`` processes, ``micro`` sequences at a time."""
+
+    data: int
+    tensor: int
+    micro: int
+
+    @classmethod
+    def of(cls, config: Config, hf: PretrainedConfig, processes: int, tensor: int) -> Layout:
+        """Raises ``TokenSuperpositionError`` for what does not divide."""
+        require_int("tensor_parallel", tensor, 1)
+        if processes % tensor:
+            raise TokenSuperpositionError(
+                f"--tensor-parallel {tensor} does not divide {processes} processes; "
+                f"start a multiple of {tensor} (torchrun --nproc-per-node)"
+            )
+        data, batch = processes // tensor, config.train.batch_size
+        micro = config.train.micro_batch_size or max(batch // data, 1)
+        if batch % (micro * data):
+            raise TokenSuperpositionError(
+                f"train.batch_size {batch} is not a multiple of {data} data-parallel processes x micro-batch {micro}; "
+                "change train.batch_size, train.micro_batch_size or the number of processes"
+            )
+        h: Any = hf
+        sizes = {
+            "the vocabulary": (h.vocab_size, f"set model.options.vocab_size to {-(-h.vocab_size // tensor) * tensor}"),
+            "data.sequence_length": (config.data.sequence_length, "change it"),
+            "num_attention_heads": (h.num_attention_heads, "change the model"),
+            "num_key_value_heads": (h.num_key_value_heads, "change the model"),
+            "intermediate_size": (h.intermediate_size, "change the model"),
+        }
+        for name, (size, remedy) in sizes.items():
+            if size % tensor:
+                raise TokenSuperpositionError(
+                    f"{name}, {size}, is not a multiple of --tensor-parallel {tensor}; {remedy}, or use fewer"
+                )
+        return cls(data, tensor, micro)
+
+
+def train(
+    config: Config, out: str | Path, *, tensor_parallel: int = 1, callbacks: Mapping[str, Callback] | None = None
+) -> RunResult:
+    """Train one run into ``out``, on as many processes as torchrun started; continues from its newest checkpoint.
+
+    FSDP2 over the processes, or over the groups of ``tensor_parallel`` processes that share a model. ``callbacks`` are
+    added to the trainer's. ``run.json`` and ``model/`` appear when the run is finished.
+    Raises ``TokenSuperpositionError`` before any process group starts for a configuration that cannot be trained.
+    """
+    config.check()
+    out = Path(out)
+    store = TokenStore(config.data.path)
+    start = initial_model(config, store.meta)
+    model_config = transformer_config(start.config, config.superposition.weighting, config.train.seed)
+    processes = int(os.environ.get("WORLD_SIZE", 1))
+    layout = Layout.of(config, start.config, processes, tensor_parallel)
+    first = os.environ.get("RANK", "0") == "0"
+    with warnings.catch_warnings():
+        warnings.simplefilter("default" if first else "ignore")
+        plan = PlannedDataset(
+            store,
+            config.schedule,
+            config.data.sequence_length,
+            config.train.batch_size,
+            config.train.seed,
+            config.data.common_bag,
+        )
+    validation = TokenStore(config.data.path, "validation")
+    evaluation = Validation(
+        held_out=ValidationSet(validation, config.data.sequence_length, config.data.eval_tokens),
+        final=ValidationSet(validation, config.data.sequence_length, config.data.final_eval_tokens),
+        rows=layout.micro,
+        eval_interval=config.train.eval_every,
+    )
+    if first:
+        prepare_directory(config, out)
+
+    if processes > 1:
+        backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+        prepare_training_environment(seed=config.train.seed, backend=backend, shared_filesystem=True)
+    else:
+        prepare_cli_environment()
+        seed_all(config.train.seed)
+    module = train_module(config, model_config.build(init_device="meta"), layout)
+    if config.model.path is not None:
+        load_weights(module.model, start)
+    bits_per_byte = 1 / math.log(2) / validation.split.bytes_per_token
+    metrics = MetricsWriter(path=out / METRICS, log_every=config.train.log_every, bits_per_byte=bits_per_byte)
+    own: dict[str, Callback] = {"metrics": metrics, "validation": evaluation}
+    trainer = build_trainer(config, out, module, plan, own | dict(callbacks or {}))
+    trainer.fit()
+    if trainer.global_step < plan.schedule.total_steps:
+        raise TokenSuperpositionError(
+            f"the run was stopped after step {trainer.global_step} of {plan.schedule.total_steps}; "
+            "the same command goes on from the newest checkpoint"
+        )
+    export_model(module.model, start.config, out / MODEL, load_tokenizer(str(store.directory / "tokenizer")))
+    result = run_result(config, out, plan, metrics, evaluation, module)
+    if get_rank() == 0:
+        write_json(out / RESULT, asdict(result))
+    if processes > 1:
+        teardown_training_environment()
+    return result
+
+
+def initial_model(config: Config, meta: Meta) -> PreTrainedModel:
+    """The transformers model to start from: with its weights if ``model.path`` names one, else without any."""
+    if config.model.path is not None:
+        return build_model(config, meta)
+    with torch.device("meta"):
+        return build_model(config, meta)
+
+
+def train_module(config: Config, model: Any, layout: Layout) -> TSTTrainModule:
+    t, length = config.train, config.data.sequence_length
+    low = t.precision == "bfloat16" or (t.precision == "auto" and native_bfloat16())
+    distributed = layout.data * layout.tensor > 1
+    return TSTTrainModule(
+        model=model,
+        optim=AdamWConfig(
+            lr=t.learning_rate,
+            betas=(t.beta1, t.beta2),
+            weight_decay=t.weight_decay,
+            group_overrides=[OptimGroupOverride(["*norm.weight"], {"weight_decay": 0.0})],
+        ),
+        rank_microbatch_size=layout.micro * length,
+        max_sequence_length=length,
+        compile_model=t.compile,
+        dp_config=TransformerDataParallelConfig(
+            name=DataParallelType.fsdp, param_dtype=DType.bfloat16 if low else None, reduce_dtype=DType.float32
+        )
+        if distributed
+        else None,
+        tp_config=TransformerTensorParallelConfig(degree=layout.tensor) if layout.tensor > 1 else None,
+        autocast_precision=torch.bfloat16 if low and not distributed else None,
+        max_grad_norm=t.max_grad_norm or math.inf,  # measured also where it is not clipped
+        scheduler=PlannedWSD(total_steps=t.steps, warmup_steps=t.warmup_steps, decay_ratio=t.decay_ratio),
+    )
+
+
+def build_trainer(
+    config: Config, out: Path, module: TSTTrainModule, plan: PlannedDataset, callbacks: dict[str, Callback]
+) -> Trainer:
+    t, group = config.train, module.dp_process_group
+    saves = bool(t.save_every or t.save_at)
+    trainer = TrainerConfig(
+        save_folder=str(out / "checkpoints"),
+        save_overwrite=True,  # what a killed run left behind
+        max_duration=Duration.steps(t.steps),
+        metrics_collect_interval=t.log_every,
+        no_checkpoints=not saves,
+    )
+    trainer.add_callbacks(
+        {
+            "checkpointer": CheckpointerCallback(
+                save_interval=t.save_every or None,
+                fixed_steps=list(t.save_at),
+                pre_train_checkpoint=False,
+                max_checkpoints=None,
+                save_async=module.device.type == "cuda",
+            ),
+            "console_logger": ConsoleLoggerCallback(log_interval=t.log_every),
+            "speed_monitor": TSTSpeedMonitor(),
+            **callbacks,
+        }
+    )
+    data_rank, data_ranks = get_rank(group), get_world_size(group)
+    return trainer.build(module, PlannedDataLoader(plan, out, data_ranks, data_rank, t.loader_workers))
+
+
+def run_result(
+    config: Config,
+    out: Path,
+    plan: PlannedDataset,
+    metrics: MetricsWriter,
+    evaluation: Validation,
+    module: TSTTrainModule,
+) -> RunResult:
+    schedule = plan.schedule
+    counts = (plan.batch_size, plan.sequence_length)
+    return RunResult(
+        seed=config.train.seed,
+        bag_size=max(max(p.input_bag, p.output_bag) for p in schedule.phases),
+        ratio=(schedule.switches[-1] if schedule.switches else 0) / schedule.total_steps,
+        steps=schedule.total_steps,
+        latent_tokens=schedule.latent_tokens(*counts),
+        raw_tokens=schedule.raw_tokens(*counts),
+        epochs=plan.epochs,
+        flops=metrics.flops(schedule.total_steps),
+        train_seconds=metrics.seconds,
+        phase_step_seconds=phase_step_seconds(out, schedule.starts),
+        val_loss=evaluation.final_loss,
+        val_bpb=evaluation.final_loss * metrics.bits_per_byte,
+        parameters=module.model.num_params,
+        hardware=hardware(),
+        versions={n: version(n) for n in ("token-superposition", "torch", "transformers", "ai2-olmo-core")}
+        | {"python": platform.python_version()},
+    )

@@ -1,0 +1,110 @@
+"""Start runs on several real processes over gloo, as torchrun does, forked off one that has imported everything."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import socket
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from olmo_core.train import prepare_training_environment
+from olmo_core.train.callbacks import Callback
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+from tests.conftest import TINY, VOCAB
+from token_superposition.engines.olmo_core import load_weights, transformer_config
+from token_superposition.engines.olmo_core.train import Layout, train, train_module
+from token_superposition.experiment.config import Config, DataConfig, ModelConfig, SuperpositionConfig, TrainConfig
+
+server = multiprocessing.get_context("forkserver")
+server.set_forkserver_preload(["tests.olmo_core.launch"])
+
+
+SHAPES: dict[str, dict[str, Any]] = {"llama": TINY["llama"] | {"num_key_value_heads": 2}}
+SHAPES["qwen3"] = SHAPES["llama"] | {"head_dim": 24}
+
+
+def run_config(data: Path, architecture: str = "llama", start: Path | None = None, **train: Any) -> Config:
+    """A tiny run: 6 steps on bags of 4, then 6 ordinary ones; a new model, or the one saved in ``start``."""
+    settings = {"steps": 12, "batch_size": 4, "learning_rate": 3e-3, "warmup_steps": 2, "log_every": 1, "eval_every": 4}
+    weighting = train.pop("weighting", "uniform")
+    return Config(
+        ModelConfig(path=str(start)) if start else ModelConfig(architecture, SHAPES[architecture]),
+        DataConfig(str(data), 16, eval_tokens=256, final_eval_tokens=528),  # 33 sequences: they do not divide by 2
+        SuperpositionConfig(4, 0.5, weighting=weighting),
+        TrainConfig(**settings | {"precision": "float32"} | train),
+    )
+
+
+def small_model(architecture: str, **options: Any) -> PreTrainedModel:
+    """With random weights, large enough that logits differ."""
+    torch.manual_seed(0)
+    settings = {"vocab_size": VOCAB, "max_position_embeddings": 64, "initializer_range": 0.1, "pad_token_id": None}
+    settings |= {"bos_token_id": 0, "eos_token_id": 0}
+    return AutoModelForCausalLM.from_config(
+        AutoConfig.for_model(architecture, **settings | SHAPES[architecture] | options)
+    )
+
+
+@dataclass
+class KillAt(Callback):
+    """The process dies after this step, as of power loss: nothing is written, closed or told to the others."""
+
+    at: int = 0
+
+    def post_step(self) -> None:
+        if self.step == self.at:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+def run_training(config: Config, out: Path, tensor_parallel: int = 1, kill_at: int = 0) -> None:
+    callbacks: dict[str, Callback] = {"kill": KillAt(at=kill_at)} if kill_at else {}
+    train(config, out, tensor_parallel=tensor_parallel, callbacks=callbacks)
+
+
+def per_token_losses(model: Path, out: Path) -> None:
+    """Saves what a stock evaluator gets on this process of a model sharded over two."""
+    start = AutoModelForCausalLM.from_pretrained(model)
+    prepare_training_environment(backend="gloo", shared_filesystem=True)
+    config = Config(data=DataConfig(sequence_length=16))
+    module = train_module(config, transformer_config(start.config).build(init_device="meta"), Layout(1, 2, 4))
+    load_weights(module.model, start)
+    ids = torch.arange(64).reshape(4, 16)
+    output: Any = module.eval_batch({"input_ids": ids, "labels": ids + 1})
+    torch.save(output.ce_loss, out / f"{os.environ['RANK']}.pt")
+
+
+def _rank(rank: int, processes: int, port: int, log: str, target: Callable[..., None], args: tuple[Any, ...]) -> None:
+    stream = os.open(f"{log}.{rank}", os.O_CREAT | os.O_WRONLY | os.O_TRUNC)
+    os.dup2(stream, 1)
+    os.dup2(stream, 2)
+    place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": processes, "LOCAL_WORLD_SIZE": processes}
+    address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    os.environ |= {k: str(v) for k, v in (place | address).items()}
+    target(*args)
+    sys.stdout.flush()
+
+
+def launch(processes: int, log: Path, target: Callable[..., None], *args: Any, killed: bool = False) -> None:
+    """Call ``target(*args)`` on every process; all must succeed, or all must have died of SIGKILL."""
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    started = [
+        server.Process(target=_rank, args=(r, processes, port, str(log), target, args)) for r in range(processes)
+    ]
+    for process in started:
+        process.start()
+    for process in started:
+        process.join(200)
+        if process.exitcode is None:
+            process.kill()
+    codes = [process.exitcode for process in started]
+    output = "\n".join(Path(f"{log}.{r}").read_text()[-3000:] for r in range(processes))
+    assert codes == [-signal.SIGKILL if killed else 0] * processes, f"{codes}\n{output}"

@@ -1,0 +1,139 @@
+"""OLMo-core on several processes: FSDP2 and tensor parallelism train like one process, and survive being killed."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from tests.conftest import VOCAB
+from tests.olmo_core.launch import launch, per_token_losses, run_config, run_training, small_model
+from token_superposition.data.plan import ValidationSet
+from token_superposition.data.store import TokenStore
+from token_superposition.experiment.config import load_config, save_config
+from token_superposition.experiment.metrics import read_metrics
+from token_superposition.experiment.run import train as train_on_transformers
+
+LAYOUTS = {"one": (1, 1), "fsdp2": (2, 1), "tensor": (2, 2), "both": (4, 2)}
+WholeRun = Callable[..., Path]
+
+
+def metrics(run: Path) -> list[dict[str, Any]]:
+    return [{k: v for k, v in m.items() if k != "seconds"} for m in read_metrics(run / "metrics.jsonl")]
+
+
+def column(run: Path, name: str) -> list[Any]:
+    """A figure of every logged step, or ``val_loss`` of every validation."""
+    return [m[name] for m in metrics(run) if ("loss" in m) != (name == "val_loss")]
+
+
+@pytest.fixture(scope="module")
+def whole_run(prepared: Path, tmp_path_factory: pytest.TempPathFactory) -> WholeRun:
+    """The directory of an uninterrupted run with checkpoints, made when it is first asked for."""
+    root = tmp_path_factory.mktemp("whole")
+
+    def make(architecture: str, layout: str, precision: str = "float32") -> Path:
+        out = root / f"{architecture}-{layout}-{precision}"
+        if not out.exists():
+            processes, tensor = LAYOUTS[layout]
+            config = run_config(prepared, architecture, precision=precision, save_every=4)
+            launch(processes, root / f"{out.name}.log", run_training, config, out, tensor)
+        return out
+
+    return make
+
+
+@pytest.mark.parametrize(("architecture", "layout"), [("llama", "fsdp2"), ("qwen3", "tensor")])
+def test_killed_in_phase_one_and_resumed_over_the_switch(
+    architecture: str, layout: str, whole_run: WholeRun, tmp_path: Path
+) -> None:
+    """Every logged figure and every weight of the run that died is the uninterrupted run's, bit for bit."""
+    whole, broken, (processes, tensor) = whole_run(architecture, layout), tmp_path / "broken", LAYOUTS[layout]
+    config = load_config(whole / "config.toml")
+    launch(processes, tmp_path / "killed.log", run_training, config, broken, tensor, 5, killed=True)
+    assert not (broken / "run.json").exists() and set(column(broken, "input_bag")) == {4}
+    assert [p.name for p in (broken / "checkpoints").iterdir()] == ["step4"]
+    launch(processes, tmp_path / "resumed.log", run_training, config, broken, tensor)
+    assert column(whole, "input_bag") == [4] * 6 + [1] * 6
+    assert metrics(broken) == metrics(whole)
+    for name in ("model.safetensors", "config.json"):
+        assert (broken / "model" / name).read_bytes() == (whole / "model" / name).read_bytes()
+
+
+@pytest.mark.parametrize(("architecture", "layout"), [("llama", "fsdp2"), ("qwen3", "tensor"), ("llama", "both")])
+def test_several_processes_train_like_one(architecture: str, layout: str, whole_run: WholeRun) -> None:
+    one, several = whole_run(architecture, "one"), whole_run(architecture, layout)
+    for name in ("loss", "grad_norm", "val_loss"):
+        assert column(several, name) == pytest.approx(column(one, name), rel=1e-5)
+    for name in ("flops", "latent_tokens", "raw_tokens", "learning_rate"):
+        assert column(several, name) == column(one, name)
+    assert column(one, "raw_tokens")[-1] == 4 * 16 * (6 * 4 + 6)
+
+
+@pytest.mark.parametrize("layout", ["fsdp2", "tensor"])
+def test_bfloat16(layout: str, whole_run: WholeRun) -> None:
+    """Weights and activations of the computation in bfloat16; losses are summed in float32."""
+    exact, low = whole_run("llama", "one"), whole_run("llama", layout, "bfloat16")
+    assert column(low, "loss") == pytest.approx(column(exact, "loss"), rel=1e-2)
+    assert column(low, "loss") != column(exact, "loss")
+    assert AutoModelForCausalLM.from_pretrained(low / "model").dtype == torch.float32
+
+
+def test_the_run_ends_with_an_ordinary_model(whole_run: WholeRun) -> None:
+    """A sharded Qwen3, loaded by transformers, has the validation loss that the run measured."""
+    run = whole_run("qwen3", "tensor")
+    model = AutoModelForCausalLM.from_pretrained(run / "model").eval()
+    assert AutoTokenizer.from_pretrained(run / "model").vocab_size == VOCAB
+    config = load_config(run / "config.toml")
+    held_out = ValidationSet(TokenStore(config.data.path, "validation"), 16, config.data.final_eval_tokens)
+    ids, labels = (torch.stack([s[k] for s in held_out]) for k in ("input_ids", "shift_labels"))
+    with torch.no_grad():
+        loss = torch.nn.functional.cross_entropy(model(ids).logits.flatten(0, 1).double(), labels.flatten())
+    assert column(run, "val_loss")[-1] == pytest.approx(loss.item(), rel=1e-5)
+
+
+@pytest.mark.parametrize(("architecture", "weighting"), [("llama", "uniform"), ("qwen3", "power")])
+def test_one_truth_with_transformers(architecture: str, weighting: str, prepared: Path, tmp_path: Path) -> None:
+    """The same initial weights, data and schedule: the same curves in both phases, to 2 parts in a million."""
+    small_model(architecture).save_pretrained(tmp_path / "start")
+    config = run_config(prepared, architecture, tmp_path / "start", weighting=weighting)
+    train_on_transformers(config, tmp_path / "transformers")
+    if architecture == "llama":  # by the documented command
+        save_config(config, tmp_path / "config.toml")
+        torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+        arguments = [tmp_path / "config.toml", "--out", tmp_path / "olmo_core"]
+        done = subprocess.run(
+            [*torchrun, "-m", "token_superposition.engines.olmo_core", *arguments],
+            capture_output=True, text=True, timeout=200, env=os.environ | {"OMP_NUM_THREADS": "1"},
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr[-3000:]
+        assert "validation loss" in done.stdout
+    else:
+        launch(2, tmp_path / "log", run_training, config, tmp_path / "olmo_core", 2)
+    ours, theirs = tmp_path / "olmo_core", tmp_path / "transformers"
+    assert column(ours, "input_bag") == column(theirs, "input_bag") == [4] * 6 + [1] * 6
+    for name in ("step", "latent_tokens", "raw_tokens"):
+        assert column(ours, name) == column(theirs, name)
+    assert column(ours, "learning_rate") == pytest.approx(column(theirs, "learning_rate"), rel=1e-12)
+    for name in ("loss", "val_loss"):
+        assert column(ours, name) == pytest.approx(column(theirs, name), rel=2e-6)
+    assert column(ours, "grad_norm") == pytest.approx(column(theirs, "grad_norm"), rel=5e-6)
+
+
+def test_stock_evaluators_get_a_loss_per_token(whole_run: WholeRun, tmp_path: Path) -> None:
+    """Also where head and sequence are sharded: ``eval_batch`` asks for losses that are not reduced."""
+    model = whole_run("llama", "one") / "model"
+    launch(2, tmp_path / "log", per_token_losses, model, tmp_path)
+    ids = torch.arange(64).reshape(4, 16)
+    with torch.no_grad():
+        logits = AutoModelForCausalLM.from_pretrained(model)(ids).logits
+    expected = torch.nn.functional.cross_entropy(logits.mT, ids + 1, reduction="none")
+    halves = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2)]
+    torch.testing.assert_close(torch.cat(halves, 1), expected)
