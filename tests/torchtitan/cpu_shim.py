@@ -21,9 +21,16 @@ def pretend() -> None:
     cpu.reset_peak_memory_stats = cpu.empty_cache = lambda: None
     cpu.memory_stats = lambda device=None: {}
 
+    torch.distributed.set_timeout = lambda timeout, group=None: None  # of torch 2.14
+
     from torchtitan.distributed import utils
 
-    utils.set_pg_timeouts = lambda timeout, parallel_dims: None  # torch.distributed.set_timeout is of torch 2.14
+    utils.set_pg_timeouts = lambda timeout, parallel_dims: None  # its barrier names a device, which gloo refuses
+
+    from torch.distributed.fsdp._fully_shard import _fsdp_collectives as fsdp
+
+    factors = fsdp._get_gradient_divide_factors  # gloo has no PREMUL_SUM: gradients are summed, then divided by 1
+    fsdp._get_gradient_divide_factors = lambda *args: factors(*args[:5], True)
 
 
 if __name__ == "__main__":
