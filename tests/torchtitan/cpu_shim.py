@@ -1,12 +1,13 @@
 """torchtitan on a CPU: what it expects of a GPU and of torch 2.14, for the tests alone. Run in place of torchtitan.train.
 
-    torchrun --nproc-per-node 2 -m tests.torchtitan.cpu_shim --module MODULE --config FUNCTION ...
+    torchrun --nproc-per-node 2 -m tests.torchtitan.cpu_shim --module MODULE --config FUNCTION ... [THEN ...]
 
-None of it touches what the tests are about: model, loss, data, optimizer and checkpoints are the stock ones and ours.
+Several runs, divided by THEN, share the time that the imports take. None of it touches what the tests are about: model, loss, data, optimizer and checkpoints are the stock ones and ours.
 """
 
 from __future__ import annotations
 
+import sys
 from types import SimpleNamespace
 
 import torch
@@ -37,4 +38,7 @@ if __name__ == "__main__":
     pretend()
     from torchtitan.train import main
 
-    main()
+    runs = " ".join(sys.argv[1:]).split(" THEN ")
+    for run in runs:
+        sys.argv[1:] = run.split(" ")
+        main()

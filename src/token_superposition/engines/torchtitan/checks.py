@@ -4,9 +4,25 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torchtitan.config import ParallelismConfig
+from torchtitan.tools.utils import device_module
 
+from token_superposition.engines.torchtitan.models import balance_coefficient
 from token_superposition.errors import TokenSuperpositionError, require_int
+
+
+def machine() -> None:
+    """Raises ``TokenSuperpositionError`` where torchtitan would stop in the middle of the first step."""
+    if not device_module.is_available():
+        raise TokenSuperpositionError(
+            "torchtitan found no accelerator and has no CPU support; run it on a GPU, or train with tst train"
+        )
+    if not hasattr(torch.distributed, "set_timeout"):
+        raise TokenSuperpositionError(
+            f"torchtitan 0.3.0 calls torch.distributed.set_timeout, which torch {torch.__version__} does not have; "
+            "install torch 2.14 or later"
+        )
 
 
 def data_parallel(parallelism: ParallelismConfig, world_size: int) -> int:
@@ -74,4 +90,21 @@ def model_divides(settings: Any, parallelism: ParallelismConfig, sequence_length
     if sequence_length % num_chunks:
         raise TokenSuperpositionError(
             f"training.seq_len {sequence_length} is not a multiple of loss.num_chunks {num_chunks}; change one of them"
+        )
+
+
+def routers_balance(settings: Any, parallelism: ParallelismConfig, compiled: bool) -> None:
+    """The auxiliary loss of a mixture of experts looks at all layers and at whole sequences."""
+    if not balance_coefficient(settings):
+        return
+    for name in ("tensor_parallel_degree", "pipeline_parallel_degree"):
+        if getattr(parallelism, name) > 1:
+            raise TokenSuperpositionError(
+                f"parallelism.{name} is {getattr(parallelism, name)}; the router's auxiliary loss needs 1: use expert "
+                "parallelism, or set model.options.output_router_logits to false to train without it"
+            )
+    if compiled:
+        raise TokenSuperpositionError(
+            "compile.enable is true, and the router's auxiliary loss is not compiled: give --compile.no-enable, "
+            "or set model.options.output_router_logits to false to train without it"
         )

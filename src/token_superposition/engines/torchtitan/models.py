@@ -16,7 +16,6 @@ from torchtitan.models.common.config_utils import (
     make_gqa_config,
     make_moe_config,
     make_routed_experts_config,
-    make_router_config,
 )
 from torchtitan.models.common.nn_modules import RMSNorm
 from torchtitan.models.llama3 import Llama3Model, parallelize_llama
@@ -28,6 +27,7 @@ from torchtitan.models.qwen3.state_dict_adapter import Qwen3StateDictAdapter
 from torchtitan.protocols.model_spec import ModelSpec
 from transformers import AutoConfig, PretrainedConfig
 
+from token_superposition.engines.torchtitan.balance import BalancedRouter
 from token_superposition.engines.torchtitan.embedding import BagEmbedding
 from token_superposition.errors import TokenSuperpositionError
 from token_superposition.experiment.config import ModelConfig
@@ -84,14 +84,19 @@ def model_settings(model: ModelConfig, vocab_size: int, eos_id: int, sequence_le
     return settings
 
 
-def model_spec(settings: PretrainedConfig, sequence_length: int) -> ModelSpec:
+def balance_coefficient(settings: Any) -> float:
+    """Of Qwen3-MoE's auxiliary loss, which transformers too adds only where the router's logits are put out."""
+    return settings.router_aux_loss_coef if getattr(settings, "output_router_logits", False) else 0.0
+
+
+def model_spec(settings: PretrainedConfig, sequence_length: int, batch_size: int) -> ModelSpec:
     """torchtitan's model, with our embedding, causal attention and the initial distribution of transformers.
 
     A sample is one stretch of text, so that plain causal attention is all it needs; documents in it see each other, as
     in the transformers engine. Weights are drawn with the standard deviation ``initializer_range``, norms are 1.
     """
     s: Any = settings
-    is_llama = s.model_type == "llama"
+    is_llama, rows = s.model_type == "llama", batch_size * sequence_length
     weight = partial(nn.init.normal_, std=s.initializer_range)
     linear_init: dict[str, Any] = {"weight": weight}
     embedding_init: dict[str, Any] = {"weight": (lambda _: None) if s.tie_word_embeddings else weight}
@@ -121,7 +126,7 @@ def model_spec(settings: PretrainedConfig, sequence_length: int) -> ModelSpec:
             ),
         }
         if s.model_type == "qwen3_moe":
-            parts["moe"] = _moe(s, weight)
+            parts["moe"] = _moe(s, weight, rows)
         else:
             parts["feed_forward"] = make_ffn_config(
                 dim=s.hidden_size,
@@ -153,17 +158,20 @@ def model_spec(settings: PretrainedConfig, sequence_length: int) -> ModelSpec:
     )
 
 
-def _moe(s: Any, weight: Any) -> Any:
+def _moe(s: Any, weight: Any, rows: int) -> Any:
     return make_moe_config(
         num_experts=s.num_experts,
-        load_balance_coeff=None,  # a bias that Qwen3-MoE in transformers does not have: it would be lost on export
-        router=make_router_config(
-            dim=s.hidden_size,
+        load_balance_coeff=None,  # see balance.py
+        router=BalancedRouter.Config(
             num_experts=s.num_experts,
-            gate_param_init={"weight": weight},
+            gate=Linear.Config(
+                in_features=s.hidden_size, out_features=s.num_experts, param_init={"weight": weight}
+            ),
             top_k=s.num_experts_per_tok,
             score_func="softmax",
             route_norm=s.norm_topk_prob,
+            coefficient=balance_coefficient(s),
+            rows=rows,
         ),
         routed_experts=make_routed_experts_config(
             dim=s.hidden_size,

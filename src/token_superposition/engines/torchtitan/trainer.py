@@ -17,7 +17,8 @@ from torchtitan.trainer import Trainer
 
 from token_superposition.data.plan import ValidationSet
 from token_superposition.data.store import Meta, TokenStore
-from token_superposition.engines.torchtitan.checks import batch_sizes, data_parallel, model_divides
+from token_superposition.engines.torchtitan.balance import BalancedRouter
+from token_superposition.engines.torchtitan.checks import batch_sizes, data_parallel, machine, model_divides, routers_balance
 from token_superposition.engines.torchtitan.data import HeldOutLoader, PlannedLoader
 from token_superposition.engines.torchtitan.export import export_model
 from token_superposition.engines.torchtitan.loss import BagLoss
@@ -49,6 +50,7 @@ class TSTTrainer(Trainer):
     def __init__(self, config: Config):
         training, parallelism = config.training, config.parallelism
         assert isinstance(config.dataloader, PlannedLoader.Config) and isinstance(config.loss, ChunkedLossWrapper.Config)
+        machine()
         processes = data_parallel(parallelism, int(os.environ.get("WORLD_SIZE", 1)))
         training.local_batch_size = batch_sizes(training.global_batch_size, training.local_batch_size, processes)
         self.schedule = config.superposition.schedule(training.steps)
@@ -56,7 +58,8 @@ class TSTTrainer(Trainer):
         meta = Meta.load(self.store)
         self.settings = model_settings(config.model, meta.vocab_size, meta.eos_id, training.seq_len)
         model_divides(self.settings, parallelism, training.seq_len, config.loss.num_chunks)
-        config.model_spec = model_spec(self.settings, training.seq_len)
+        routers_balance(self.settings, parallelism, config.compile.enable)
+        config.model_spec = model_spec(self.settings, training.seq_len, training.global_batch_size)
         config.hf_assets_path = str(self.store / "tokenizer")
         config.dataloader.schedule = self.schedule
         config.dataloader.global_batch_size = training.global_batch_size
@@ -74,6 +77,8 @@ class TSTTrainer(Trainer):
             logger.warning("CUDA graphs are disabled: torchtitan has none for this expert or pipeline parallelism")
             training.disable_cuda_graphs = True
         super().__init__(config)
+        for part in self.model_parts:
+            BalancedRouter.link(part)
 
     def batch_generator(self, data_iterable: Iterable[tuple[dict[str, Tensor], Tensor]]) -> Iterator[Any]:
         """Gives torchtitan one label for each latent position, -100 where all of its bag is masked."""
