@@ -1,12 +1,15 @@
-"""torchtitan on a CPU: what it expects of a GPU and of torch 2.14, for the tests alone. Run in place of torchtitan.train.
+"""torchtitan on a CPU: what it expects of a GPU and of torch 2.14, for the tests alone.
 
     torchrun --nproc-per-node 2 -m tests.torchtitan.cpu_shim --module MODULE --config FUNCTION ... [THEN ...]
 
-Several runs, divided by THEN, share the time that the imports take. None of it touches what the tests are about: model, loss, data, optimizer and checkpoints are the stock ones and ours.
+Runs ``torchtitan.train``. Several runs, divided by THEN, share the time that the imports take; ``VOCABULARY out`` is
+the one of ``vocabulary.py``. None of it touches what the tests are about: model, loss, data, optimizer and checkpoints
+are the stock ones and ours.
 """
 
 from __future__ import annotations
 
+import os
 import sys
 from types import SimpleNamespace
 
@@ -38,7 +41,13 @@ if __name__ == "__main__":
     pretend()
     from torchtitan.train import main
 
+    from tests.torchtitan import vocabulary
+
     runs = " ".join(sys.argv[1:]).split(" THEN ")
-    for run in runs:
+    for i, run in enumerate(runs):
+        os.environ["TORCHELASTIC_RESTART_COUNT"] = str(i)  # names the keys by which processes meet: new ones for each run
         sys.argv[1:] = run.split(" ")
-        main()
+        if sys.argv[1] == "VOCABULARY":
+            vocabulary.run(sys.argv[2])
+        else:
+            main()

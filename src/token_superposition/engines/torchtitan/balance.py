@@ -15,7 +15,7 @@ from torchtitan.models.common.moe import TokenChoiceTopKRouter
 
 
 class BalancedRouter(TokenChoiceTopKRouter):
-    """Adds to the gradient that of ``coefficient * E * sum_e f_e p_e``, as ``load_balancing_loss_func`` of transformers.
+    """Adds to the gradient that of ``coefficient * E * sum_e f_e p_e``, the auxiliary loss of transformers.
 
     ``f_e`` is the number of choices of expert e for a position, ``p_e`` its mean probability, both over the positions
     of a micro-batch and over all layers; micro-batches and processes are averaged. The loss that is logged leaves it
@@ -37,12 +37,12 @@ class BalancedRouter(TokenChoiceTopKRouter):
 
     @staticmethod
     def link(model: torch.nn.Module) -> None:
-        """Make the routers of a model known to each other: f is a mean over layers, ready when the backward pass begins."""
+        """Make the routers of a model known to each other: f is a mean over layers, ready for the backward pass."""
         routers = [m for m in model.modules() if isinstance(m, BalancedRouter)]
         for router in routers:
             router.layers = routers
 
-    def forward(self, x_BLD: Tensor, expert_bias_E: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:  # noqa: N803
+    def forward(self, x_BLD: Tensor, expert_bias_E: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
         top_scores, top_ids, scores = super().forward(x_BLD, expert_bias_E)
         if self.training and self.strength:
             chosen = torch.zeros_like(scores[0, 0]).scatter_add_(
@@ -60,8 +60,8 @@ class _Balance(torch.autograd.Function):
         return top_scores.view_as(top_scores)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
+    def backward(ctx: Any, *grads: Any) -> tuple[Tensor, Tensor, None]:
         router: BalancedRouter = ctx.router
         layers = router.layers
         f = torch.stack([layer.choices for layer in layers if layer.choices is not None]).mean(0)
-        return grad, (f * (router.strength / len(layers))).expand(ctx.shape), None
+        return grads[0], (f * (router.strength / len(layers))).expand(ctx.shape), None

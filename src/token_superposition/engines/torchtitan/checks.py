@@ -26,7 +26,7 @@ def machine() -> None:
 
 
 def data_parallel(parallelism: ParallelismConfig, world_size: int) -> int:
-    """Processes that read different data. Raises ``TokenSuperpositionError`` if the degrees do not make up the world."""
+    """Processes that read different data. Raises ``TokenSuperpositionError`` if the degrees are not the world's."""
     p = parallelism
     if p.context_parallel_degree > 1:
         raise TokenSuperpositionError(

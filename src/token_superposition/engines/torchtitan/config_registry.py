@@ -1,7 +1,7 @@
 """The registry that ``torchtitan.train --module token_superposition.engines.torchtitan --config NAME`` reads.
 
-``tst_*`` are the paper's models, ``baseline_*`` the same without a superposition phase. Every field is also a flag of
-torchtitan, such as ``--dataloader.dataset_path data --superposition.bag_size 8 --parallelism.tensor_parallel_degree 2``.
+``tst_*`` are the paper's models, ``baseline_*`` the same without a superposition phase. Every field is also a flag,
+such as ``--dataloader.dataset_path data --superposition.bag_size 8 --parallelism.tensor_parallel_degree 2``.
 """
 
 from __future__ import annotations

@@ -43,19 +43,17 @@ class PlannedLoader(BaseDataLoader):
         global_batch_size: Annotated[int, tyro.conf.Suppress] = 0
         """Set by the trainer."""
 
+        def plan(self, sequence_length: int) -> PlannedDataset:
+            """Raises ``TokenSuperpositionError`` if there is no text, or too little."""
+            assert self.dataset_path is not None and self.schedule is not None
+            store, batch = TokenStore(self.dataset_path), self.global_batch_size
+            return PlannedDataset(store, self.schedule, sequence_length, batch, self.seed, self.common_bag)
+
     def __init__(
         self, config: Config, *, dp_world_size: int, dp_rank: int, seq_len: int, local_batch_size: int, **kwargs: Any
     ):
-        assert config.dataset_path is not None and config.schedule is not None
         self.config = config
-        self.plan = PlannedDataset(
-            TokenStore(config.dataset_path),
-            config.schedule,
-            seq_len,
-            config.global_batch_size,
-            config.seed,
-            config.common_bag,
-        )
+        self.plan = config.plan(seq_len)
         self.dp_world_size, self.dp_rank, self.micro_batch = dp_world_size, dp_rank, local_batch_size
         self.per_step = config.global_batch_size // (local_batch_size * dp_world_size)
         self.micro_batches = 0
@@ -101,7 +99,8 @@ class HeldOutLoader(BaseDataLoader):
     ):
         assert config.dataset_path is not None
         self.samples = ValidationSet(TokenStore(config.dataset_path, "validation"), seq_len, config.tokens)
-        self.stride, self.first, self.batch = dp_world_size * local_batch_size, dp_rank * local_batch_size, local_batch_size
+        self.first, self.batch = dp_rank * local_batch_size, local_batch_size
+        self.stride = dp_world_size * local_batch_size
 
     def __iter__(self) -> Iterator[Batch]:
         for start in range(self.first, len(self.samples) + self.first, self.stride):

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
-from torch.distributed.checkpoint import HuggingFaceStorageWriter
+from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
+from torch.distributed.checkpoint.state_dict_saver import save
 
 from token_superposition.data.tokenizer import load_tokenizer
 
@@ -35,7 +35,7 @@ def export_model(trainer: TSTTrainer, path: Path) -> None:
         shutil.rmtree(partial, ignore_errors=True)
     dist.barrier()
     writer = HuggingFaceStorageWriter(str(partial), save_distributed=True, enable_consolidation=True)
-    dcp.save(adapter.to_hf(state), storage_writer=writer)
+    save(adapter.to_hf(state), storage_writer=writer)
     if first:
         shutil.rmtree(partial / "sharded", ignore_errors=True)
         trainer.settings.save_pretrained(partial)

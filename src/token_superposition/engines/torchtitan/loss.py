@@ -103,8 +103,8 @@ class _SummedLoss(torch.autograd.Function):
         return torch.where(valid, losses, 0).sum()
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:
         if torch.is_grad_enabled():
-            raise TokenSuperpositionError("the loss of bags was differentiated with create_graph=True; it has no second derivative")
+            raise TokenSuperpositionError("the loss of bags has no second derivative; leave create_graph=True out")
         (gradient,) = ctx.saved_tensors
-        return gradient * grad.to(gradient.dtype), None, None, None, None
+        return gradient * grads[0].to(gradient.dtype), None, None, None, None

@@ -164,9 +164,7 @@ def _moe(s: Any, weight: Any, rows: int) -> Any:
         load_balance_coeff=None,  # see balance.py
         router=BalancedRouter.Config(
             num_experts=s.num_experts,
-            gate=Linear.Config(
-                in_features=s.hidden_size, out_features=s.num_experts, param_init={"weight": weight}
-            ),
+            gate=Linear.Config(in_features=s.hidden_size, out_features=s.num_experts, param_init={"weight": weight}),
             top_k=s.num_experts_per_tok,
             score_func="softmax",
             route_norm=s.norm_topk_prob,

@@ -18,7 +18,13 @@ from torchtitan.trainer import Trainer
 from token_superposition.data.plan import ValidationSet
 from token_superposition.data.store import Meta, TokenStore
 from token_superposition.engines.torchtitan.balance import BalancedRouter
-from token_superposition.engines.torchtitan.checks import batch_sizes, data_parallel, machine, model_divides, routers_balance
+from token_superposition.engines.torchtitan.checks import (
+    batch_sizes,
+    data_parallel,
+    machine,
+    model_divides,
+    routers_balance,
+)
 from token_superposition.engines.torchtitan.data import HeldOutLoader, PlannedLoader
 from token_superposition.engines.torchtitan.export import export_model
 from token_superposition.engines.torchtitan.loss import BagLoss
@@ -49,7 +55,8 @@ class TSTTrainer(Trainer):
 
     def __init__(self, config: Config):
         training, parallelism = config.training, config.parallelism
-        assert isinstance(config.dataloader, PlannedLoader.Config) and isinstance(config.loss, ChunkedLossWrapper.Config)
+        assert isinstance(config.dataloader, PlannedLoader.Config)
+        assert isinstance(config.loss, ChunkedLossWrapper.Config) and isinstance(config.loss.loss_fn, BagLoss.Config)
         machine()
         processes = data_parallel(parallelism, int(os.environ.get("WORLD_SIZE", 1)))
         training.local_batch_size = batch_sizes(training.global_batch_size, training.local_batch_size, processes)
@@ -63,7 +70,7 @@ class TSTTrainer(Trainer):
         config.hf_assets_path = str(self.store / "tokenizer")
         config.dataloader.schedule = self.schedule
         config.dataloader.global_batch_size = training.global_batch_size
-        assert isinstance(config.loss.loss_fn, BagLoss.Config)
+        config.dataloader.plan(training.seq_len)
         config.loss.loss_fn.weighting = config.superposition.weighting
         config.loss.loss_fn.vocab_size = self.settings.vocab_size
         if isinstance(config.validator.dataloader, HeldOutLoader.Config):
