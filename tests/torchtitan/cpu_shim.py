@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import os
 import sys
+from functools import partial
 from types import SimpleNamespace
 
 import torch
@@ -43,9 +44,14 @@ if __name__ == "__main__":
 
     from tests.torchtitan import vocabulary
 
+    rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    store = torch.distributed.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False)
+    start = torch.distributed.init_process_group
     runs = " ".join(sys.argv[1:]).split(" THEN ")
     for i, run in enumerate(runs):
-        os.environ["TORCHELASTIC_RESTART_COUNT"] = str(i)  # names the keys by which processes meet: new ones for each run
+        # The processes of each run meet under keys of their own: those of the run before are still in torchrun's store.
+        keys = torch.distributed.PrefixStore(f"run {i}", store)
+        torch.distributed.init_process_group = partial(start, store=keys, rank=rank, world_size=world)
         sys.argv[1:] = run.split(" ")
         if sys.argv[1] == "VOCABULARY":
             vocabulary.run(sys.argv[2])

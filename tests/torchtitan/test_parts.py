@@ -12,11 +12,14 @@ import pytest
 import torch
 from torchtitan.components.optimizer import LRSchedulersContainer
 from torchtitan.config import ParallelismConfig
+from torchtitan.models.common import Linear
+from transformers.models.qwen3_moe.modeling_qwen3_moe import load_balancing_loss_func
 
 from tests.torchtitan.vocabulary import S, V, example, expected_loss
 from token_superposition import WSD, Schedule, TokenSuperpositionError, place_weights
 from token_superposition.data.plan import PlannedDataset, ValidationSet
 from token_superposition.data.store import TokenStore
+from token_superposition.engines.torchtitan.balance import BalancedRouter
 from token_superposition.engines.torchtitan.checks import batch_sizes, data_parallel, machine, model_divides
 from token_superposition.engines.torchtitan.data import HeldOutLoader, PlannedLoader
 from token_superposition.engines.torchtitan.loss import BagLoss
@@ -44,6 +47,26 @@ def test_loss_is_the_reference(weighting: Any) -> None:
 def test_loss_of_a_sharded_vocabulary(runs: Path) -> None:
     """``vocabulary.check`` on two processes, in the same launch as the runs: the imports take longer than the test."""
     assert (runs / "vocabulary.0").read_text() == (runs / "vocabulary.1").read_text() == "equal"
+
+
+def test_auxiliary_loss_is_that_of_transformers() -> None:
+    """Gradients by gates and inputs of two layers, against autograd through transformers' function."""
+    config = BalancedRouter.Config(
+        num_experts=6, gate=Linear.Config(in_features=5, out_features=6), top_k=2, score_func="softmax",
+        route_norm=True, coefficient=0.3, rows=2 * 2 * 7,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = torch.nn.ModuleList([config.build() for _ in range(2)])
+    BalancedRouter.link(model)
+    inputs = [torch.randn(2, 7, 5, requires_grad=True) for _ in range(2)]
+    leaves = [*inputs, *model.parameters()]
+    scores = [router(x)[0] for router, x in zip(model, inputs, strict=True)]
+    gradients = torch.autograd.grad(sum(s.sum() * 0 for s in scores), leaves)  # pyright: ignore
+    logits = tuple(router.gate(x).flatten(0, 1) for router, x in zip(model, inputs, strict=True))  # pyright: ignore
+    loss = 0.3 * load_balancing_loss_func(logits, 6, 2)
+    for got, want in zip(gradients, torch.autograd.grad(loss, leaves), strict=True):  # pyright: ignore
+        torch.testing.assert_close(got, want / 2)  # one of the step's two micro-batches
+    assert want.abs().max() > 1e-3  # pyright: ignore
 
 
 @pytest.mark.parametrize(("steps", "warmup", "decay"), [(100, 10, 0.1), (12, 2, 0.25), (7, 0, 0.0), (10, 3, 0.7)])

@@ -53,7 +53,8 @@ def model_settings(model: ModelConfig, vocab_size: int, eos_id: int, sequence_le
     if model.path is not None:
         settings = AutoConfig.from_pretrained(model.path)
     else:
-        fields = [*dir(AutoConfig.for_model(model.architecture)), "head_dim"]
+        # the last two are understood, though not declared by every architecture
+        fields = [*dir(AutoConfig.for_model(model.architecture)), "head_dim", "rope_theta"]
         for key in model.options:
             if key not in fields:
                 near = difflib.get_close_matches(key, fields, 1)
