@@ -69,12 +69,12 @@ def linear_multi_hot_loss(
             w = torch.where((y >= 0) & (y < v), w, 0)
             y = torch.where(w > 0, y, 0)
             if kernel == "triton":
-                from token_superposition.loss.kernel import loss_and_gradient
+                from token_superposition.loss.kernel import loss_and_gradient as by_kernel
 
-                losses = loss_and_gradient(z, y, w, softcap, z_loss)
+                losses = by_kernel(z, y, w, softcap, z_loss)
                 g = z
             else:
-                losses, g = _loss_and_gradient(z.to(acc), y, w, softcap, z_loss, group)
+                losses, g = loss_and_gradient(z.to(acc), y, w, softcap, z_loss, group)
             total += torch.where(ok.squeeze(1), losses, 0).sum()
             if not any(differentiate):
                 continue
@@ -96,7 +96,7 @@ def linear_multi_hot_loss(
     )
 
 
-def _loss_and_gradient(
+def loss_and_gradient(
     z: Tensor,  # (n, V) logits; overwritten
     y: Tensor,  # (n, s)
     w: Tensor,  # (n, s)

@@ -1,0 +1,110 @@
+"""What does not divide is said in one line, before a process group starts."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torchtitan.config import ParallelismConfig
+from torchtitan.tools.utils import device_module
+
+from token_superposition.engines.torchtitan.models import balance_coefficient
+from token_superposition.errors import TokenSuperpositionError, require_int
+
+
+def machine() -> None:
+    """Raises ``TokenSuperpositionError`` where torchtitan would stop in the middle of the first step."""
+    if not device_module.is_available():
+        raise TokenSuperpositionError(
+            "torchtitan found no accelerator and has no CPU support; run it on a GPU, or train with tst train"
+        )
+    if not hasattr(torch.distributed, "set_timeout"):
+        raise TokenSuperpositionError(
+            f"torchtitan 0.3.0 calls torch.distributed.set_timeout, which torch {torch.__version__} does not have; "
+            "install torch 2.14 or later"
+        )
+
+
+def data_parallel(parallelism: ParallelismConfig, world_size: int) -> int:
+    """Processes that read different data. Raises ``TokenSuperpositionError`` if the degrees are not the world's."""
+    p = parallelism
+    if p.context_parallel_degree > 1:
+        raise TokenSuperpositionError(
+            f"parallelism.context_parallel_degree is {p.context_parallel_degree}; the torchtitan engine has plain "
+            "causal attention, which torchtitan does not split over positions: give 1"
+        )
+    if p.spmd_backend == "full_dtensor":
+        raise TokenSuperpositionError(
+            "parallelism.spmd_backend is full_dtensor, which shards integer bags as if they were hidden states; "
+            "give spmd_types or partial_dtensor"
+        )
+    others = p.tensor_parallel_degree * p.pipeline_parallel_degree
+    given = others * p.data_parallel_replicate_degree * max(p.data_parallel_shard_degree, 1)
+    if world_size % given or (p.data_parallel_shard_degree > 0 and world_size != given):
+        raise TokenSuperpositionError(
+            f"{world_size} processes cannot be divided into tensor x pipeline x replicate x shard = "
+            f"{p.tensor_parallel_degree} x {p.pipeline_parallel_degree} x {p.data_parallel_replicate_degree} x "
+            f"{p.data_parallel_shard_degree}; change parallelism or --nproc-per-node"
+        )
+    if (world_size // p.pipeline_parallel_degree) % p.expert_parallel_degree:
+        raise TokenSuperpositionError(
+            f"parallelism.expert_parallel_degree {p.expert_parallel_degree} does not divide the "
+            f"{world_size // p.pipeline_parallel_degree} processes of a pipeline stage; change one of them"
+        )
+    return world_size // others
+
+
+def batch_sizes(batch: int, local: int, processes: int) -> int:  # the micro-batch of one process
+    """``local`` -1 is a process's whole share of the batch of a step."""
+    require_int("training.global_batch_size", batch, 1)
+    if local == -1 and batch % processes == 0:
+        return batch // processes
+    unit = max(local, 1) * processes
+    if batch % unit:
+        raise TokenSuperpositionError(
+            f"training.global_batch_size {batch} is not a multiple of {processes} data-parallel processes x "
+            f"micro-batch {max(local, 1)}; give for example {max(batch // unit, 1) * unit}, or change "
+            "training.local_batch_size"
+        )
+    return local
+
+
+def model_divides(settings: Any, parallelism: ParallelismConfig, sequence_length: int, num_chunks: int) -> None:
+    tensor, expert = parallelism.tensor_parallel_degree, parallelism.expert_parallel_degree
+    checked = [("num_attention_heads", "attention heads"), ("num_key_value_heads", "key-value heads")]
+    named = [(getattr(settings, key), what, f"model.options.{key}") for key, what in checked]
+    named.append((settings.vocab_size, "tokens of the vocabulary", "the tokenizer's vocabulary"))
+    if parallelism.enable_sequence_parallel:
+        named.append((sequence_length, "positions of a sequence", "data.sequence_length"))
+    for value, what, where in named:
+        if value % tensor:
+            raise TokenSuperpositionError(
+                f"{value} {what} cannot be divided over parallelism.tensor_parallel_degree {tensor}; "
+                f"give a degree that divides {value}, or change {where}"
+            )
+    if expert > 1 and (getattr(settings, "num_experts", None) or 1) % expert:
+        raise TokenSuperpositionError(
+            f"{getattr(settings, 'num_experts', None) or 'no'} experts cannot be divided over "
+            f"parallelism.expert_parallel_degree {expert}; change one of them"
+        )
+    if sequence_length % num_chunks:
+        raise TokenSuperpositionError(
+            f"training.seq_len {sequence_length} is not a multiple of loss.num_chunks {num_chunks}; change one of them"
+        )
+
+
+def routers_balance(settings: Any, parallelism: ParallelismConfig, compiled: bool) -> None:
+    """The auxiliary loss of a mixture of experts looks at all layers and at whole sequences."""
+    if not balance_coefficient(settings):
+        return
+    for name in ("tensor_parallel_degree", "pipeline_parallel_degree"):
+        if getattr(parallelism, name) > 1:
+            raise TokenSuperpositionError(
+                f"parallelism.{name} is {getattr(parallelism, name)}; the router's auxiliary loss needs 1: use expert "
+                "parallelism, or set model.options.output_router_logits to false to train without it"
+            )
+    if compiled:
+        raise TokenSuperpositionError(
+            "compile.enable is true, and the router's auxiliary loss is not compiled: give --compile.no-enable, "
+            "or set model.options.output_router_logits to false to train without it"
+        )

@@ -1,0 +1,117 @@
+"""The registry that ``torchtitan.train --module token_superposition.engines.torchtitan --config NAME`` reads.
+
+``tst_*`` are the paper's models, ``baseline_*`` the same without a superposition phase. Every field is also a flag,
+such as ``--dataloader.dataset_path data --superposition.bag_size 8 --parallelism.tensor_parallel_degree 2``.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from math import gcd
+from pathlib import Path
+
+from torchtitan.components.checkpointer import CheckpointManager
+from torchtitan.components.loss import ChunkedLossWrapper
+from torchtitan.components.optimizer import LRSchedulersContainer, OptimizersContainer, ParamGroupConfig
+from torchtitan.components.validate import Validator
+from torchtitan.config import CompileConfig, DebugConfig, ParallelismConfig, TrainingConfig
+
+from token_superposition.engines.torchtitan.data import HeldOutLoader, PlannedLoader
+from token_superposition.engines.torchtitan.loss import BagLoss
+from token_superposition.engines.torchtitan.metrics import BagMetrics
+from token_superposition.engines.torchtitan.trainer import TSTTrainer
+from token_superposition.errors import TokenSuperpositionError
+from token_superposition.experiment.config import BASELINE, Config, load_config
+
+
+def tst_270m() -> TSTTrainer.Config:
+    return trainer_config(load_config("270m"), "tst_270m")
+
+
+def tst_600m() -> TSTTrainer.Config:
+    return trainer_config(load_config("600m"), "tst_600m")
+
+
+def tst_3b() -> TSTTrainer.Config:
+    return trainer_config(load_config("3b"), "tst_3b")
+
+
+def tst_10b_a1b() -> TSTTrainer.Config:
+    return trainer_config(load_config("10b-a1b"), "tst_10b_a1b")
+
+
+def baseline_270m() -> TSTTrainer.Config:
+    return trainer_config(replace(load_config("270m"), superposition=BASELINE), "baseline_270m")
+
+
+def baseline_600m() -> TSTTrainer.Config:
+    return trainer_config(replace(load_config("600m"), superposition=BASELINE), "baseline_600m")
+
+
+def baseline_3b() -> TSTTrainer.Config:
+    return trainer_config(replace(load_config("3b"), superposition=BASELINE), "baseline_3b")
+
+
+def baseline_10b_a1b() -> TSTTrainer.Config:
+    return trainer_config(replace(load_config("10b-a1b"), superposition=BASELINE), "baseline_10b_a1b")
+
+
+def trainer_config(config: Config, name: str) -> TSTTrainer.Config:
+    """Our configuration of a run as torchtitan's, writing into ``./outputs/NAME``.
+
+    Raises ``TokenSuperpositionError`` for a value that cannot be trained with.
+    """
+    config.check()
+    t, data = config.train, config.data
+    if t.save_at:
+        raise TokenSuperpositionError(
+            f"train.save_at is {t.save_at}; torchtitan saves at multiples of train.save_every only"
+        )
+    adamw = {"lr": t.learning_rate, "betas": (t.beta1, t.beta2), "eps": 1e-8}
+    groups = ((r"norm\.weight$|\.bias$", 0.0), (r".*", t.weight_decay))
+    start = config.model.path
+    return TSTTrainer.Config(
+        model=config.model,
+        superposition=config.superposition,
+        dump_folder=f"./outputs/{name}",
+        hf_assets_path=str(Path(data.path) / "tokenizer"),
+        dataloader=PlannedLoader.Config(
+            dataset_path=data.path, seed=t.seed, common_bag=data.common_bag, num_workers=t.loader_workers
+        ),
+        training=TrainingConfig(
+            steps=t.steps,
+            global_batch_size=t.batch_size,
+            local_batch_size=t.micro_batch_size or -1,
+            seq_len=data.sequence_length,
+            max_norm=t.max_grad_norm,
+            mixed_precision_param="float32" if t.precision == "float32" else "bfloat16",
+        ),
+        optimizer=OptimizersContainer.Config(
+            param_groups=[
+                ParamGroupConfig(
+                    pattern=pattern, optimizer_name="AdamW", optimizer_kwargs={**adamw, "weight_decay": decay}
+                )
+                for pattern, decay in groups
+            ]
+        ),
+        lr_scheduler=LRSchedulersContainer.Config(
+            warmup_steps=t.warmup_steps, decay_ratio=t.decay_ratio, decay_type="linear", min_lr_factor=0.0
+        ),
+        loss=ChunkedLossWrapper.Config(num_chunks=gcd(8, data.sequence_length), loss_fn=BagLoss.Config()),
+        metrics=BagMetrics.Config(log_freq=t.log_every),
+        parallelism=ParallelismConfig(),
+        compile=CompileConfig(enable=t.compile, components=["model"]),
+        checkpoint=CheckpointManager.Config(
+            enable=t.save_every > 0 or start is not None,
+            interval=t.save_every or t.steps,
+            last_save_model_only=False,
+            keep_latest_k=0,
+            initial_load_path=None if start is None else str(Path(start).resolve()),
+            initial_load_model_only=start is not None,
+            initial_load_in_hf=start is not None,
+        ),
+        validator=Validator.Config(
+            enable=True, freq=t.eval_every, steps=1, dataloader=HeldOutLoader.Config(tokens=data.eval_tokens)
+        ),
+        debug=DebugConfig(seed=t.seed),
+    )

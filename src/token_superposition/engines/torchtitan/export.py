@@ -1,0 +1,45 @@
+"""Write a model of torchtitan as a directory that transformers loads."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
+from torch.distributed.checkpoint.state_dict_saver import save
+
+from token_superposition.data.tokenizer import load_tokenizer
+
+if TYPE_CHECKING:
+    from token_superposition.engines.torchtitan.trainer import TSTTrainer
+
+
+@torch.no_grad()
+def export_model(trainer: TSTTrainer, path: Path) -> None:
+    """Weights (float32 safetensors with the names of transformers), config.json and tokenizer, aside and then renamed.
+
+    To be called on all processes. The names and shapes are the work of torchtitan's own adapter for the model.
+    """
+    partial = path.with_name(f".{path.name}.partial")
+    spec = trainer.config.model_spec
+    assert spec is not None and spec.state_dict_adapter is not None
+    adapter = spec.state_dict_adapter(trainer.model_config, None)
+    state: dict[str, Any] = {}
+    for part in trainer.model_parts:
+        state |= part.state_dict()
+    first = dist.get_rank() == 0
+    if first:
+        shutil.rmtree(partial, ignore_errors=True)
+    dist.barrier()
+    writer = HuggingFaceStorageWriter(str(partial), save_distributed=True, enable_consolidation=True)
+    save(adapter.to_hf(state), storage_writer=writer)
+    if first:
+        shutil.rmtree(partial / "sharded", ignore_errors=True)
+        trainer.settings.save_pretrained(partial)
+        load_tokenizer(str(trainer.store / "tokenizer")).save_pretrained(partial)
+        shutil.rmtree(path, ignore_errors=True)
+        partial.rename(path)
+    dist.barrier()

@@ -1,0 +1,78 @@
+"""torchtitan's metrics, with both token counts, and as lines of ``metrics.jsonl`` like those of the other engines."""
+
+from __future__ import annotations
+
+import json
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+from torchtitan.components.metrics import MetricsProcessor
+
+from token_superposition.experiment.metrics import read_metrics
+from token_superposition.schedule import Schedule
+
+METRICS = "metrics.jsonl"
+
+
+class BagMetrics(MetricsProcessor):
+    """Adds bag sizes, latent and raw tokens to every log and writes ``metrics.jsonl`` on the first process.
+
+    torchtitan's own tps, tflops and mfu count latent positions, since these are what the labels that it counts are.
+    """
+
+    @dataclass(kw_only=True, slots=True)
+    class Config(MetricsProcessor.Config):
+        pass
+
+    def __init__(self, config: Config, *, dump_folder: str = "./outputs", **kwargs: Any):
+        super().__init__(config, dump_folder=dump_folder, **kwargs)
+        self.path = Path(dump_folder) / METRICS if dist.get_rank() == 0 else None
+        self.seconds = 0.0
+        self._mark = time.perf_counter()
+
+    def start(self, schedule: Schedule, batch_size: int, sequence_length: int, step: int) -> None:
+        """Lines after ``step``, which a resumed run writes again, are dropped."""
+        self.schedule, self.counts = schedule, (batch_size, sequence_length)
+        if self.path is not None:
+            kept = [m for m in read_metrics(self.path) if m["step"] <= step]
+            self.seconds = kept[-1]["seconds"] if kept else 0.0
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            partial = self.path.with_name(f".{self.path.name}.partial")
+            partial.write_text("".join(json.dumps(m) + "\n" for m in kept))
+            partial.rename(self.path)
+        self._mark = time.perf_counter()
+
+    def log(
+        self,
+        step: int,
+        global_avg_loss: float,
+        global_max_loss: float,
+        grad_norm: float,
+        extra_metrics: dict[str, Any] | None = None,
+    ) -> None:
+        phase = self.schedule.at(step - 1)
+        ours = {
+            "input_bag": phase.input_bag,
+            "output_bag": phase.output_bag,
+            "latent_tokens": self.schedule.latent_tokens(*self.counts, step),
+            "raw_tokens": self.schedule.raw_tokens(*self.counts, step),
+        }
+        extra = extra_metrics or {}
+        super().log(step, global_avg_loss, global_max_loss, grad_norm, extra | ours)
+        now = time.perf_counter()
+        self.seconds, self._mark = self.seconds + now - self._mark, now
+        rates = [v for k, v in extra.items() if k.startswith("lr/")]  # torchtitan has one for each group of parameters
+        self._write(step, {"loss": global_avg_loss, "grad_norm": grad_norm, "learning_rate": rates[0], **ours})
+
+    def log_validation(self, loss: float, step: int, extra_metrics: dict[str, Any] | None = None) -> None:
+        super().log_validation(loss, step, extra_metrics)
+        self._write(step, {"val_loss": loss})
+        self._mark = time.perf_counter()
+
+    def _write(self, step: int, values: dict[str, Any]) -> None:
+        if self.path is not None:
+            with self.path.open("a") as f:
+                f.write(json.dumps({"step": step, "seconds": round(self.seconds, 3), **values}) + "\n")

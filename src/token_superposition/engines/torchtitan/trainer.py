@@ -1,0 +1,124 @@
+"""torchtitan's trainer, taught to train on bags."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any, cast
+
+import tyro
+from torch import Tensor
+from torchtitan.components.loss import ChunkedLossWrapper
+from torchtitan.distributed.cudagraph import cudagraph_teardown, wrap_with_cuda_graph
+from torchtitan.tools.logging import logger
+from torchtitan.trainer import Trainer
+
+from token_superposition.data.plan import ValidationSet
+from token_superposition.data.store import Meta, TokenStore
+from token_superposition.engines.torchtitan.balance import BalancedRouter
+from token_superposition.engines.torchtitan.checks import (
+    batch_sizes,
+    data_parallel,
+    machine,
+    model_divides,
+    routers_balance,
+)
+from token_superposition.engines.torchtitan.data import HeldOutLoader, PlannedLoader
+from token_superposition.engines.torchtitan.export import export_model
+from token_superposition.engines.torchtitan.loss import BagLoss
+from token_superposition.engines.torchtitan.metrics import BagMetrics
+from token_superposition.engines.torchtitan.models import model_settings, model_spec
+from token_superposition.experiment.config import ModelConfig, SuperpositionConfig
+
+MODEL = "model"
+
+
+class TSTTrainer(Trainer):
+    """``Trainer`` whose batches may be bags; everything else is torchtitan's.
+
+    The model is built from ``config.model`` and the vocabulary of the prepared data at ``dataloader.dataset_path``;
+    the phase of a step follows from ``config.superposition`` and ``training.steps``. The labels that torchtitan counts
+    (to normalise the loss, for tps, flops and ``n_tokens_seen``) are one for a latent position; the bags travel beside
+    them. The finished model is written for transformers to ``<dump_folder>/model``.
+
+    Raises ``TokenSuperpositionError`` before a process group starts for a configuration that cannot be trained.
+    """
+
+    @dataclass(kw_only=True, slots=True)
+    class Config(Trainer.Config):
+        model: Annotated[ModelConfig, tyro.conf.Suppress] = field(default_factory=ModelConfig)
+        """Architecture and fields of transformers; set by the registry."""
+        superposition: SuperpositionConfig = field(default_factory=SuperpositionConfig)
+        """The first phase."""
+
+    def __init__(self, config: Config):
+        training, parallelism = config.training, config.parallelism
+        assert isinstance(config.dataloader, PlannedLoader.Config)
+        assert isinstance(config.loss, ChunkedLossWrapper.Config) and isinstance(config.loss.loss_fn, BagLoss.Config)
+        machine()
+        processes = data_parallel(parallelism, int(os.environ.get("WORLD_SIZE", 1)))
+        training.local_batch_size = batch_sizes(training.global_batch_size, training.local_batch_size, processes)
+        self.schedule = config.superposition.schedule(training.steps)
+        self.store = Path(config.dataloader.dataset_path or "data")
+        meta = Meta.load(self.store)
+        self.settings = model_settings(config.model, meta.vocab_size, meta.eos_id, training.seq_len)
+        model_divides(self.settings, parallelism, training.seq_len, config.loss.num_chunks)
+        routers_balance(self.settings, parallelism, config.compile.enable)
+        config.model_spec = model_spec(self.settings, training.seq_len, training.global_batch_size)
+        config.hf_assets_path = str(self.store / "tokenizer")
+        config.dataloader.schedule = self.schedule
+        config.dataloader.global_batch_size = training.global_batch_size
+        config.dataloader.plan(training.seq_len)
+        config.loss.loss_fn.weighting = config.superposition.weighting
+        config.loss.loss_fn.vocab_size = self.settings.vocab_size
+        if isinstance(config.validator.dataloader, HeldOutLoader.Config):
+            held_out = config.validator.dataloader
+            held_out.dataset_path = str(self.store)
+            samples = ValidationSet(TokenStore(self.store, "validation"), training.seq_len, held_out.tokens)
+            config.validator.steps = -(-len(samples) // (training.local_batch_size * processes))
+        if not training.disable_cuda_graphs and (
+            parallelism.expert_parallel_degree > 1 or parallelism.pipeline_parallel_degree > 1
+        ):
+            logger.warning("CUDA graphs are disabled: torchtitan has none for this expert or pipeline parallelism")
+            training.disable_cuda_graphs = True
+        super().__init__(config)
+        for part in self.model_parts:
+            BalancedRouter.link(part)
+
+    def batch_generator(self, data_iterable: Iterable[tuple[dict[str, Tensor], Tensor]]) -> Iterator[Any]:
+        """Gives torchtitan one label for each latent position, -100 where all of its bag is masked."""
+
+        def one_label_a_position() -> Iterator[tuple[dict[str, Tensor], Tensor]]:
+            for inputs, targets in data_iterable:
+                yield {**inputs, "targets": targets}, targets if targets.dim() == 2 else targets.amax(-1)
+
+        # torchtitan asks for the batches when it has loaded its checkpoint: self.step is where the run starts.
+        cast(BagMetrics, self.metrics_processor).start(
+            self.schedule, self.config.training.global_batch_size, self.config.training.seq_len, self.step
+        )
+        return super().batch_generator(one_label_a_position())
+
+    def post_dataloading_process(
+        self, input_dict: dict[str, Tensor], labels: Tensor
+    ) -> tuple[Tensor, Tensor, dict[str, Any]]:
+        seen = self.ntokens_seen + labels.numel()
+        inputs = {k: v for k, v in input_dict.items() if k != "targets"}
+        result = super().post_dataloading_process(inputs, input_dict["targets"])
+        self.ntokens_seen = seen
+        return result
+
+    def train_step(self, data_iterator: Iterator[tuple[dict[str, Tensor], Tensor]]) -> None:
+        if self.step - 1 in self.schedule.switches:
+            phase = self.schedule.at(self.step - 1)
+            logger.info(f"Bags of {phase.input_bag} in, {phase.output_bag} out from step {self.step} on")
+            if not self.config.training.disable_cuda_graphs:
+                logger.info("The CUDA graph is captured again: its inputs have another shape")
+                cudagraph_teardown()
+                self.fwd_bwd_fn = wrap_with_cuda_graph(self._forward_backward_body)
+        super().train_step(data_iterator)
+
+    def train(self) -> None:
+        super().train()
+        export_model(self, Path(self.config.dump_folder) / MODEL)
