@@ -73,6 +73,41 @@ class RunResult:
     hardware: str
     versions: dict[str, str]
 
+    @classmethod
+    def of(
+        cls,
+        config: Config,
+        plan: PlannedDataset,
+        *,
+        flops: float,
+        train_seconds: float,
+        phase_step_seconds: list[float],
+        val_loss: float,
+        bits_per_byte: float,
+        parameters: int,
+        engine: str | None = None,
+    ) -> RunResult:
+        """The counts follow from the plan, hardware and versions from this process; ``engine`` names a package."""
+        schedule, counts = plan.schedule, (plan.batch_size, plan.sequence_length)
+        packages = ("token-superposition", "torch", "transformers", *([engine] if engine else []))
+        return cls(
+            seed=config.train.seed,
+            bag_size=max(max(p.input_bag, p.output_bag) for p in schedule.phases),
+            ratio=(schedule.switches[-1] if schedule.switches else 0) / schedule.total_steps,
+            steps=schedule.total_steps,
+            latent_tokens=schedule.latent_tokens(*counts),
+            raw_tokens=schedule.raw_tokens(*counts),
+            epochs=plan.epochs,
+            flops=flops,
+            train_seconds=train_seconds,
+            phase_step_seconds=phase_step_seconds,
+            val_loss=val_loss,
+            val_bpb=val_loss * bits_per_byte,
+            parameters=parameters,
+            hardware=hardware(),
+            versions={name: version(name) for name in packages} | {"python": platform.python_version()},
+        )
+
 
 def train(
     config: Config,
@@ -135,24 +170,15 @@ def train(
     trainer.train(resume_from_checkpoint=str(start) if start is not None else None)
     val_loss = trainer.evaluate(cast(Any, final))["eval_loss"]
     save_model(trainer, out / MODEL)
-    counts = (config.train.batch_size, config.data.sequence_length)
-    result = RunResult(
-        seed=config.train.seed,
-        bag_size=max(max(p.input_bag, p.output_bag) for p in schedule.phases),
-        ratio=(schedule.switches[-1] if schedule.switches else 0) / schedule.total_steps,
-        steps=schedule.total_steps,
-        latent_tokens=schedule.latent_tokens(*counts),
-        raw_tokens=schedule.raw_tokens(*counts),
-        epochs=plan.epochs,
+    result = RunResult.of(
+        config,
+        plan,
         flops=step_flops * schedule.total_steps,
         train_seconds=metrics.seconds,
         phase_step_seconds=phase_step_seconds(out, schedule.starts),
         val_loss=val_loss,
-        val_bpb=val_loss * bits_per_byte,
+        bits_per_byte=bits_per_byte,
         parameters=sum(p.numel() for p in model.parameters()),
-        hardware=hardware(),
-        versions={name: version(name) for name in ("token-superposition", "torch", "transformers")}
-        | {"python": platform.python_version()},
     )
     if trainer.is_world_process_zero():
         write_json(out / RESULT, asdict(result))

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import math
 import os
-import platform
 import warnings
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -42,14 +40,13 @@ from token_superposition.engines.olmo_core.model import transformer_config
 from token_superposition.engines.olmo_core.module import PlannedWSD, TSTSpeedMonitor, TSTTrainModule
 from token_superposition.errors import TokenSuperpositionError, require_int
 from token_superposition.experiment.config import Config
+from token_superposition.experiment.launch import native_bfloat16
 from token_superposition.experiment.run import (
     METRICS,
     MODEL,
     RESULT,
     RunResult,
     build_model,
-    hardware,
-    native_bfloat16,
     phase_step_seconds,
     prepare_directory,
     write_json,
@@ -153,7 +150,17 @@ def train(
             "the same command goes on from the newest checkpoint"
         )
     export_model(module.model, start.config, out / MODEL, load_tokenizer(str(store.directory / "tokenizer")))
-    result = run_result(config, out, plan, metrics, evaluation, module)
+    result = RunResult.of(
+        config,
+        plan,
+        flops=metrics.flops(plan.schedule.total_steps),
+        train_seconds=metrics.seconds,
+        phase_step_seconds=phase_step_seconds(out, plan.schedule.starts),
+        val_loss=evaluation.final_loss,
+        bits_per_byte=bits_per_byte,
+        parameters=module.model.num_params,
+        engine="ai2-olmo-core",
+    )
     if get_rank() == 0:
         write_json(out / RESULT, asdict(result))
     if processes > 1:
@@ -224,33 +231,3 @@ def build_trainer(
     )
     data_rank, data_ranks = get_rank(group), get_world_size(group)
     return trainer.build(module, PlannedDataLoader(plan, out, data_ranks, data_rank, t.loader_workers))
-
-
-def run_result(
-    config: Config,
-    out: Path,
-    plan: PlannedDataset,
-    metrics: MetricsWriter,
-    evaluation: Validation,
-    module: TSTTrainModule,
-) -> RunResult:
-    schedule = plan.schedule
-    counts = (plan.batch_size, plan.sequence_length)
-    return RunResult(
-        seed=config.train.seed,
-        bag_size=max(max(p.input_bag, p.output_bag) for p in schedule.phases),
-        ratio=(schedule.switches[-1] if schedule.switches else 0) / schedule.total_steps,
-        steps=schedule.total_steps,
-        latent_tokens=schedule.latent_tokens(*counts),
-        raw_tokens=schedule.raw_tokens(*counts),
-        epochs=plan.epochs,
-        flops=metrics.flops(schedule.total_steps),
-        train_seconds=metrics.seconds,
-        phase_step_seconds=phase_step_seconds(out, schedule.starts),
-        val_loss=evaluation.final_loss,
-        val_bpb=evaluation.final_loss * metrics.bits_per_byte,
-        parameters=module.model.num_params,
-        hardware=hardware(),
-        versions={n: version(n) for n in ("token-superposition", "torch", "transformers", "ai2-olmo-core")}
-        | {"python": platform.python_version()},
-    )
