@@ -88,7 +88,8 @@ class Layout:
         for name, (size, remedy) in sizes.items():
             if size % tensor:
                 raise TokenSuperpositionError(
-                    f"{name}, {size}, is not a multiple of --tensor-parallel {tensor}; {remedy}, or use fewer"
+                    f"{name}, {size}, is not a multiple of --tensor-parallel {tensor}; "
+                    f"{remedy}, or lower --tensor-parallel"
                 )
         return cls(data, tensor, micro)
 
