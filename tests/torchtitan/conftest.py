@@ -48,7 +48,8 @@ CONFIGS: dict[str, tuple[str, dict[str, object], str, int | None]] = {
     "moe": ("qwen3_moe", MOE | {"output_router_logits": False}, "uniform", None),
     "balanced": ("qwen3_moe", MOE | {"output_router_logits": True}, "uniform", 2),
 }
-FLAGS = "--optimizer.implementation for-loop --parallelism.spmd_backend partial_dtensor --metrics.enable_tensorboard"
+FLAGS = "--optimizer.implementation for-loop --metrics.enable_tensorboard"
+TWO = " --parallelism.spmd_backend partial_dtensor"  # the default backend, spmd_types, needs torch 2.14 from two on
 SAVE = " --checkpoint.enable --checkpoint.interval 4"
 TENSOR, EXPERT = " --parallelism.tensor_parallel_degree 2", " --parallelism.expert_parallel_degree 2"
 # run: configuration, processes, flags; two processes without a degree are FSDP2 x 2, with experts FSDP2 x EP 2
@@ -63,7 +64,7 @@ RUNS = {
 
 def torchtitan(configs: Path, processes: int, runs: dict[str, str]) -> None:
     """Run ``{dump folder: flags}`` one after the other under one torchrun."""
-    stock = f"--module tests.torchtitan.registry {FLAGS} --dump_folder"
+    stock = f"--module tests.torchtitan.registry {FLAGS}{TWO if processes > 1 else ''} --dump_folder"
     arguments = " THEN ".join(f"VOCABULARY {o}" if "--" not in f else f"{stock} {o} {f}" for o, f in runs.items())
     launch = [sys.executable, "-m", "torch.distributed.run", "--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0"]
     done = subprocess.run(
