@@ -11,9 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from filelock import FileLock
 
 from tests.conftest import tiny
-from token_superposition.experiment.config import load_config
+from token_superposition.experiment.config import Config, load_config
 from token_superposition.experiment.metrics import read_metrics
 from token_superposition.experiment.run import train
 
@@ -47,7 +48,8 @@ CONFIGS: dict[str, tuple[str, dict[str, object], str, int | None]] = {
     "moe": ("qwen3_moe", MOE | {"output_router_logits": False}, "uniform", None),
     "balanced": ("qwen3_moe", MOE | {"output_router_logits": True}, "uniform", 2),
 }
-FLAGS = "--optimizer.implementation for-loop --parallelism.spmd_backend partial_dtensor --metrics.enable_tensorboard"
+FLAGS = "--optimizer.implementation for-loop --metrics.enable_tensorboard"
+TWO = " --parallelism.spmd_backend partial_dtensor"  # the default backend, spmd_types, needs torch 2.14 from two on
 SAVE = " --checkpoint.enable --checkpoint.interval 4"
 TENSOR, EXPERT = " --parallelism.tensor_parallel_degree 2", " --parallelism.expert_parallel_degree 2"
 # run: configuration, processes, flags; two processes without a degree are FSDP2 x 2, with experts FSDP2 x EP 2
@@ -62,7 +64,7 @@ RUNS = {
 
 def torchtitan(configs: Path, processes: int, runs: dict[str, str]) -> None:
     """Run ``{dump folder: flags}`` one after the other under one torchrun."""
-    stock = f"--module tests.torchtitan.registry {FLAGS} --dump_folder"
+    stock = f"--module tests.torchtitan.registry {FLAGS}{TWO if processes > 1 else ''} --dump_folder"
     arguments = " THEN ".join(f"VOCABULARY {o}" if "--" not in f else f"{stock} {o} {f}" for o, f in runs.items())
     launch = [sys.executable, "-m", "torch.distributed.run", "--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0"]
     done = subprocess.run(
@@ -75,21 +77,39 @@ def torchtitan(configs: Path, processes: int, runs: dict[str, str]) -> None:
     assert done.returncode == 0, (done.stdout + done.stderr)[-5000:]
 
 
+def once(factory: pytest.TempPathFactory, name: str, make: Callable[[Path], None]) -> Path:
+    """A directory that ``make`` fills, once for all workers of pytest-xdist."""
+    base = factory.getbasetemp()
+    root = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / name
+    with FileLock(f"{root}.lock"):
+        if not (root / "made").exists():
+            shutil.rmtree(root, ignore_errors=True)
+            root.mkdir()
+            make(root)
+            (root / "made").touch()
+    return root
+
+
 @pytest.fixture(scope="session")
 def configs(tmp_path_factory: pytest.TempPathFactory, prepared: Path) -> Path:
-    root = tmp_path_factory.mktemp("configs")
+    return once(tmp_path_factory, "configs", lambda root: write_configs(root, prepared))
+
+
+def write_configs(root: Path, prepared: Path) -> None:
     for name, (architecture, options, weighting, micro) in CONFIGS.items():
         tiny(architecture, **options).save_pretrained(root / name)
         micro_line = f"micro_batch_size = {micro}" if micro else ""
         text = CONFIG.format(init=root / name, data=prepared, weighting=weighting, micro=micro_line)
         (root / f"{name}.toml").write_text(text)
-    return root
 
 
 @pytest.fixture(scope="session")
 def runs(tmp_path_factory: pytest.TempPathFactory, configs: Path) -> Path:
     """A directory with a finished run for each of ``RUNS``, and ``NAME-resumed``: taken up again after step 4."""
-    root = tmp_path_factory.mktemp("runs")
+    return once(tmp_path_factory, "runs", lambda root: run_all(root, configs))
+
+
+def run_all(root: Path, configs: Path) -> None:
     for processes in (1, 2):
         chosen = {name: r for name, r in RUNS.items() if r[1] == processes}
         planned = {str(root / n): f"--config {c}{flags}" for n, (c, _, flags) in chosen.items()}
@@ -100,17 +120,19 @@ def runs(tmp_path_factory: pytest.TempPathFactory, configs: Path) -> Path:
         shutil.copytree(before / "checkpoint/step-4", root / name / "checkpoint/step-4")
         shutil.copy(before / "metrics.jsonl", root / name)
     torchtitan(configs, 2, {str(root / n): f"--config {c}{flags}" for n, (c, _, flags) in saved.items()})
-    return root
 
 
 @pytest.fixture(scope="session")
 def references(tmp_path_factory: pytest.TempPathFactory, configs: Path) -> Callable[[str], list[dict[str, Any]]]:
     """The metrics of the transformers engine for a configuration, on one process."""
-    root = tmp_path_factory.mktemp("references")
 
     def metrics(name: str) -> list[dict[str, Any]]:
-        if not (root / name).exists():
-            train(load_config(configs / f"{name}.toml"), root / name)
-        return read_metrics(root / name / "metrics.jsonl")
+        config = load_config(configs / f"{name}.toml")
+        root = once(tmp_path_factory, f"reference-{name}", lambda root: run_transformers(config, root))
+        return read_metrics(root / "run/metrics.jsonl")
 
     return metrics
+
+
+def run_transformers(config: Config, root: Path) -> None:
+    train(config, root / "run")

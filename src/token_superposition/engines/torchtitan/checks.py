@@ -46,10 +46,11 @@ def data_parallel(parallelism: ParallelismConfig, world_size: int) -> int:
             f"{p.tensor_parallel_degree} x {p.pipeline_parallel_degree} x {p.data_parallel_replicate_degree} x "
             f"{p.data_parallel_shard_degree}; change parallelism or --nproc-per-node"
         )
-    if (world_size // p.pipeline_parallel_degree) % p.expert_parallel_degree:
+    sharding = world_size // (p.pipeline_parallel_degree * p.data_parallel_replicate_degree)
+    if sharding % p.expert_parallel_degree:
         raise TokenSuperpositionError(
-            f"parallelism.expert_parallel_degree {p.expert_parallel_degree} does not divide the "
-            f"{world_size // p.pipeline_parallel_degree} processes of a pipeline stage; change one of them"
+            f"parallelism.expert_parallel_degree {p.expert_parallel_degree} does not divide the {sharding} processes "
+            "of a replica's pipeline stage; change one of them"
         )
     return world_size // others
 

@@ -1,0 +1,52 @@
+"""The paper's models in torchtitan's registry, as its own configuration manager finds them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from torchtitan.config import ConfigManager
+from transformers import AutoModelForCausalLM
+
+from token_superposition.engines.torchtitan import TSTTrainer
+from token_superposition.engines.torchtitan.checks import batch_sizes, data_parallel, model_divides
+from token_superposition.engines.torchtitan.models import model_settings, model_spec
+from token_superposition.experiment.config import load_config
+
+LLAMA3 = 128_256
+
+
+def parse(name: str, *flags: str) -> TSTTrainer.Config:
+    module = ["--module", "token_superposition.engines.torchtitan"]
+    return ConfigManager().parse_args([*module, "--config", name, *flags])  # pyright: ignore
+
+
+@pytest.mark.parametrize("preset", ["270m", "600m", "3b", "10b-a1b"])
+def test_preset_in_the_registry(preset: str, tmp_path: Path) -> None:
+    ours = load_config(preset)
+    name = preset.replace("-", "_")
+    flags = ("--dataloader.dataset_path", str(tmp_path), "--superposition.bag_size", "8")
+    config, baseline = parse(f"tst_{name}", *flags), parse(f"baseline_{name}")
+    t = ours.train
+    assert config.superposition.schedule(config.training.steps).at(0).input_bag == 8
+    assert config.superposition.ratio == ours.superposition.ratio
+    assert not baseline.superposition.schedule(baseline.training.steps).switches
+    assert config.dataloader.dataset_path == str(tmp_path)
+    for c in (config, baseline):
+        assert (c.training.steps, c.training.global_batch_size, c.training.seq_len) == (
+            t.steps,
+            t.batch_size,
+            ours.data.sequence_length,
+        )
+        rates = [g.optimizer_kwargs["lr"] for g in c.optimizer.param_groups]
+        assert rates == [t.learning_rate] * 2 and c.optimizer.param_groups[1].optimizer_kwargs["betas"] == (0.9, 0.95)
+        assert (c.lr_scheduler.warmup_steps, c.lr_scheduler.decay_ratio) == (t.warmup_steps, t.decay_ratio)
+    settings = model_settings(config.model, LLAMA3, 0, config.training.seq_len)
+    with torch.device("meta"):
+        model = model_spec(settings, config.training.seq_len, t.batch_size).model.build()
+        stock = AutoModelForCausalLM.from_config(settings)
+    assert sum(p.numel() for p in model.parameters()) == sum(p.numel() for p in stock.parameters())
+    processes = data_parallel(config.parallelism, 8)
+    assert batch_sizes(config.training.global_batch_size, config.training.local_batch_size, processes) > 0
+    model_divides(settings, config.parallelism, config.training.seq_len, config.loss.num_chunks)  # pyright: ignore
