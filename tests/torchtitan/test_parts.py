@@ -23,7 +23,7 @@ from token_superposition.engines.torchtitan.balance import BalancedRouter
 from token_superposition.engines.torchtitan.checks import batch_sizes, data_parallel, machine, model_divides
 from token_superposition.engines.torchtitan.data import HeldOutLoader, PlannedLoader
 from token_superposition.engines.torchtitan.loss import BagLoss
-from token_superposition.engines.torchtitan.models import model_settings
+from token_superposition.engines.torchtitan.models import checked_settings
 from token_superposition.experiment.config import ModelConfig
 
 
@@ -163,7 +163,7 @@ def test_models_that_do_not_divide(options: dict[str, Any], tensor: int, expert:
     given = {"num_attention_heads": 8, "num_key_value_heads": 8, "hidden_size": 64, **options}
     if given["num_attention_heads"] == 9:
         given["num_key_value_heads"] = 3
-    settings = model_settings(ModelConfig(options=given), 320, 0, 16)
+    settings = checked_settings(ModelConfig(options=given), 320, 0, 16)
     parallelism = ParallelismConfig(tensor_parallel_degree=tensor, expert_parallel_degree=expert)
     with pytest.raises(TokenSuperpositionError, match=match):
         model_divides(settings, parallelism, 16, 8)
@@ -182,7 +182,7 @@ def test_models_that_do_not_divide(options: dict[str, Any], tensor: int, expert:
 )
 def test_models_that_torchtitan_lacks(model: ModelConfig, match: str) -> None:
     with pytest.raises(TokenSuperpositionError, match=match):
-        model_settings(model, 320, 0, 16)
+        checked_settings(model, 320, 0, 16)
 
 
 def test_nothing_starts_where_torchtitan_cannot_run(configs: Path) -> None:

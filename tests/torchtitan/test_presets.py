@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 
 from token_superposition.engines.torchtitan import TSTTrainer
 from token_superposition.engines.torchtitan.checks import batch_sizes, data_parallel, model_divides
-from token_superposition.engines.torchtitan.models import model_settings, model_spec
+from token_superposition.engines.torchtitan.models import checked_settings, model_spec
 from token_superposition.experiment.config import load_config
 
 LLAMA3 = 128_256
@@ -42,7 +42,7 @@ def test_preset_in_the_registry(preset: str, tmp_path: Path) -> None:
         rates = [g.optimizer_kwargs["lr"] for g in c.optimizer.param_groups]
         assert rates == [t.learning_rate] * 2 and c.optimizer.param_groups[1].optimizer_kwargs["betas"] == (0.9, 0.95)
         assert (c.lr_scheduler.warmup_steps, c.lr_scheduler.decay_ratio) == (t.warmup_steps, t.decay_ratio)
-    settings = model_settings(config.model, LLAMA3, 0, config.training.seq_len)
+    settings = checked_settings(config.model, LLAMA3, 0, config.training.seq_len)
     with torch.device("meta"):
         model = model_spec(settings, config.training.seq_len, t.batch_size).model.build()
         stock = AutoModelForCausalLM.from_config(settings)

@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from tests.conftest import VOCAB
 from tests.torchtitan.conftest import RUNS
 from token_superposition.data.store import Meta
-from token_superposition.engines.torchtitan.models import model_settings, model_spec
+from token_superposition.engines.torchtitan.models import checked_settings, model_spec
 from token_superposition.experiment.config import ModelConfig
 from token_superposition.experiment.metrics import read_metrics
 
@@ -99,7 +99,7 @@ def test_stock_transformers_loads_the_export_with_equal_logits(
         assert exported.lm_head.weight is exported.model.embed_tokens.weight
         return
     meta = Meta.load(prepared)
-    settings = model_settings(ModelConfig(path=str(configs / RUNS[name][0])), meta.vocab_size, meta.eos_id, 16)
+    settings = checked_settings(ModelConfig(path=str(configs / RUNS[name][0])), meta.vocab_size, meta.eos_id, 16)
     model = model_spec(settings, 16, 4).model.build().eval()
     model.init_states(buffer_device=torch.device("cpu"))
     state = model.state_dict()

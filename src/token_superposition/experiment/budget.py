@@ -86,7 +86,7 @@ def shape_of(config: Config, vocab_size: int) -> Shape:
     """Raises ``TokenSuperpositionError`` for a model that cannot be built."""
     from torch import nn
 
-    from token_superposition.experiment.run import empty_model
+    from token_superposition.experiment.model import empty_model
 
     model: Any = empty_model(config, vocab_size)
     settings = model.config

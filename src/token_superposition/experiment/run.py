@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import difflib
 import json
 import math
 import os
 import platform
 import shutil
-from collections.abc import Generator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -21,23 +18,20 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    PretrainedConfig,
-    PreTrainedModel,
     PrinterCallback,
     TrainingArguments,
     set_seed,
 )
 
 from token_superposition.data.plan import PlannedDataset, ValidationSet
-from token_superposition.data.store import Meta, TokenStore
+from token_superposition.data.store import TokenStore
 from token_superposition.data.tokenizer import load_tokenizer
 from token_superposition.engines.transformers import TSTTrainer
 from token_superposition.errors import TokenSuperpositionError
-from token_superposition.experiment.config import Config, ModelConfig, save_config
+from token_superposition.experiment.config import Config, save_config
 from token_superposition.experiment.launch import Launch
 from token_superposition.experiment.metrics import MetricsWriter, Report, read_metrics
+from token_superposition.experiment.model import build_model, empty_model
 
 RESULT = "run.json"
 CONFIG = "config.toml"
@@ -183,59 +177,6 @@ def train(
     if trainer.is_world_process_zero():
         write_json(out / RESULT, asdict(result))
     return result
-
-
-def build_model(config: Config, meta: Meta) -> PreTrainedModel:
-    """The model of the configuration, with the vocabulary of the data; float32 weights."""
-    with _building(config.model):
-        if config.model.path is not None:
-            model = AutoModelForCausalLM.from_pretrained(config.model.path, dtype=torch.float32)
-        else:
-            settings = model_settings(config, meta.vocab_size, meta.eos_id)
-            model = AutoModelForCausalLM.from_config(settings, dtype=torch.float32)
-    rows: int = cast(Any, model).get_input_embeddings().weight.shape[0]
-    if rows < meta.vocab_size:
-        raise TokenSuperpositionError(
-            f"the model has {rows} token embeddings, the data's vocabulary has {meta.vocab_size}; "
-            "prepare the data with the model's tokenizer (tst prepare --tokenizer)"
-        )
-    return model
-
-
-def empty_model(config: Config, vocab_size: int) -> PreTrainedModel:
-    """The same model without memory, on the meta device: to count, not to train."""
-    with _building(config.model), torch.device("meta"):
-        return AutoModelForCausalLM.from_config(model_settings(config, vocab_size, 0), dtype=torch.float32)
-
-
-def model_settings(config: Config, vocab_size: int, eos_id: int) -> PretrainedConfig:
-    """The model's configuration in transformers."""
-    wanted = config.model
-    if wanted.path is not None:
-        return AutoConfig.from_pretrained(wanted.path)
-    options = {"vocab_size": vocab_size, "bos_token_id": eos_id, "eos_token_id": eos_id}
-    # Stock defaults may name a padding token beyond a small vocabulary.
-    options |= {"pad_token_id": None, "max_position_embeddings": config.data.sequence_length}
-    known = AutoConfig.for_model(wanted.architecture)
-    fields = [*dir(known), "head_dim", "rope_theta"]  # read by models whose configuration does not declare them
-    for key in wanted.options:
-        if key not in fields:
-            near = difflib.get_close_matches(key, fields, 1)
-            hint = f"did you mean {near[0]}?" if near else "see its page in transformers"
-            raise TokenSuperpositionError(f"model.options: {wanted.architecture} has no field {key}; {hint}")
-    return AutoConfig.for_model(wanted.architecture, **(options | wanted.options))
-
-
-@contextmanager
-def _building(wanted: ModelConfig) -> Generator[None]:
-    """Errors of transformers become one line."""
-    try:
-        yield
-    except TokenSuperpositionError:
-        raise
-    except Exception as e:
-        where = f"model.path {wanted.path}" if wanted.path is not None else f"model {wanted.architecture}"
-        raise TokenSuperpositionError(f"{where} cannot be built: {str(e).strip().splitlines()[0]}") from e
 
 
 def training_arguments(config: Config, out: Path, launch: Launch) -> TrainingArguments:

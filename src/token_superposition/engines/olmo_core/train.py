@@ -41,12 +41,12 @@ from token_superposition.engines.olmo_core.module import PlannedWSD, TSTSpeedMon
 from token_superposition.errors import TokenSuperpositionError, require_int
 from token_superposition.experiment.config import Config
 from token_superposition.experiment.launch import native_bfloat16
+from token_superposition.experiment.model import build_model
 from token_superposition.experiment.run import (
     METRICS,
     MODEL,
     RESULT,
     RunResult,
-    build_model,
     phase_step_seconds,
     prepare_directory,
     write_json,

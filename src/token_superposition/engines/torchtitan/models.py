@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from functools import partial
 from typing import Any
 
@@ -25,12 +24,13 @@ from torchtitan.models.qwen3 import Qwen3Model, parallelize_qwen3
 from torchtitan.models.qwen3.model import Qwen3TransformerBlock
 from torchtitan.models.qwen3.state_dict_adapter import Qwen3StateDictAdapter
 from torchtitan.protocols.model_spec import ModelSpec
-from transformers import AutoConfig, PretrainedConfig
+from transformers import PretrainedConfig
 
 from token_superposition.engines.torchtitan.balance import BalancedRouter
 from token_superposition.engines.torchtitan.embedding import BagEmbedding
 from token_superposition.errors import TokenSuperpositionError
 from token_superposition.experiment.config import ModelConfig
+from token_superposition.experiment.model import model_settings
 
 ARCHITECTURES = ("llama", "qwen3", "qwen3_moe")
 # What torchtitan's code for these models does, whatever a configuration says.
@@ -45,25 +45,12 @@ FIXED: dict[str, Any] = {
 }
 
 
-def model_settings(model: ModelConfig, vocab_size: int, eos_id: int, sequence_length: int) -> PretrainedConfig:
+def checked_settings(model: ModelConfig, vocab_size: int, eos_id: int, sequence_length: int) -> PretrainedConfig:
     """The configuration of transformers that describes the model: read to build it, saved beside its exported weights.
 
     Raises ``TokenSuperpositionError`` for a field that does not exist or that torchtitan's model does not have.
     """
-    if model.path is not None:
-        settings = AutoConfig.from_pretrained(model.path)
-    else:
-        # the last two are understood, though not declared by every architecture
-        fields = [*dir(AutoConfig.for_model(model.architecture)), "head_dim", "rope_theta"]
-        for key in model.options:
-            if key not in fields:
-                near = difflib.get_close_matches(key, fields, 1)
-                hint = f"did you mean {near[0]}?" if near else "see its page in transformers"
-                raise TokenSuperpositionError(f"model.options: {model.architecture} has no field {key}; {hint}")
-        defaults = {"vocab_size": vocab_size, "bos_token_id": eos_id, "eos_token_id": eos_id, "pad_token_id": None}
-        settings = AutoConfig.for_model(
-            model.architecture, **(defaults | {"max_position_embeddings": sequence_length} | model.options)
-        )
+    settings = model_settings(model, vocab_size, eos_id, sequence_length)
     if settings.model_type not in ARCHITECTURES:
         raise TokenSuperpositionError(
             f"model.architecture is {settings.model_type}; the torchtitan engine has {', '.join(ARCHITECTURES)}"

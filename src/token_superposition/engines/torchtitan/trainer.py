@@ -29,7 +29,7 @@ from token_superposition.engines.torchtitan.data import HeldOutLoader, PlannedLo
 from token_superposition.engines.torchtitan.export import export_model
 from token_superposition.engines.torchtitan.loss import BagLoss
 from token_superposition.engines.torchtitan.metrics import BagMetrics
-from token_superposition.engines.torchtitan.models import model_settings, model_spec
+from token_superposition.engines.torchtitan.models import checked_settings, model_spec
 from token_superposition.experiment.config import ModelConfig, SuperpositionConfig
 
 MODEL = "model"
@@ -63,7 +63,7 @@ class TSTTrainer(Trainer):
         self.schedule = config.superposition.schedule(training.steps)
         self.store = Path(config.dataloader.dataset_path or "data")
         meta = Meta.load(self.store)
-        self.settings = model_settings(config.model, meta.vocab_size, meta.eos_id, training.seq_len)
+        self.settings = checked_settings(config.model, meta.vocab_size, meta.eos_id, training.seq_len)
         model_divides(self.settings, parallelism, training.seq_len, config.loss.num_chunks)
         routers_balance(self.settings, parallelism, config.compile.enable)
         config.model_spec = model_spec(self.settings, training.seq_len, training.global_batch_size)
