@@ -61,7 +61,9 @@ def test_a_name_is_a_preset_unless_a_file_has_it(tmp_path: Path, monkeypatch: py
     assert load_config("3b").model.options["hidden_size"] == 2048  # a directory is no configuration
     Path("600m").write_text("[train]\nsteps = 7\n")
     assert load_config("600m").train.steps == 7
-    with pytest.raises(TokenSuperpositionError, match=r"^7b does not exist; .* 10b-a1b, 270m, 3b, 600m, demo, proof-cpu$"):
+    with pytest.raises(
+        TokenSuperpositionError, match=r"^7b does not exist; .* 10b-a1b, 270m, 3b, 600m, demo, proof-cpu$"
+    ):
         load_config("7b")
 
 
