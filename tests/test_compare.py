@@ -22,7 +22,7 @@ from token_superposition.experiment.compare import jobs_of
 from token_superposition.experiment.config import CompareConfig, Config, load_config, save_config
 from token_superposition.experiment.dry_run import START_SECONDS, cost_of_job, dry_run, makespan
 from token_superposition.experiment.intervals import SeedSpeedup, seed_speedup, speedup, t_interval
-from token_superposition.experiment.speed import seconds_per_step
+from token_superposition.experiment.speed import time_steps
 from token_superposition.experiment.summary import Run, comparison
 from token_superposition.report import print_table, write_report
 
@@ -257,7 +257,7 @@ def test_the_dry_run_leaves_out_what_is_done(two_seeds: tuple[Path, Path, str]) 
     config = load_config(path)
     before = {p: p.stat().st_mtime_ns for p in out.rglob("*")}
     dry = dry_run(config, out)
-    assert dry.seconds == 0 and all(j.steps == 0 and j.flops == 0 for j in dry.jobs)
+    assert dry.seconds == dry.step_seconds == 0 and all(j.steps == 0 and j.flops == 0 for j in dry.jobs)
     assert {p: p.stat().st_mtime_ns for p in out.rglob("*")} == before
     with pytest.raises(TokenSuperpositionError, match="is a run of another configuration"):
         dry_run(replace(config, train=replace(config.train, learning_rate=1.0)), out)
@@ -302,7 +302,7 @@ def test_the_time_is_that_of_the_queue() -> None:
 def test_a_step_is_timed_in_micro_batches(write_config: Callable[..., Path]) -> None:
     config = load_config(write_config(steps=12))
     times = [
-        seconds_per_step(replace(config, train=replace(config.train, batch_size=b, micro_batch_size=m)), VOCAB, 1)
+        time_steps(replace(config, train=replace(config.train, batch_size=b, micro_batch_size=m)), VOCAB, 1)
         for b, m in ((8, 8), (1024, 8))
     ]
     assert 0 < times[0] < 10 and times[1] > 20 * times[0]

@@ -42,7 +42,7 @@ class DryRun:
     jobs: list[JobCost]
     parameters: int
     step_seconds: float
-    """Of one run, while ``parallel`` of them share the machine; measured."""
+    """Of one run, while ``parallel`` of them share the machine; measured, 0 if nothing is left."""
     parallel: int
     seconds: float
     """Estimated time of the whole comparison."""
@@ -64,7 +64,7 @@ def dry_run(config: Config, out: str | Path) -> DryRun:
     parallel = config.compare.parallel or default_parallel(len(startable(waiting, out)))
     local = 1 if torch.accelerator.is_available() else parallel
     Launch(local_processes=local, device_memory=Launch.from_environment().device_memory).check_memory(shape.parameters)
-    step = seconds_per_step(config, shape.vocab_size, parallel)
+    step = seconds_per_step(config, shape.vocab_size, parallel) if waiting else 0.0
     unfinished_costs = [c for c in costs if c.directory in names]
     return DryRun(costs, shape.parameters, step, parallel, makespan(unfinished_costs, parallel, step))
 

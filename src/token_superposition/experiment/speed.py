@@ -32,11 +32,12 @@ def seconds_per_step(config: Config, vocab_size: int, processes: int) -> float:
     """Time of an ordinary step while so many runs share this machine, or one of its GPUs."""
     n = max(processes // gpus(), 1) if gpus() else processes
     with ProcessPoolExecutor(n, mp_context=multiprocessing.get_context("spawn")) as pool:
-        times = list(pool.map(_time_steps, [config] * n, [vocab_size] * n, [max(cores() // n, 1)] * n))
+        times = list(pool.map(time_steps, [config] * n, [vocab_size] * n, [max(cores() // n, 1)] * n))
     return max(times)
 
 
-def _time_steps(config: Config, vocab_size: int, threads: int) -> float:
+def time_steps(config: Config, vocab_size: int, threads: int) -> float:
+    """The same in this process alone, with so many threads."""
     from transformers import AutoModelForCausalLM
 
     from token_superposition.experiment.launch import Launch

@@ -34,6 +34,9 @@ def print_dry_run(dry: DryRun, console: Console) -> None:
         duration(dry.seconds),
     )
     console.print(table)
+    if dry.seconds == 0:
+        console.print("Every run is done; tst compare would write the report again. Nothing was written.")
+        return
     console.print(
         f"{short(dry.parameters)} parameters; {dry.step_seconds:.2g} s a step on this machine with {dry.parallel} "
         f"run{'s' if dry.parallel > 1 else ''} at a time, measured on random tokens. What is left takes about "
