@@ -54,18 +54,20 @@ def test_ratio_0_is_the_baseline() -> None:
 
 def test_a_name_is_a_preset_unless_a_file_has_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    assert preset_names() == ["10b-a1b", "270m", "3b", "600m", "demo"]
+    assert preset_names() == ["10b-a1b", "270m", "3b", "600m", "demo", "proof-cpu"]
     config, rest = split_config(["600m", "--out", "x"])
     assert config.train.learning_rate == 1e-3 and rest == ["--out", "x"]
     Path("3b").mkdir()
     assert load_config("3b").model.options["hidden_size"] == 2048  # a directory is no configuration
     Path("600m").write_text("[train]\nsteps = 7\n")
     assert load_config("600m").train.steps == 7
-    with pytest.raises(TokenSuperpositionError, match=r"^7b does not exist; .* 10b-a1b, 270m, 3b, 600m, demo$"):
+    with pytest.raises(
+        TokenSuperpositionError, match=r"^7b does not exist; .* 10b-a1b, 270m, 3b, 600m, demo, proof-cpu$"
+    ):
         load_config("7b")
 
 
-@pytest.mark.parametrize("name", ["demo", *PAPER])
+@pytest.mark.parametrize("name", ["demo", "proof-cpu", *PAPER])
 def test_a_preset_survives_the_file(name: str, tmp_path: Path) -> None:
     save_config(load_config(name), tmp_path / "copy.toml")
     assert load_config(tmp_path / "copy.toml") == load_config(name) != Config()

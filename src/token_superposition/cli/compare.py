@@ -21,12 +21,15 @@ class CompareCommand:
     runs/NAME/ with metrics.jsonl and model/. Calling it again goes on with what is not done.
 
     Measure the speed-up to equal loss with longer baselines: --compare.baseline-lengths 1 1.5 2
-    Repeat with other seeds: --compare.seeds 0 1 2
+    Repeat with other seeds, for 95% intervals: --compare.seeds 0 1 2 3 4
+    What it would cost: --dry-run
     """
 
     config: Annotated[Config, tyro.conf.arg(name="")] = field(default_factory=Config)
     out: Path = Path("comparison")
     """Directory of the comparison."""
+    dry_run: bool = False
+    """Print the runs, their tokens, FLOPs and estimated time on this machine; write nothing."""
 
 
 def run(args: Sequence[str]) -> None:
@@ -36,11 +39,20 @@ def run(args: Sequence[str]) -> None:
     from rich.console import Console
 
     from token_superposition.cli.quiet import quiet
-    from token_superposition.experiment.compare import compare
-    from token_superposition.report import print_table, write_report
 
     quiet()
     console = Console()
+    if options.dry_run:
+        from token_superposition.experiment.dry_run import dry_run
+        from token_superposition.report.dry_run import print_dry_run
+
+        with console.status("measuring the speed of this machine"):
+            dry = dry_run(options.config, options.out)
+        print_dry_run(dry, console)
+        return
+    from token_superposition.experiment.compare import compare
+    from token_superposition.report import print_table, write_report
+
     compare(options.config, options.out, console)
     path = write_report(options.out)
     print_table(options.out, console)

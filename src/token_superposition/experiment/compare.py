@@ -11,7 +11,6 @@ from dataclasses import asdict, dataclass, replace
 from math import lcm
 from pathlib import Path
 
-import torch
 from rich.console import Console
 
 from token_superposition.data.store import Meta, TokenStore
@@ -21,6 +20,7 @@ from token_superposition.experiment.generate import generate, load_model
 from token_superposition.experiment.metrics import read_metrics
 from token_superposition.experiment.progress import RunProgress
 from token_superposition.experiment.run import CONFIG, METRICS, MODEL, RESULT, write_json
+from token_superposition.experiment.speed import cores, default_parallel, gpus
 from token_superposition.experiment.summary import Run, comparison, load_runs
 
 SUMMARY = "summary.json"
@@ -67,21 +67,27 @@ def jobs_of(config: Config) -> list[Job]:
     return sorted(jobs, key=lambda j: j.trunk is not None)
 
 
+def checked_jobs(config: Config, out: Path) -> list[Job]:
+    """Raises ``TokenSuperpositionError`` for what cannot be trained, or not into ``out``."""
+    config.check()
+    Meta.load(Path(config.data.path))
+    jobs = jobs_of(config)
+    for job in jobs:
+        job.config.check()
+        saved = out / "runs" / job.directory / CONFIG
+        if saved.exists() and load_config(saved) != job.config:
+            raise TokenSuperpositionError(f"{saved.parent} is a run of another configuration; choose another --out")
+    return jobs
+
+
 def compare(config: Config, out: str | Path, console: Console, note: str | None = None) -> list[Run]:
     """Run what is not done yet, side by side where that is faster, and write ``summary.json``.
 
     Runs are resumed and finished ones kept, if their configuration is the same. ``note`` is shown in the report.
     Raises ``TokenSuperpositionError`` before any run for a configuration that cannot be trained.
     """
-    config.check()
     out = Path(out)
-    jobs = jobs_of(config)
-    Meta.load(Path(config.data.path))
-    for job in jobs:
-        job.config.check()
-        saved = out / "runs" / job.directory / CONFIG
-        if saved.exists() and load_config(saved) != job.config:
-            raise TokenSuperpositionError(f"{saved.parent} is a run of another configuration; choose another --out")
+    jobs = checked_jobs(config, out)
     out.mkdir(parents=True, exist_ok=True)
     save_config(config, out / CONFIG)
     run_jobs(jobs, out, config.compare.parallel, console)
@@ -135,17 +141,16 @@ def samples(config: Config, out: Path, runs: list[Run], prompt_tokens: int = 24)
 
 def run_jobs(jobs: list[Job], out: Path, parallel: int, console: Console) -> None:
     """Train every unfinished job with ``tst train`` in a process of its own."""
-    waiting = [j for j in jobs if not (out / "runs" / j.directory / RESULT).exists()]
-    parallel = parallel or default_parallel(sum(j.trunk is None for j in waiting))
+    waiting = unfinished(jobs, out)
+    parallel = parallel or default_parallel(len(startable(waiting, out)))
     running: dict[int, tuple[Job, subprocess.Popen[bytes]]] = {}
     try:
         with RunProgress(console) as progress:
             while waiting or running:
                 for slot in set(range(parallel)) - running.keys():
-                    ready = next((j for j in waiting if j.trunk is None or _finished(out, j.trunk)), None)
-                    if ready is not None:
-                        waiting.remove(ready)
-                        running[slot] = ready, _start(ready, out, slot, parallel)
+                    if ready := startable(waiting, out):
+                        waiting.remove(ready[0])
+                        running[slot] = ready[0], _start(ready[0], out, slot, parallel)
                 for slot, (job, process) in list(running.items()):
                     lines = read_metrics(out / "runs" / job.directory / METRICS)
                     progress.update(job.directory, job.config.train.steps, lines)
@@ -161,21 +166,24 @@ def run_jobs(jobs: list[Job], out: Path, parallel: int, console: Console) -> Non
             process.wait()
 
 
+def unfinished(jobs: list[Job], out: Path) -> list[Job]:
+    return [j for j in jobs if not _finished(out, j.directory)]
+
+
+def startable(jobs: list[Job], out: Path) -> list[Job]:
+    """Those that wait for no trunk."""
+    return [j for j in jobs if j.trunk is None or _finished(out, j.trunk)]
+
+
 def _finished(out: Path, directory: str) -> bool:
     return (out / "runs" / directory / RESULT).exists()
 
 
-def default_parallel(runs: int) -> int:
-    """Runs at a time: one per GPU; without a GPU one per core, where small models lose less than by sharing cores."""
-    return max(min(runs, gpus() or cores()), 1)
-
-
-def gpus() -> int:
-    return torch.accelerator.device_count() if torch.accelerator.is_available() else 0
-
-
-def cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+def branch_checkpoint(job: Job, out: Path) -> Path | None:
+    """Where its trunk leaves it; a finished comparison has removed it."""
+    if job.trunk is None:
+        return None
+    return out / "runs" / job.trunk / "checkpoints" / f"checkpoint-{job.branch_step}"
 
 
 def _start(job: Job, out: Path, slot: int, parallel: int) -> subprocess.Popen[bytes]:
@@ -183,9 +191,9 @@ def _start(job: Job, out: Path, slot: int, parallel: int) -> subprocess.Popen[by
     directory.mkdir(parents=True, exist_ok=True)
     save_config(job.config, directory / CONFIG)
     command = [sys.executable, "-m", "token_superposition", "train", str(directory / CONFIG), "--out", str(directory)]
-    if job.trunk is not None:
-        trunk = out / "runs" / job.trunk / "checkpoints" / f"checkpoint-{job.branch_step}"
-        command += ["--branch-from", str(trunk)] if trunk.exists() else []  # else it trains from the start
+    trunk = branch_checkpoint(job, out)
+    if trunk is not None and trunk.exists():  # else it trains from the start
+        command += ["--branch-from", str(trunk)]
     if gpus():
         share = {"CUDA_VISIBLE_DEVICES": str(slot % gpus())}
     else:

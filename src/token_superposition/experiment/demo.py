@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
-import multiprocessing
-import time
 from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from rich.console import Console
 
 from token_superposition.data.installation import installed_documents
 from token_superposition.data.prepare import PrepareOptions, Progress, prepare
 from token_superposition.errors import TokenSuperpositionError
-from token_superposition.experiment.compare import compare, cores, default_parallel
-from token_superposition.experiment.config import Config, load_preset
+from token_superposition.experiment.compare import compare
+from token_superposition.experiment.config import load_preset
+from token_superposition.experiment.speed import default_parallel, seconds_per_step
 
 VOCAB_SIZE = 2048
 BYTES_PER_TOKEN = 2.8  # a little above what that vocabulary gives on the demo's text, so that the text suffices
@@ -45,7 +42,7 @@ def demo(out: str | Path, minutes: float | None, console: Console, bars: Bars, s
         raise TokenSuperpositionError(f"minutes is {minutes}; give a number above 0, such as 10")
     config = replace(DEMO, data=replace(DEMO.data, path=str(out / "data")), train=replace(DEMO.train, seed=seed))
     with console.status("measuring the speed of this machine"):
-        step_minutes = seconds_per_step(config) / 60
+        step_minutes = seconds_per_step(config, VOCAB_SIZE, default_parallel(2)) / 60
     # The baseline's process also runs the decay of the shorter baseline.
     step_minutes *= OVERHEAD * (1 + min(config.compare.baseline_lengths) * config.train.decay_ratio)
     minutes = STEPS * step_minutes if minutes is None else minutes
@@ -75,38 +72,3 @@ def demo(out: str | Path, minutes: float | None, console: Console, bars: Bars, s
     console.print(f"training baseline and TST side by side: {steps:,} steps each, {about}")
     compare(config, out, console, note)
     return note
-
-
-def seconds_per_step(config: Config, processes: int | None = None) -> float:
-    """Time of a training step on random tokens while the runs of the demo share the machine."""
-    n = processes or default_parallel(2)
-    with ProcessPoolExecutor(n, mp_context=multiprocessing.get_context("spawn")) as pool:
-        times = list(pool.map(_time_steps, [config] * n, [max(cores() // n, 1)] * n))
-    return max(times)
-
-
-def _time_steps(config: Config, threads: int) -> float:
-    import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    from token_superposition.loss import linear_multi_hot_cross_entropy
-
-    torch.set_num_threads(threads)
-    device = torch.accelerator.current_accelerator() or "cpu"
-    settings = AutoConfig.for_model(
-        config.model.architecture, vocab_size=VOCAB_SIZE, **config.model.options, pad_token_id=None
-    )
-    model: Any = torch.nn.Module.to(AutoModelForCausalLM.from_config(settings), device)
-    optimizer = torch.optim.AdamW(model.parameters())
-    ids = torch.randint(VOCAB_SIZE, (config.train.batch_size, config.data.sequence_length), device=device)
-    times: list[float] = []
-    for _ in range(6):
-        start = time.perf_counter()
-        hidden = model.get_decoder()(input_ids=ids, use_cache=False).last_hidden_state
-        linear_multi_hot_cross_entropy(hidden, model.get_output_embeddings().weight, ids).backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        if torch.accelerator.is_available():
-            torch.accelerator.synchronize()
-        times.append(time.perf_counter() - start)
-    return sorted(times[2:])[len(times[2:]) // 2]

@@ -1,4 +1,4 @@
-"""What a comparison says: three accountings (equal FLOPs, equal loss, equal data) and the cost of a step."""
+"""What a comparison says: four accountings (equal FLOPs, loss, data and time), with intervals over paired seeds."""
 
 from __future__ import annotations
 
@@ -8,9 +8,10 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from itertools import pairwise
 from pathlib import Path
-from statistics import mean, stdev
+from statistics import mean, median, stdev
 from typing import Any
 
+from token_superposition.experiment.intervals import CONFIDENCE, seed_speedup, speedup, t_interval
 from token_superposition.experiment.run import RESULT, RunResult
 
 
@@ -25,7 +26,7 @@ class Run(RunResult):
 
 @dataclass(frozen=True)
 class EqualLoss:
-    """How many steps the baseline needs for the loss of a variant."""
+    """How many steps the baseline needs for the loss of a variant; both losses are means over seeds."""
 
     baseline_steps: int
     speedup: float
@@ -56,6 +57,9 @@ def compare_variant(runs: Sequence[Run], name: str) -> dict[str, Any]:
     deltas = [r.val_loss - baseline[seed].val_loss for seed, r in ours.items() if seed in baseline]
     curve = baseline_curve(runs)
     loss, steps = mean(r.val_loss for r in ours.values()), next(iter(ours.values())).steps
+    found = [seed_speedup(seed, baseline_curve(runs, seed), r.val_loss, r.steps) for seed, r in ours.items()]
+    per_seed = [s for s in found if s is not None]
+    over_seeds = speedup(per_seed)
     equal = equal_loss(curve, loss, steps)
     raw, per_step = next(iter(ours.values())).raw_tokens, next(iter(baseline.values())).raw_tokens / steps
     data_steps = round(raw / per_step)
@@ -68,18 +72,39 @@ def compare_variant(runs: Sequence[Run], name: str) -> dict[str, Any]:
         "delta_val_loss": mean(deltas),
         "delta_val_loss_per_seed": deltas,
         "delta_val_loss_sd": stdev(deltas) if len(deltas) > 1 else None,
+        "delta_val_loss_interval": t_interval(deltas),
+        "confidence": CONFIDENCE,
         "equal_loss_speedup": equal.speedup if equal is not None and "extrapolated" not in equal.how else None,
         "equal_loss": asdict(equal) if equal is not None else None,
+        "speedup": asdict(over_seeds) if over_seeds is not None else None,
+        "speedup_per_seed": [asdict(s) for s in per_seed],
         "equal_data": {"baseline_steps": data_steps, "baseline_val_loss": data_loss, "val_loss": loss, "how": data_how},
+        "equal_time": equal_time(list(ours.values()), list(baseline.values()), curve),
         "phase_step_time_ratio": mean(finite) if finite else None,
     }
 
 
-def baseline_curve(runs: Sequence[Run]) -> list[tuple[int, float]]:
-    """(steps, mean loss over seeds) of the baselines of all lengths, each with its own decay."""
+def equal_time(ours: Sequence[Run], baseline: Sequence[Run], curve: Sequence[tuple[int, float]]) -> dict[str, Any]:
+    """Seconds in training steps, medians over seeds, and where the baseline is after the variant's seconds."""
+    seconds, baseline_seconds = (median(r.train_seconds for r in runs) for runs in (ours, baseline))
+    steps = round(baseline[0].steps * seconds / baseline_seconds)
+    loss, how = loss_at(curve, steps)
+    return {
+        "train_seconds": seconds,
+        "baseline_train_seconds": baseline_seconds,
+        "ratio": seconds / baseline_seconds,
+        "baseline_steps": steps,
+        "baseline_val_loss": loss,
+        "val_loss": mean(r.val_loss for r in ours),
+        "how": how,
+    }
+
+
+def baseline_curve(runs: Sequence[Run], seed: int | None = None) -> list[tuple[int, float]]:
+    """(steps, loss) of the baselines of all lengths, each with its own decay: of one seed, or the mean over seeds."""
     by_steps: dict[int, list[float]] = {}
     for r in runs:
-        if r.name.startswith("baseline"):
+        if r.name.startswith("baseline") and seed in (None, r.seed):
             by_steps.setdefault(r.steps, []).append(r.val_loss)
     return sorted((steps, mean(losses)) for steps, losses in by_steps.items())
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import tomllib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -45,6 +46,7 @@ def read(directory: Path) -> Contents:
             ]
             for r in summary["runs"]
         }
+        _ = [c["speedup_per_seed"] for c in summary["comparison"]["variants"].values()]  # older ones lack it
     except (OSError, ValueError, KeyError) as e:
         raise TokenSuperpositionError(
             f"{directory} holds no finished comparison ({e}); make one with tst compare or tst demo"
@@ -73,15 +75,51 @@ def rows(contents: Contents) -> list[tuple[str, ...]]:
 HEADERS = ("run", "seed", "bags", "steps", "latent tokens", "raw tokens", "time", "val. loss", "bits/byte")
 
 
+INTERVAL_HEADERS = ("variant", "difference", "95% interval", "seeds", "speed-up", "95% interval", "time")
+
+
+def interval_rows(contents: Contents) -> list[tuple[str, ...]]:
+    """A row for each variant: mean loss difference, speed-up to equal loss, time of its steps; with intervals."""
+    return [
+        (
+            name,
+            f"{c['delta_val_loss']:+.4f}",
+            interval(c["delta_val_loss_interval"], "+.4f"),
+            str(len(c["delta_val_loss_per_seed"])),
+            f"{BOUNDS[s['bound']]}{s['geometric_mean']:.2f} x" if (s := c["speedup"]) else "not measured",
+            interval((s["low"], s["high"]), ".2f") if s else "none",
+            f"{c['equal_time']['ratio']:.2f} x",
+        )
+        for name, c in contents.comparison["variants"].items()
+    ]
+
+
+BOUNDS = {"measured": "", "at least": ">= ", "at most": "<= ", "not comparable": "~ "}
+
+
+def interval(ends: Sequence[float | None] | None, form: str) -> str:
+    """
+    >>> interval((0.5, 1.25), ".2f"), interval((0.5, None), ".2f"), interval(None, ".2f")
+    ('0.50 to 1.25', '0.50 or more', 'none')
+    """
+    low, high = ends if ends is not None else (None, None)
+    if low is None:
+        return "none" if high is None else f"{high:{form}} or less"
+    return f"{low:{form}} or more" if high is None else f"{low:{form}} to {high:{form}}"
+
+
 def verdicts(contents: Contents) -> list[tuple[str, str]]:
-    """(accounting, sentence) for each variant: equal FLOPs, equal loss, equal data, cost of a step."""
+    """(accounting, sentence) for each variant: equal FLOPs, loss, data and time, and the cost of a step."""
     result: list[tuple[str, str]] = []
     variants: dict[str, dict[str, Any]] = contents.comparison["variants"]
     for name, c in variants.items():
         label = f"{name}: " if len(variants) > 1 else ""
+        several = len(c["speedup_per_seed"]) > 1
         result.append((f"{label}equal FLOPs", equal_flops(name, c)))
-        result.append((f"{label}equal loss", equal_loss(name, c["equal_loss"], contents.steps)))
+        loss = speedup(c) if several else equal_loss(name, c["equal_loss"], contents.steps)
+        result.append((f"{label}equal loss", loss))
         result.append((f"{label}equal data", equal_data(c["equal_data"])))
+        result.append((f"{label}equal time", equal_time(c["equal_time"])))
         if c["phase_step_time_ratio"] is not None:
             result.append(
                 (f"{label}a step", f"{c['phase_step_time_ratio']:.2f} x the time of an ordinary one while superposed")
@@ -90,15 +128,39 @@ def verdicts(contents: Contents) -> list[tuple[str, str]]:
 
 
 def equal_flops(name: str, c: dict[str, Any]) -> str:
-    delta, seeds = c["delta_val_loss"], c["delta_val_loss_per_seed"]
-    spread = (
-        f" (mean of {len(seeds)} seeds, standard deviation {c['delta_val_loss_sd']:.4f})"
-        if len(seeds) > 1
-        else " (one seed)"
+    delta, seeds = c["delta_val_loss"], len(c["delta_val_loss_per_seed"])
+    ends = c["delta_val_loss_interval"]
+    known = (
+        f" (mean of {seeds} paired seeds; 95% interval of the difference {interval(ends, '+.4f')}, "
+        + ("which excludes 0)" if ends[0] > 0 or ends[1] < 0 else "which contains 0: not told from chance)")
+        if ends is not None
+        else " (one seed: there is no interval, and another seed may differ by more; --compare.seeds 0 1 2 3 4)"
     )
     if delta == 0:
-        return f"{name} and the baseline end at the same loss{spread}"
-    return f"{name} ends {abs(delta):.4f} nats {'below' if delta < 0 else 'above'} the baseline{spread}"
+        return f"{name} and the baseline end at the same loss{known}"
+    return f"{name} ends {abs(delta):.4f} nats {'below' if delta < 0 else 'above'} the baseline{known}"
+
+
+def speedup(c: dict[str, Any]) -> str:
+    """Over several seeds, each against its own baselines."""
+    s, per_seed = c["speedup"], c["speedup_per_seed"]
+    about = {"measured": "", "at least": "at least ", "at most": "at most ", "not comparable": "about "}[s["bound"]]
+    text = (
+        f"the baseline needs {about}{s['geometric_mean']:.2f} x the steps (geometric mean of {s['seeds']} seeds, each "
+        "against its own baselines of several lengths; "
+    )
+    if s["low"] is None and s["high"] is None:
+        text += "no interval"
+    else:
+        text += f"95% interval {interval((s['low'], s['high']), '.2f')}"
+    for bound, why in (
+        ("at least", "its longest baseline is still above the variant's loss"),
+        ("at most", "its shortest baseline is below the variant's loss already"),
+    ):
+        found = [p["speedup"] for p in per_seed if p["bound"] == bound]
+        if found:
+            text += f"; {len(found)} of {s['seeds']} seeds only known to be {bound} {found[0]:.2f} x: {why}"
+    return text + ")"
 
 
 def equal_loss(name: str, equal: dict[str, Any] | None, steps: int) -> str:
@@ -110,6 +172,17 @@ def equal_loss(name: str, equal: dict[str, Any] | None, steps: int) -> str:
     about = "at least" if how.startswith("at least") else "about"
     source = " (extrapolated from shorter baselines)" if "extrapolated" in how else " (between baselines that were run)"
     return f"the baseline would need {about} {n:,} steps, {equal['speedup']:.2f} x the {steps:,}{source}"
+
+
+def equal_time(equal: dict[str, Any]) -> str:
+    text = (
+        f"{duration(equal['train_seconds'])} of training against {duration(equal['baseline_train_seconds'])} (medians "
+        f"over seeds), {equal['ratio']:.2f} x; in that time the baseline takes {equal['baseline_steps']:,} steps"
+    )
+    if equal["baseline_val_loss"] is None:
+        return f"{text}, which was not run"
+    how = "" if equal["how"] == "measured" else f" ({equal['how']})"
+    return f"{text} and ends at {equal['baseline_val_loss']:.4f}{how}, against {equal['val_loss']:.4f}"
 
 
 def equal_data(equal: dict[str, Any]) -> str:

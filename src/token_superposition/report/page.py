@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.resources
 from pathlib import Path
 
-from token_superposition.report.contents import HEADERS, read, rows, verdicts
+from token_superposition.report.contents import HEADERS, INTERVAL_HEADERS, interval_rows, read, rows, verdicts
 
 
 def write_report(directory: str | Path) -> Path:
@@ -26,6 +26,8 @@ def write_report(directory: str | Path) -> Path:
         pictures=pictures(contents),
         headers=HEADERS,
         rows=rows(contents),
+        interval_headers=INTERVAL_HEADERS,
+        interval_rows=interval_rows(contents),
         verdicts=verdicts(contents),
         note=contents.summary.get("note"),
         samples=contents.summary.get("samples", []),

@@ -1,0 +1,117 @@
+"""What a comparison would cost, before it is started: its runs, their tokens, FLOPs and time on this machine."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from token_superposition.data.store import Meta
+from token_superposition.experiment.budget import shape_of
+from token_superposition.experiment.compare import Job, branch_checkpoint, checked_jobs, startable, unfinished
+from token_superposition.experiment.config import Config
+from token_superposition.experiment.launch import Launch
+from token_superposition.experiment.run import newest_checkpoint
+from token_superposition.experiment.speed import default_parallel, seconds_per_step
+
+START_SECONDS = 10.0  # of a run's process: importing, building the model, writing the result
+
+
+@dataclass(frozen=True)
+class JobCost:
+    """What is left of one run. A branch has only its decay to train, a finished run nothing."""
+
+    name: str
+    directory: str
+    seed: int
+    total_steps: int
+    steps: int
+    """To train now."""
+    latent_tokens: int
+    raw_tokens: int
+    flops: float
+    """By the formula of ``tst plan``."""
+    step_equivalents: float
+    """Steps and validation together: a validated token takes a third of the time of a trained one."""
+    trunk: str | None
+
+
+@dataclass(frozen=True)
+class DryRun:
+    jobs: list[JobCost]
+    parameters: int
+    step_seconds: float
+    """Of one run, while ``parallel`` of them share the machine; measured, 0 if nothing is left."""
+    parallel: int
+    seconds: float
+    """Estimated time of the whole comparison."""
+
+
+def dry_run(config: Config, out: str | Path) -> DryRun:
+    """Writes nothing; times a few steps on random tokens.
+
+    Raises ``TokenSuperpositionError`` as ``compare`` would, and for a model too large for this machine.
+    """
+    out = Path(out)
+    jobs = checked_jobs(config, out)
+    shape = shape_of(config, Meta.load(Path(config.data.path)).vocab_size)
+    waiting = unfinished(jobs, out)
+    names = {j.directory for j in waiting}
+    flops = float(shape.flops_per_token(config.data.sequence_length))
+    left = [_left(j, out, j.trunk in names) if j in waiting else 0 for j in jobs]
+    costs = [cost_of_job(j, steps, flops) for j, steps in zip(jobs, left, strict=True)]
+    parallel = config.compare.parallel or default_parallel(len(startable(waiting, out)))
+    local = 1 if torch.accelerator.is_available() else parallel
+    Launch(local_processes=local, device_memory=Launch.from_environment().device_memory).check_memory(shape.parameters)
+    step = seconds_per_step(config, shape.vocab_size, parallel) if waiting else 0.0
+    unfinished_costs = [c for c in costs if c.directory in names]
+    return DryRun(costs, shape.parameters, step, parallel, makespan(unfinished_costs, parallel, step))
+
+
+def cost_of_job(job: Job, steps: int, flops_per_token: float) -> JobCost:
+    """Of the last ``steps`` steps of a run."""
+    config, schedule = job.config, job.config.schedule
+    total, batch, length = config.train.steps, config.train.batch_size, config.data.sequence_length
+    before = total - steps
+    latent = steps * batch * length
+    validations = total // config.train.eval_every - before // config.train.eval_every
+    validated = validations * config.data.eval_tokens + config.data.final_eval_tokens if steps else 0
+    return JobCost(
+        name=job.name,
+        directory=job.directory,
+        seed=config.train.seed,
+        total_steps=total,
+        steps=steps,
+        latent_tokens=latent,
+        raw_tokens=schedule.raw_tokens(batch, length) - schedule.raw_tokens(batch, length, before),
+        flops=flops_per_token * latent,
+        step_equivalents=steps + validated / (3 * batch * length),
+        trunk=job.trunk,
+    )
+
+
+def _left(job: Job, out: Path, trunk_unfinished: bool) -> int:
+    """Steps from its newest checkpoint, from where it branches off, or all of them."""
+    if checkpoint := newest_checkpoint(out / "runs" / job.directory / "checkpoints"):
+        return job.config.train.steps - int(checkpoint.name.rpartition("-")[2])
+    trunk = branch_checkpoint(job, out)
+    branches = trunk is not None and (trunk_unfinished or trunk.exists())
+    return job.config.train.steps - (job.branch_step if branches else 0)
+
+
+def makespan(jobs: list[JobCost], parallel: int, step_seconds: float) -> float:
+    """Seconds until all are done: each free slot takes the first job whose trunk is done, as ``run_jobs`` does."""
+    waiting, ends = list(jobs), dict[str, float]()
+    own = {j.directory for j in jobs}
+    running: list[tuple[float, str]] = []
+    now = 0.0
+    while waiting or running:
+        ready = [j for j in waiting if j.trunk not in own or ends.get(j.trunk or "", now + 1) <= now]
+        for job in ready[: parallel - len(running)]:
+            waiting.remove(job)
+            running.append((now + START_SECONDS + job.step_equivalents * step_seconds, job.directory))
+        running.sort()
+        now, directory = running.pop(0)
+        ends[directory] = now
+    return now

@@ -1,0 +1,105 @@
+"""Means over paired seeds with their 95% t-intervals, and the speed-up to equal loss where part of it is a bound."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from statistics import mean, stdev
+from typing import Literal
+
+from scipy import stats
+
+CONFIDENCE = 0.95
+Bound = Literal["measured", "at least", "at most", "not comparable"]
+
+
+def t_interval(values: Sequence[float]) -> tuple[float, float] | None:
+    """Student's interval of the mean at ``CONFIDENCE``, two-sided; None for fewer than two values.
+
+    >>> low, high = t_interval([1.0, 2.0, 3.0])
+    >>> f"{low:.4f} {high:.4f}"
+    '-0.4841 4.4841'
+    """
+    n = len(values)
+    if n < 2:
+        return None
+    half = float(stats.t.ppf((1 + CONFIDENCE) / 2, n - 1)) * stdev(values) / math.sqrt(n)
+    return mean(values) - half, mean(values) + half
+
+
+@dataclass(frozen=True)
+class SeedSpeedup:
+    """How many steps the baseline of one seed needs for the loss that a variant reached with the same seed."""
+
+    seed: int
+    baseline_steps: int
+    speedup: float
+    """baseline_steps / steps of the variant, hence also the ratio of FLOPs."""
+    bound: Bound
+    """measured (between two baselines that were run, or one of them), at least (the longest baseline is still above
+    the variant's loss), or at most (the shortest one is below it already)."""
+
+
+def seed_speedup(seed: int, curve: Sequence[tuple[int, float]], loss: float, steps: int) -> SeedSpeedup | None:
+    """Where the (steps, loss) baselines of one seed, each with its own decay, first come down to ``loss``.
+
+    Linear in log steps between two lengths that were run, and never beyond them: outside it is a bound. None without
+    a curve of two lengths.
+    """
+    if len(curve) < 2:
+        return None
+    n: float = curve[-1][0]
+    bound: Bound = "at least"
+    if curve[0][1] <= loss:
+        n, bound = curve[0][0], "measured" if curve[0][1] == loss else "at most"
+    else:
+        for (n0, l0), (n1, l1) in pairwise(curve):
+            if l1 <= loss < l0:
+                n, bound = math.exp(math.log(n0) + (l0 - loss) / (l0 - l1) * math.log(n1 / n0)), "measured"
+                break
+    return SeedSpeedup(seed, round(n), n / steps, bound)
+
+
+@dataclass(frozen=True)
+class Speedup:
+    """The speed-up to equal loss over seeds."""
+
+    geometric_mean: float
+    """A seed that is only a bound counts with its bound."""
+    bound: Bound
+    """measured in every seed; at least or at most, if some seeds are such bounds; not comparable, if both occur: then
+    the mean is no bound in either direction."""
+    low: float | None
+    """Lower end of the t-interval on log speed-up. None with one seed, fewer than two measured ones, or where only the
+    upper end holds."""
+    high: float | None
+    """Upper end, likewise. Where a seed is "at least", more may be true and there is none."""
+    seeds: int
+    measured: int
+    """Seeds whose speed-up is measured rather than a bound."""
+
+
+def speedup(seeds: Sequence[SeedSpeedup]) -> Speedup | None:
+    """The geometric mean and its interval.
+
+    A seed at least x times as fast counts as x: the mean of such values is no larger than the true one, hence the
+    interval's lower end holds for the true one as well and its upper end does not. The other way for at most.
+    """
+    if not seeds:
+        return None
+    logs = [math.log(s.speedup) for s in seeds]
+    bounds = {s.bound for s in seeds if s.bound != "measured"}
+    measured = sum(s.bound == "measured" for s in seeds)
+    bound: Bound = "not comparable" if len(bounds) > 1 else next(iter(bounds), "measured")
+    interval = t_interval(logs) if measured > 1 else None  # bounds alone have no spread to go by
+    low, high = (math.exp(interval[0]), math.exp(interval[1])) if interval is not None else (None, None)
+    return Speedup(
+        geometric_mean=math.exp(mean(logs)),
+        bound=bound,
+        low=low if bound in ("measured", "at least") else None,
+        high=high if bound in ("measured", "at most") else None,
+        seeds=len(seeds),
+        measured=measured,
+    )

@@ -1,0 +1,308 @@
+"""Intervals over seeds against scipy and by simulation, speed-ups that are only bounds, and what a comparison costs."""
+
+from __future__ import annotations
+
+import json
+import math
+import random
+from collections.abc import Callable
+from dataclasses import asdict, replace
+from pathlib import Path
+from statistics import mean
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from rich.console import Console
+from scipy import stats
+
+from tests.conftest import CONFIG, TINY, VOCAB, toml, tst
+from token_superposition import TokenSuperpositionError
+from token_superposition.experiment.compare import jobs_of
+from token_superposition.experiment.config import CompareConfig, Config, load_config, save_config
+from token_superposition.experiment.dry_run import START_SECONDS, cost_of_job, dry_run, makespan
+from token_superposition.experiment.intervals import SeedSpeedup, seed_speedup, speedup, t_interval
+from token_superposition.experiment.speed import time_steps
+from token_superposition.experiment.summary import Run, comparison
+from token_superposition.report import print_table, write_report
+
+DELTAS = [-0.2766, -0.1645, -0.1132]
+
+
+def test_the_interval_is_that_of_the_paired_t_test() -> None:
+    baseline, ours = [3.0197, 3.0036, 2.9841], [2.7431, 2.8391, 2.8709]
+    expected = stats.ttest_rel(ours, baseline).confidence_interval(0.95)
+    found = t_interval([a - b for a, b in zip(ours, baseline, strict=True)])
+    assert found == pytest.approx((expected.low, expected.high), rel=1e-9)
+    assert found == pytest.approx((-0.3924, 0.0228), abs=1e-4)  # by hand: -0.18477 -+ 4.3027 x 0.08356 / sqrt(3)
+    assert t_interval([0.1]) is None and t_interval([]) is None
+    assert t_interval([0.5, 0.5]) == (0.5, 0.5)
+
+
+LOSSES = st.lists(st.floats(-10, 10, allow_subnormal=False), min_size=2, max_size=9)
+
+
+@given(LOSSES, st.floats(-5, 5), st.floats(1, 4))
+def test_the_interval_contains_the_mean_shifts_with_it_and_widens_with_the_spread(
+    values: list[float], shift: float, factor: float
+) -> None:
+    low, high = t_interval(values)  # pyright: ignore
+    assert low <= mean(values) <= high
+    assert t_interval([v + shift for v in values]) == pytest.approx((low + shift, high + shift), abs=1e-9)
+    wide = t_interval([v * factor for v in values])
+    assert wide == pytest.approx((low * factor, high * factor), abs=1e-9)
+    assert t_interval([-v for v in values]) == pytest.approx((-high, -low), abs=1e-9)
+
+
+def test_a_seeds_speedup_is_read_between_its_baselines_and_never_beyond_them() -> None:
+    curve = [(1000, 3.2), (1500, 3.1), (2000, 3.0)]
+
+    def found(loss: float, points: list[tuple[int, float]] = curve) -> tuple[int, float, str]:
+        s = seed_speedup(0, points, loss, 1000)
+        assert s is not None
+        return s.baseline_steps, s.speedup, s.bound
+
+    assert found(3.15) == (1225, pytest.approx(1.5**0.5), "measured")  # half-way in log steps
+    assert found(3.1) == (1500, pytest.approx(1.5), "measured")
+    assert found(3.2) == (1000, 1.0, "measured") and found(3.0)[::2] == (2000, "measured")
+    assert found(2.9) == (2000, 2.0, "at least") and found(3.3) == (1000, 1.0, "at most")
+    # A longer baseline that ended higher: the first length that comes down to the loss counts.
+    assert found(3.25, [(1000, 3.2), (1500, 3.3), (2000, 3.0)])[2] == "at most"
+    assert 1500 < found(3.15, [(1000, 3.2), (1500, 3.3), (2000, 3.0)])[0] < 2000
+    assert found(3.15, [(1000, 3.2), (1500, 3.1), (2000, 3.19)])[0] == 1225
+    assert seed_speedup(0, curve[:1], 3.1, 1000) is None
+
+
+def seeds(*values: float | tuple[float, str]) -> list[SeedSpeedup]:
+    pairs = [v if isinstance(v, tuple) else (v, "measured") for v in values]
+    return [SeedSpeedup(i, round(1000 * x), x, bound) for i, (x, bound) in enumerate(pairs)]  # pyright: ignore
+
+
+def test_the_speedup_is_a_geometric_mean_with_the_interval_of_its_logarithm() -> None:
+    s = speedup(seeds(1.5, 1.6, 2.0, 1.8))
+    assert s is not None and (s.bound, s.seeds, s.measured) == ("measured", 4, 4)
+    assert s.geometric_mean == pytest.approx(stats.gmean([1.5, 1.6, 2.0, 1.8]))
+    logs = [math.log(x) for x in (1.5, 1.6, 2.0, 1.8)]
+    expected = stats.ttest_1samp(logs, 0).confidence_interval(0.95)
+    assert (s.low, s.high) == pytest.approx((math.exp(expected.low), math.exp(expected.high)))
+    inverse = speedup(seeds(*(1 / x for x in (1.5, 1.6, 2.0, 1.8))))  # as a ratio should
+    assert inverse is not None and (inverse.low, inverse.high) == pytest.approx((1 / s.high, 1 / s.low))  # pyright: ignore
+
+
+def test_a_bound_in_some_seed_makes_the_mean_a_bound() -> None:
+    measured = speedup(seeds(1.5, 1.6, 2.0))
+    above = speedup(seeds(1.5, 1.6, (2.0, "at least")))
+    below = speedup(seeds(1.5, 1.6, (2.0, "at most")))
+    assert measured is not None and above is not None and below is not None
+    assert (above.bound, above.measured) == ("at least", 2) and above.geometric_mean == measured.geometric_mean
+    assert (above.low, above.high) == (measured.low, None)
+    assert (below.bound, below.low, below.high) == ("at most", None, measured.high)
+    both = speedup(seeds(1.5, 1.6, (1.0, "at most"), (2.0, "at least")))
+    assert both is not None and (both.bound, both.low, both.high) == ("not comparable", None, None)
+    # Bounds alone, and one seed alone, have no spread to go by, however equal they are.
+    for few in (seeds(*[(2.0, "at least")] * 5), seeds(1.9, *[(2.0, "at least")] * 4), seeds(1.7)):
+        s = speedup(few)
+        assert s is not None and (s.low, s.high) == (None, None)
+    assert speedup([]) is None
+
+
+@pytest.mark.parametrize("longest", [1.6, 1.8, 3.0])
+def test_the_lower_end_holds_where_the_longest_baseline_cuts_speedups_off(longest: float) -> None:
+    """2,000 experiments of five seeds around 1.7: the lower end is above the true mean in at most 2.5% of them."""
+    generator = random.Random(0)
+    missed = reported = 0
+    for _ in range(2000):
+        true = [1.7 * math.exp(generator.gauss(0, 0.1)) for _ in range(5)]
+        s = speedup(seeds(*((longest, "at least") if x > longest else x for x in true)))
+        if s is not None and s.low is not None:
+            reported += 1
+            missed += s.low > 1.7
+    assert reported > 800 and missed <= 0.025 * 2000 * 1.3  # and the noise of the count
+
+
+def run(name: str, seed: int, steps: int, loss: float, seconds: float = 1.0) -> Run:
+    return Run(
+        seed=seed, bag_size=4, ratio=0.3, steps=steps, latent_tokens=steps, raw_tokens=steps * (1 + (name == "tst")),
+        epochs=0.1, flops=1e9 * steps, train_seconds=seconds, phase_step_seconds=[1.0], val_loss=loss,
+        val_bpb=loss, parameters=1000, hardware="none", versions={"torch": "0"}, name=name,
+        directory=f"{name}-seed{seed}",
+    )  # fmt: skip
+
+
+def experiment(longest: float = 2.0) -> list[Run]:
+    """Three seeds: deltas as in DELTAS; the baseline falls by 0.2 with twice the steps."""
+    runs: list[Run] = []
+    for seed, delta in enumerate(DELTAS):
+        runs.append(run("baseline", seed, 1000, 3.0, seconds=100.0 + 50 * seed))
+        runs.append(run("tst", seed, 1000, 3.0 + delta, seconds=[110.0, 190.0, 180.0][seed]))
+        end = 3.0 - 0.2 * math.log2(longest)
+        runs.append(run(f"baseline-x{longest:g}", seed, round(1000 * longest), end, seconds=400.0))
+    return runs
+
+
+def test_a_comparison_over_seeds() -> None:
+    result = comparison(experiment(longest=4))
+    assert result["delta_val_loss"] == pytest.approx(mean(DELTAS))
+    assert result["delta_val_loss_interval"] == pytest.approx(t_interval(DELTAS))
+    assert result["confidence"] == 0.95
+    per_seed = [2 ** (-d / 0.2) for d in DELTAS]
+    assert [s["speedup"] for s in result["speedup_per_seed"]] == pytest.approx(per_seed)
+    assert result["speedup"]["geometric_mean"] == pytest.approx(stats.gmean(per_seed))
+    assert result["speedup"]["bound"] == "measured" and result["variants"]["tst"]["speedup"] == result["speedup"]
+    equal_time = result["equal_time"]
+    assert (equal_time["train_seconds"], equal_time["baseline_train_seconds"]) == (180.0, 150.0)
+    assert equal_time["ratio"] == 1.2 and equal_time["baseline_steps"] == 1200
+    assert equal_time["baseline_val_loss"] == pytest.approx(3.0 - 0.2 * math.log2(1.2))
+    assert equal_time["how"] == "interpolated"
+    cut = comparison(experiment(longest=2))["speedup"]
+    assert (cut["bound"], cut["measured"], cut["high"]) == ("at least", 2, None)
+    assert cut["geometric_mean"] < result["speedup"]["geometric_mean"]
+
+
+def directory_of(runs: list[Run], out: Path) -> Path:
+    """What tst compare leaves for the report."""
+    for r in runs:
+        (out / "runs" / r.directory).mkdir(parents=True)
+        line = {"step": r.steps, "seconds": r.train_seconds, "flops": r.flops, "raw_tokens": r.raw_tokens}
+        lines = [line | {"step": 1, "val_loss": 5.0}, line | {"val_loss": r.val_loss}]
+        (out / "runs" / r.directory / "metrics.jsonl").write_text("".join(json.dumps(x) + "\n" for x in lines))
+    data = {"train": {"tokens": 1, "documents": 1}, "validation": {"bytes_per_token": 3.0}, "vocab_size": 8}
+    summary = {"runs": [asdict(r) for r in runs], "comparison": comparison(runs), "data": data}
+    (out / "summary.json").write_text(json.dumps(summary))
+    save_config(Config(), out / "config.toml")
+    return out
+
+
+def shown(directory: Path) -> tuple[str, str]:
+    console = Console(record=True, width=100, file=(directory / "terminal.txt").open("w"))
+    print_table(directory, console)
+    return console.export_text(), write_report(directory).read_text()
+
+
+def test_table_and_report_show_the_intervals(tmp_path: Path) -> None:
+    low, high = t_interval(DELTAS)  # pyright: ignore
+    for text in shown(directory_of(experiment(longest=4), tmp_path / "measured")):
+        for expected in ("-0.1848", f"{low:+.4f} to {high:+.4f}", "3 paired seeds", "contains 0", "1.90 x", "1.20 x",
+                         "geometric mean of 3 seeds"):  # fmt: skip
+            assert expected in text, expected
+        assert "at least" not in text
+    for text in shown(directory_of(experiment(longest=2), tmp_path / "cut")):
+        assert "the baseline needs at least 1.7" in text and " or more" in text
+        assert "1 of 3 seeds only known to be at least 2.00 x" in text
+
+
+def test_one_seed_has_no_interval_and_says_so(tmp_path: Path) -> None:
+    runs = [r for r in experiment() if r.seed == 1]
+    for text in shown(directory_of(runs, tmp_path / "one")):
+        assert "one seed: there is no interval" in text and "none" in text and "standard deviation" not in text
+        assert "the baseline would need about" in text
+
+
+def test_the_report_of_an_older_summary_says_what_to_do(tmp_path: Path) -> None:
+    out = directory_of(experiment(), tmp_path / "old")
+    summary = json.loads((out / "summary.json").read_text())
+    del summary["comparison"]["variants"]["tst"]["speedup_per_seed"]
+    (out / "summary.json").write_text(json.dumps(summary))
+    with pytest.raises(TokenSuperpositionError, match="make one with tst compare"):
+        write_report(out)
+
+
+@pytest.fixture(scope="module")
+def two_seeds(prepared: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, str]:
+    """Configuration, result and, from before it, the dry run of a real comparison."""
+    root = tmp_path_factory.mktemp("two")
+    options = "\n".join(f"{k} = {toml(v)}" for k, v in TINY["llama"].items())
+    config = root / "config.toml"
+    content = CONFIG.format(architecture="llama", options=options, data=prepared)
+    config.write_text(content + "[compare]\nbaseline_lengths = [1, 1.5]\nseeds = [3, 4]\n")
+    dry = tst("compare", config, "--out", root / "out", "--dry-run", COLUMNS="120").stdout
+    assert sorted(root.iterdir()) == [config]  # it wrote nothing
+    tst("compare", config, "--out", root / "out")
+    return config, root / "out", dry
+
+
+def test_the_dry_run_counts_what_is_then_run(two_seeds: tuple[Path, Path, str]) -> None:
+    path, out, printed = two_seeds
+    config = load_config(path)
+    results = {p.parent.name: json.loads(p.read_text()) for p in out.glob("runs/*/run.json")}
+    jobs = jobs_of(config)
+    assert {j.directory for j in jobs} == results.keys() and all(name in printed for name in results)
+    costs = [cost_of_job(j, j.config.train.steps - (j.branch_step if j.trunk else 0), 2.0) for j in jobs]
+    for cost in costs:
+        if cost.trunk is None:
+            result = results[cost.directory]
+            counted = (cost.total_steps, cost.latent_tokens, cost.raw_tokens)
+            assert counted == (result["steps"], result["latent_tokens"], result["raw_tokens"])
+            assert cost.flops == 2.0 * result["latent_tokens"]
+        else:  # its decay: 1 of 12 steps
+            assert (cost.steps, cost.latent_tokens, cost.raw_tokens) == (1, 64, 64)
+    assert sum(c.steps for c in costs) == 2 * (18 + 12 + 1) and "62" in printed and "1 of 12" in printed
+    assert "Nothing was written" in printed and "s a step on this machine" in printed
+
+
+def test_a_comparison_of_two_seeds_has_its_intervals(two_seeds: tuple[Path, Path, str]) -> None:
+    _, out, _ = two_seeds
+    loss = {p.parent.name: json.loads(p.read_text())["val_loss"] for p in out.glob("runs/*/run.json")}
+    deltas = [loss[f"tst-seed{s}"] - loss[f"baseline-seed{s}"] for s in (3, 4)]
+    result = json.loads((out / "summary.json").read_text())["comparison"]
+    expected = stats.ttest_1samp(deltas, 0).confidence_interval(0.95)
+    assert result["delta_val_loss_per_seed"] == deltas
+    assert result["delta_val_loss_interval"] == pytest.approx([expected.low, expected.high])
+    assert [s["seed"] for s in result["speedup_per_seed"]] == [3, 4]
+    assert "2 paired seeds" in (out / "report.html").read_text()
+
+
+def test_the_dry_run_leaves_out_what_is_done(two_seeds: tuple[Path, Path, str]) -> None:
+    path, out, _ = two_seeds
+    config = load_config(path)
+    before = {p: p.stat().st_mtime_ns for p in out.rglob("*")}
+    dry = dry_run(config, out)
+    assert dry.seconds == dry.step_seconds == 0 and all(j.steps == 0 and j.flops == 0 for j in dry.jobs)
+    assert {p: p.stat().st_mtime_ns for p in out.rglob("*")} == before
+    with pytest.raises(TokenSuperpositionError, match="is a run of another configuration"):
+        dry_run(replace(config, train=replace(config.train, learning_rate=1.0)), out)
+    # A branch that has to be trained again after its trunk's checkpoints are gone is trained from the start.
+    marker = out / "runs/baseline-seed3/run.json"
+    content = marker.read_bytes()
+    marker.unlink()
+    try:
+        again = dry_run(config, out)
+    finally:
+        marker.write_bytes(content)
+    assert {j.directory: j.steps for j in again.jobs if j.steps} == {"baseline-seed3": 12} and again.seconds > 0
+
+
+def test_a_dry_run_of_what_has_no_room(write_config: Callable[..., Path], tmp_path: Path) -> None:
+    huge = load_config(write_config())
+    options = huge.model.options | {"hidden_size": 32768, "intermediate_size": 131072, "num_hidden_layers": 96}
+    huge = replace(huge, model=replace(huge.model, options=options), compare=CompareConfig(seeds=(0, 1)))
+    with pytest.raises(TokenSuperpositionError, match="GB"):
+        dry_run(huge, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_time_is_that_of_the_queue() -> None:
+    """Slots take the first job that can start; a branch waits for its trunk."""
+    config = replace(Config(), compare=CompareConfig(baseline_lengths=(1.0, 2.0), seeds=(0, 1)))
+    config = replace(config, train=replace(config.train, steps=100, eval_every=1000, warmup_steps=5))
+    config = replace(config, data=replace(config.data, final_eval_tokens=0))
+    jobs = jobs_of(config)
+    costs = [cost_of_job(j, j.config.train.steps - (j.branch_step if j.trunk else 0), 1.0) for j in jobs]
+    assert [c.steps for c in costs] == [200, 100, 200, 100, 10, 10]
+    one = makespan(costs, 1, 1.0)
+    assert one == pytest.approx(620 + 6 * START_SECONDS)
+    # trunk0 | tst0, then trunk1 | tst1 when trunk0 is done, then the branches when trunk1 is running or done
+    two = makespan(costs, 2, 1.0)
+    trunk, short, branch = 200 + START_SECONDS, 100 + START_SECONDS, 10 + START_SECONDS
+    assert two == pytest.approx(max(short + trunk + branch, trunk + short + branch))
+    assert makespan(costs, 6, 1.0) == pytest.approx(trunk + branch) and makespan([], 2, 1.0) == 0
+    assert makespan(costs[4:], 2, 1.0) == pytest.approx(branch)  # their trunks are done already
+
+
+def test_a_step_is_timed_in_micro_batches(write_config: Callable[..., Path]) -> None:
+    config = load_config(write_config(steps=12))
+    times = [
+        time_steps(replace(config, train=replace(config.train, batch_size=b, micro_batch_size=m)), VOCAB, 1)
+        for b, m in ((8, 8), (1024, 8))
+    ]
+    assert 0 < times[0] < 10 and times[1] > 20 * times[0]
