@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar, cast
 
 from token_superposition.errors import TokenSuperpositionError, require_int
+from token_superposition.loss.targets import BagLoss
 from token_superposition.schedule import WSD, Phase, Schedule
 from token_superposition.weights import Weighting
 
@@ -59,8 +60,26 @@ class SuperpositionConfig:
     """Where bags are used: both is TST; input predicts one token; output reads one token and needs no more data."""
     weighting: Weighting = "uniform"
     """Weights of the places in a target bag."""
+    loss: BagLoss = "multi-hot"
+    """multi-hot is the mean of the targets' cross-entropies; sum-to-one takes the bag as one label, without weights."""
     anneal: tuple[int, ...] = ()
     """Bag sizes taken in turn instead of bag_size, such as 16, 8, 4, 2; they share the ratio evenly."""
+
+    def check(self) -> None:
+        """Raise ``TokenSuperpositionError`` for settings that contradict each other."""
+        if self.loss != "multi-hot" and self.weighting != "uniform":
+            raise TokenSuperpositionError(
+                f"superposition.loss {self.loss} has no place weights; leave superposition.weighting "
+                f"{self.weighting!r} out, or use the multi-hot loss"
+            )
+
+    def refuse_variants(self, engine: str) -> None:
+        """Raise ``TokenSuperpositionError`` for a variant that only tst train has."""
+        for name in VARIANTS:
+            if (value := getattr(self, name)) != getattr(SuperpositionConfig(), name):
+                raise TokenSuperpositionError(
+                    f"superposition.{name} is {value!r}; the {engine} engine does not have it, so use tst train"
+                )
 
     def schedule(self, steps: int) -> Schedule:
         if self.anneal:
@@ -73,6 +92,8 @@ class SuperpositionConfig:
         return (s if self.sides != "output" else 1, s if self.sides != "input" else 1)
 
 
+VARIANTS = ("loss",)
+"""Settings that change more than the bag sizes and their weights; the transformers engine has all of them."""
 _PRESETS = files("token_superposition") / "presets"
 BASELINE = SuperpositionConfig(bag_size=1, ratio=0.0)
 
@@ -192,6 +213,7 @@ class Config:
                 f"compare.variants are named {', '.join(names[2:])}; give each its own plain name, not baseline or tst"
             )
         for superposition in (self.superposition, *(v.superposition for v in self.compare.variants)):
+            superposition.check()
             superposition.schedule(t.steps)
         _ = self.wsd
 

@@ -163,6 +163,7 @@ def train(
         eval_dataset=held_out,
         processing_class=tokenizer,
         weighting=config.superposition.weighting,
+        bag_loss=config.superposition.loss,
         lr_factor=config.wsd,
         callbacks=[metrics],
     )
