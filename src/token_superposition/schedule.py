@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+from bisect import bisect_right
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import accumulate, pairwise
 
 from token_superposition.errors import TokenSuperpositionError, require_int
@@ -96,11 +98,11 @@ class Schedule:
         phases = [Phase(n, s, s) for n, s in zip(steps, sizes, strict=True)]
         return cls([*phases, Phase(total_steps - sum(steps))])
 
-    @property
+    @cached_property
     def total_steps(self) -> int:
         return sum(p.steps for p in self.phases)
 
-    @property
+    @cached_property
     def starts(self) -> list[int]:
         """First step of each phase."""
         return [0, *accumulate(p.steps for p in self.phases[:-1])]
@@ -113,7 +115,7 @@ class Schedule:
     def phase_index(self, step: int) -> int:
         """Index of the phase of a step; steps past the end belong to the last phase."""
         require_int("step", step, 0)
-        return sum(start <= step for start in self.starts) - 1
+        return bisect_right(self.starts, step) - 1
 
     def at(self, step: int) -> Phase:
         return self.phases[self.phase_index(step)]

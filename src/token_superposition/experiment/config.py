@@ -65,6 +65,9 @@ class SuperpositionConfig:
     anneal: tuple[int, ...] = ()
     """Bag sizes taken in turn instead of bag_size, such as 16, 8, 4, 2; they share the ratio evenly."""
 
+    shift: bool = False
+    """Start each sample 0 to s - 1 tokens later, drawn for it, so that the boundaries of bags fall anywhere."""
+
     def check(self) -> None:
         """Raise ``TokenSuperpositionError`` for settings that contradict each other."""
         if self.loss != "multi-hot" and self.weighting != "uniform":
@@ -92,7 +95,7 @@ class SuperpositionConfig:
         return (s if self.sides != "output" else 1, s if self.sides != "input" else 1)
 
 
-VARIANTS = ("loss",)
+VARIANTS = ("loss", "shift")
 """Settings that change more than the bag sizes and their weights; the transformers engine has all of them."""
 _PRESETS = files("token_superposition") / "presets"
 BASELINE = SuperpositionConfig(bag_size=1, ratio=0.0)

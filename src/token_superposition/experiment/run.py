@@ -138,7 +138,7 @@ def train(
     model = build_model(config, store.meta)
     tokenizer = load_tokenizer(str(store.directory / "tokenizer"))
     data = (config.data.sequence_length, config.train.batch_size, config.train.seed, config.data.common_bag)
-    plan = PlannedDataset(store, schedule, *data)
+    plan = PlannedDataset(store, schedule, *data, shift=config.superposition.shift)
     held_out = ValidationSet(validation, config.data.sequence_length, config.data.eval_tokens)
     final = ValidationSet(validation, config.data.sequence_length, config.data.final_eval_tokens)
     bits_per_byte = 1 / math.log(2) / validation.split.bytes_per_token
