@@ -10,6 +10,7 @@ from functools import cached_property
 from itertools import accumulate, pairwise
 
 from token_superposition.errors import TokenSuperpositionError, require_int
+from token_superposition.permutation import permute
 
 
 @dataclass(frozen=True)
@@ -97,6 +98,23 @@ class Schedule:
         steps = [hi - lo for lo, hi in pairwise(cuts)]
         phases = [Phase(n, s, s) for n, s in zip(steps, sizes, strict=True)]
         return cls([*phases, Phase(total_steps - sum(steps))])
+
+    def mixed(self, mixture: float, seed: int = 0) -> Schedule:
+        """The same steps with those before the last switch in another order, drawn for ``seed``: the raw tokens stay.
+
+        The steps are sorted by ``(1 - mixture) * place + mixture * (a random place)``: 0 leaves the phases in turn, 1
+        gives every step a bag size at random, and between the two each bag size fades into the next. Raises ``TokenSuperpositionError`` for a mixture outside [0, 1].
+
+        >>> [(p.steps, p.input_bag) for p in Schedule.annealed(10, (4, 2, 1), 0.6).mixed(1.0).phases]
+        [(2, 2), (1, 4), (1, 2), (2, 4), (4, 1)]
+        """
+        if not 0 <= mixture <= 1:
+            raise TokenSuperpositionError(f"mixture is {mixture}; give a number in [0, 1]: 0 in turn, 1 at random")
+        *superposed, last = self.phases
+        steps = [Phase(1, p.input_bag, p.output_bag) for p in superposed for _ in range(p.steps)]
+        n = len(steps)
+        places = [(1 - mixture) * i + mixture * permute(i, n, (seed, 2)) for i in range(n)]
+        return Schedule([*(steps[i] for i in sorted(range(n), key=places.__getitem__)), last])
 
     @cached_property
     def total_steps(self) -> int:

@@ -234,6 +234,8 @@ ENGINE = "the OLMo-core engine"
         (4, "--tensor-parallel 4", f"num_attention_heads, 2, {OF} --tensor-parallel 4"),
         (2, "--tensor-parallel 2 --data.sequence-length 17", f"data.sequence_length, 17, {OF} --tensor-parallel 2"),
         (2, "--superposition.shift", "superposition.shift is True; the OLMo-core engine does not have it, so use tst"),
+        (2, "--superposition.anneal 4 2 --superposition.mixture 0.5",
+         "superposition.mixture is 0.5; the OLMo-core engine does not have it"),
         (2, "--superposition.loss sum-to-one",
          "superposition.loss is 'sum-to-one'; the OLMo-core engine does not have it, so use tst train"),
         (2, "--data.path nowhere", "nowhere holds no prepared data"),

@@ -65,6 +65,8 @@ class SuperpositionConfig:
     anneal: tuple[int, ...] = ()
     """Bag sizes taken in turn instead of bag_size, such as 16, 8, 4, 2; they share the ratio evenly."""
 
+    mixture: float = 0.0
+    """How far the steps of the sizes in anneal are mixed: 0 in turn, 1 at random; between, each fades into the next."""
     shift: bool = False
     """Start each sample 0 to s - 1 tokens later, drawn for it, so that the boundaries of bags fall anywhere."""
 
@@ -74,6 +76,10 @@ class SuperpositionConfig:
             raise TokenSuperpositionError(
                 f"superposition.loss {self.loss} has no place weights; leave superposition.weighting "
                 f"{self.weighting!r} out, or use the multi-hot loss"
+            )
+        if self.mixture and not self.anneal:
+            raise TokenSuperpositionError(
+                f"superposition.mixture is {self.mixture}, but there are no bag sizes to mix; set superposition.anneal"
             )
 
     def refuse_variants(self, engine: str) -> None:
@@ -86,7 +92,7 @@ class SuperpositionConfig:
 
     def schedule(self, steps: int) -> Schedule:
         if self.anneal:
-            annealed = Schedule.annealed(steps, self.anneal, self.ratio)
+            annealed = Schedule.annealed(steps, self.anneal, self.ratio).mixed(self.mixture)
             return Schedule(Phase(p.steps, *self._bags(p.input_bag)) for p in annealed.phases)
         a, b = self._bags(require_int("bag_size", self.bag_size, 1))
         return Schedule.two_phase(steps, ratio=self.ratio, input_bag=a, output_bag=b)
@@ -95,7 +101,7 @@ class SuperpositionConfig:
         return (s if self.sides != "output" else 1, s if self.sides != "input" else 1)
 
 
-VARIANTS = ("loss", "shift")
+VARIANTS = ("loss", "shift", "mixture")
 """Settings that change more than the bag sizes and their weights; the transformers engine has all of them."""
 _PRESETS = files("token_superposition") / "presets"
 BASELINE = SuperpositionConfig(bag_size=1, ratio=0.0)

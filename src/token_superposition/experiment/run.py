@@ -64,7 +64,7 @@ class RunResult:
     train_seconds: float
     """Time in training steps, without validation and saving."""
     phase_step_seconds: list[float]
-    """Mean time of a step in each phase."""
+    """Mean time of a step in each phase; where bag sizes are mixed, in all the steps on bags and in the rest."""
     val_loss: float
     """Next-token loss on held-out text, nats per token."""
     val_bpb: float
@@ -176,7 +176,9 @@ def train(
         plan,
         flops=step_flops * schedule.total_steps,
         train_seconds=metrics.seconds,
-        phase_step_seconds=phase_step_seconds(out, schedule.starts),
+        phase_step_seconds=phase_step_seconds(
+            out, [0, *schedule.switches[-1:]] if config.superposition.mixture else schedule.starts
+        ),
         val_loss=val_loss,
         bits_per_byte=bits_per_byte,
         parameters=sum(p.numel() for p in model.parameters()),
