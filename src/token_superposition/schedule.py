@@ -103,7 +103,8 @@ class Schedule:
         """The same steps with those before the last switch in another order, drawn for ``seed``: the raw tokens stay.
 
         The steps are sorted by ``(1 - mixture) * place + mixture * (a random place)``: 0 leaves the phases in turn, 1
-        gives every step a bag size at random, and between the two each bag size fades into the next. Raises ``TokenSuperpositionError`` for a mixture outside [0, 1].
+        gives every step a bag size at random, and between the two each bag size fades into the next.
+        Raises ``TokenSuperpositionError`` for a mixture outside [0, 1].
 
         >>> [(p.steps, p.input_bag) for p in Schedule.annealed(10, (4, 2, 1), 0.6).mixed(1.0).phases]
         [(2, 2), (1, 4), (1, 2), (2, 4), (4, 1)]
@@ -172,6 +173,8 @@ class WSD:
     warmup_steps: int = 0
     decay_ratio: float = 0.1
     """Share of the steps, at the end, over which the factor falls linearly to 0."""
+    restart: int | None = None
+    """Step from which the warm-up comes once more, for an optimizer that was reset there."""
 
     def __post_init__(self) -> None:
         require_int("total_steps", self.total_steps, 1)
@@ -191,5 +194,8 @@ class WSD:
     def __call__(self, step: int) -> float:
         if step < self.warmup_steps:
             return (step + 1) / self.warmup_steps
+        again = 1.0
+        if self.restart is not None and self.restart <= step < self.restart + self.warmup_steps:
+            again = (step - self.restart + 1) / self.warmup_steps
         left = self.total_steps - step
-        return 1.0 if left >= self.decay_steps else max(left, 0) / self.decay_steps
+        return again if left >= self.decay_steps else again * max(left, 0) / self.decay_steps

@@ -69,6 +69,10 @@ class SuperpositionConfig:
     """How far the steps of the sizes in anneal are mixed: 0 in turn, 1 at random; between, each fades into the next."""
     shift: bool = False
     """Start each sample 0 to s - 1 tokens later, drawn for it, so that the boundaries of bags fall anywhere."""
+    reset_optimizer: bool = False
+    """Forget the optimizer's state at the switch to bag size 1 and warm up again. Expected to hurt."""
+    reset_embeddings: bool = False
+    """Initialise embedding and head again at the switch to bag size 1. Expected to hurt."""
 
     def check(self) -> None:
         """Raise ``TokenSuperpositionError`` for settings that contradict each other."""
@@ -101,7 +105,7 @@ class SuperpositionConfig:
         return (s if self.sides != "output" else 1, s if self.sides != "input" else 1)
 
 
-VARIANTS = ("loss", "shift", "mixture")
+VARIANTS = ("loss", "shift", "mixture", "reset_optimizer", "reset_embeddings")
 """Settings that change more than the bag sizes and their weights; the transformers engine has all of them."""
 _PRESETS = files("token_superposition") / "presets"
 BASELINE = SuperpositionConfig(bag_size=1, ratio=0.0)
@@ -191,7 +195,8 @@ class Config:
 
     @property
     def wsd(self) -> WSD:
-        return WSD(self.train.steps, self.train.warmup_steps, self.train.decay_ratio)
+        switch = self.schedule.switches[-1:] if self.superposition.reset_optimizer else []
+        return WSD(self.train.steps, self.train.warmup_steps, self.train.decay_ratio, *switch)
 
     def check(self) -> None:
         """Raise ``TokenSuperpositionError`` for the first value that cannot be trained with."""

@@ -34,6 +34,7 @@ from token_superposition.data.plan import PlannedDataset, ValidationSet
 from token_superposition.data.store import Meta, TokenStore
 from token_superposition.data.tokenizer import load_tokenizer
 from token_superposition.engines.transformers import TSTTrainer
+from token_superposition.engines.transformers.switch import AtSwitch
 from token_superposition.errors import TokenSuperpositionError
 from token_superposition.experiment.config import Config, ModelConfig, save_config
 from token_superposition.experiment.launch import Launch
@@ -128,6 +129,10 @@ def train(
     store = TokenStore(config.data.path)
     validation = TokenStore(config.data.path, "validation")
     schedule = config.schedule
+    if launch.sharded:
+        for name in ("reset_optimizer", "reset_embeddings"):
+            if getattr(config.superposition, name):
+                raise TokenSuperpositionError(f"superposition.{name} has not been made for FSDP; launch DDP")
     empty = empty_model(config, store.meta.vocab_size)
     launch.check_memory(sum(p.numel() for p in empty.parameters()))
     checkpoint = newest_checkpoint(out / "checkpoints")
@@ -165,7 +170,7 @@ def train(
         weighting=config.superposition.weighting,
         bag_loss=config.superposition.loss,
         lr_factor=config.wsd,
-        callbacks=[metrics],
+        callbacks=[metrics, *at_switch(config)],
     )
     trainer.remove_callback(PrinterCallback)
     trainer.train(resume_from_checkpoint=str(start) if start is not None else None)
@@ -186,6 +191,15 @@ def train(
     if trainer.is_world_process_zero():
         write_json(out / RESULT, asdict(result))
     return result
+
+
+def at_switch(config: Config) -> list[AtSwitch]:
+    """What the configuration throws away at the last switch, if there is one."""
+    wanted = config.superposition
+    if not (wanted.reset_optimizer or wanted.reset_embeddings):
+        return []
+    settings = {"optimizer": wanted.reset_optimizer, "embeddings": wanted.reset_embeddings}
+    return [AtSwitch(step, **settings) for step in config.schedule.switches[-1:]]
 
 
 def build_model(config: Config, meta: Meta) -> PreTrainedModel:
