@@ -16,8 +16,10 @@ from tests.conftest import VOCAB, tiny
 from tests.test_trainer import arguments, losses, plan_of
 from token_superposition import WSD, TokenSuperpositionError
 from token_superposition.engines.transformers import TSTTrainer
+from token_superposition.engines.transformers.muon import MuonAdamW, split_parameters
 from token_superposition.engines.transformers.switch import AtSwitch
-from token_superposition.experiment.config import Config, load_config
+from token_superposition.experiment.config import VARIANTS, Config, SuperpositionConfig, load_config
+from token_superposition.experiment.launch import Launch
 from token_superposition.experiment.metrics import read_metrics
 from token_superposition.experiment.run import train
 
@@ -41,7 +43,10 @@ def run(write_config: Callable[..., Path], tmp_path: Path) -> Run:
 
 
 def changed(config: Config, settings: dict[str, Any], **changes: Any) -> Config:
-    superposition = replace(config.superposition, **settings)
+    """``settings`` are of [superposition], or of [train] if they are only there."""
+    inside = {k: v for k, v in settings.items() if hasattr(config.superposition, k)}
+    changes |= {k: v for k, v in settings.items() if k not in inside}
+    superposition = replace(config.superposition, **inside)
     return replace(config, superposition=superposition, train=replace(config.train, **changes))
 
 
@@ -67,6 +72,8 @@ def test_the_limit_case_is_the_plain_method(plain: dict[str, Any], variant: dict
         ({"anneal": (4, 2)}, {"mixture": 1.0}),
         ({}, {"reset_optimizer": True}),
         ({}, {"reset_embeddings": True}),
+        ({}, {"optimizer": "muon"}),
+        ({}, {"optimizer": "muon", "reset_optimizer": True}),
     ],
 )
 def test_the_variant_is_another_run_and_resumes_as_itself(
@@ -129,6 +136,102 @@ def test_the_warm_up_comes_once_more() -> None:
     assert [again(i) for i in (*range(8), *range(12, 20))] == [once(i) for i in (*range(8), *range(12, 20))]
     config = changed(Config(), {"reset_optimizer": True}, steps=100, warmup_steps=10)
     assert config.wsd.restart == 30 and changed(config, {"bag_size": 1}).wsd.restart is None
+
+
+def parameters(*shapes: tuple[int, ...]) -> list[torch.Tensor]:
+    g = torch.Generator().manual_seed(0)
+    return [torch.randn(*shape, generator=g).requires_grad_() for shape in shapes]
+
+
+def stepped(optimizer: torch.optim.Optimizer, params: list[torch.Tensor], steps: int = 3) -> list[torch.Tensor]:
+    g = torch.Generator().manual_seed(1)
+    for _ in range(steps):
+        for p in params:
+            p.grad = torch.randn(p.shape, generator=g)
+        optimizer.step()
+    return [p.detach().clone() for p in params]
+
+
+def test_muon_is_torchs_and_without_matrices_it_is_adamw() -> None:
+    matrices = parameters((4, 6), (5, 3))
+    ours = stepped(MuonAdamW(matrices, [], lr=0.1, weight_decay=0.2), matrices)
+    matrices = parameters((4, 6), (5, 3))
+    torchs = torch.optim.Muon(matrices, lr=0.1, weight_decay=0.2, adjust_lr_fn="match_rms_adamw")
+    assert all(map(torch.equal, ours, stepped(torchs, matrices)))
+    others = parameters((4, 6), (5,))
+    ours = stepped(MuonAdamW([], others, lr=0.1, betas=(0.8, 0.9), weight_decay=0.2), others)
+    others = parameters((4, 6), (5,))
+    groups = [{"params": others[:1], "weight_decay": 0.2}, {"params": others[1:], "weight_decay": 0.0}]
+    assert all(map(torch.equal, ours, stepped(torch.optim.AdamW(groups, lr=0.1, betas=(0.8, 0.9)), others)))
+
+
+def test_muon_goes_on_from_its_state() -> None:
+    whole = parameters((4, 6), (5,))
+    expected = stepped(MuonAdamW(whole[:1], whole[1:], lr=0.1), whole, 6)
+    params, g = parameters((4, 6), (5,)), torch.Generator().manual_seed(1)
+    state: dict[str, Any] | None = None
+    for _ in range(6):
+        optimizer = MuonAdamW(params[:1], params[1:], lr=0.1)
+        if state is not None:
+            optimizer.load_state_dict(state)
+        for p in params:
+            p.grad = torch.randn(p.shape, generator=g)
+        optimizer.step()
+        state = optimizer.state_dict()
+    assert all(map(torch.equal, params, expected))
+
+
+def test_the_learning_rate_of_every_group_is_scheduled() -> None:
+    params = parameters((4, 6), (4, 6), (5,))
+    before = [p.detach().clone() for p in params]
+    optimizer = MuonAdamW(params[:1], params[1:], lr=0.1)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.0 if step == 0 else 1.0)
+    assert all(map(torch.equal, stepped(optimizer, params, 1), before))
+    scheduler.step()
+    assert not any(map(torch.equal, stepped(optimizer, params, 1), before))
+
+
+@pytest.mark.parametrize(("architecture", "tied"), [("llama", False), ("llama", True), ("gpt2", True), ("mamba", True)])
+def test_muon_takes_the_hidden_matrices_only(architecture: str, tied: bool) -> None:
+    model = tiny(architecture, tie_word_embeddings=tied)
+    matrices, others = split_parameters(model)
+    names = {id(p): n for n, p in model.named_parameters()}
+    assert len(matrices) + len(others) == len(names)
+    hidden = {names[id(p)].split(".")[-2] for p in matrices}
+    assert (
+        hidden
+        == {
+            "llama": {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"},
+            "gpt2": {"c_attn", "c_proj", "c_fc"},
+            "mamba": {"in_proj", "x_proj", "dt_proj", "out_proj"},
+        }[architecture]
+    )
+    assert any(p is model.get_input_embeddings().weight for p in others)
+    assert any(p is model.get_output_embeddings().weight for p in others)
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_another_engine_refuses_what_it_does_not_have(name: str) -> None:
+    value = {"loss": "sum-to-one", "mixture": 0.5}.get(name, True)
+    SuperpositionConfig(weighting="power", anneal=(4, 2)).refuse_variants("other")
+    with pytest.raises(TokenSuperpositionError, match=f"superposition.{name} is .* the other engine does not have it"):
+        SuperpositionConfig(**{name: value}).refuse_variants("other")
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"optimizer": "muon"}, "train.optimizer is 'muon', which was not made for FSDP"),
+        ({"reset_optimizer": True}, "superposition.reset_optimizer is true, which was not made for FSDP"),
+        ({"reset_embeddings": True}, "superposition.reset_embeddings is true, which was not made for FSDP"),
+    ],
+)
+def test_fsdp_refuses(settings: dict[str, Any], message: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FSDP_VERSION", "2")
+    launch = Launch(sharded=True, device_memory=80e9)
+    launch.check(Config())
+    with pytest.raises(TokenSuperpositionError, match=message):
+        launch.check(changed(Config(), settings))
 
 
 @pytest.mark.parametrize(

@@ -121,6 +121,8 @@ class TrainConfig:
     """Sequences of one optimizer step, over all processes and accumulated micro-batches."""
     micro_batch_size: int | None = None
     """Sequences that one process computes at once; the whole batch by default."""
+    optimizer: Literal["adamw", "muon"] = "adamw"
+    """muon: Muon for the hidden matrices, AdamW for embedding, head and the rest."""
     learning_rate: float = 1e-3
     """Peak learning rate. Tune it for the baseline."""
     warmup_steps: int = 50
@@ -153,6 +155,13 @@ class TrainConfig:
     """Steps at which a checkpoint is written as well."""
     loader_workers: int = 0
     """Processes that read data ahead."""
+
+    def refuse_muon(self, engine: str) -> None:
+        """Raise ``TokenSuperpositionError`` for an engine that has AdamW only."""
+        if self.optimizer != "adamw":
+            raise TokenSuperpositionError(
+                f"train.optimizer is {self.optimizer!r}; the {engine} engine has adamw only, so use tst train"
+            )
 
 
 @dataclass(frozen=True)

@@ -34,6 +34,7 @@ from token_superposition.data.plan import PlannedDataset, ValidationSet
 from token_superposition.data.store import Meta, TokenStore
 from token_superposition.data.tokenizer import load_tokenizer
 from token_superposition.engines.transformers import TSTTrainer
+from token_superposition.engines.transformers.muon import MuonAdamW, split_parameters
 from token_superposition.engines.transformers.switch import AtSwitch
 from token_superposition.errors import TokenSuperpositionError
 from token_superposition.experiment.config import Config, ModelConfig, save_config
@@ -129,10 +130,6 @@ def train(
     store = TokenStore(config.data.path)
     validation = TokenStore(config.data.path, "validation")
     schedule = config.schedule
-    if launch.sharded:
-        for name in ("reset_optimizer", "reset_embeddings"):
-            if getattr(config.superposition, name):
-                raise TokenSuperpositionError(f"superposition.{name} has not been made for FSDP; launch DDP")
     empty = empty_model(config, store.meta.vocab_size)
     launch.check_memory(sum(p.numel() for p in empty.parameters()))
     checkpoint = newest_checkpoint(out / "checkpoints")
@@ -170,6 +167,7 @@ def train(
         weighting=config.superposition.weighting,
         bag_loss=config.superposition.loss,
         lr_factor=config.wsd,
+        optimizers=(muon(config, model), None),
         callbacks=[metrics, *at_switch(config)],
     )
     trainer.remove_callback(PrinterCallback)
@@ -191,6 +189,15 @@ def train(
     if trainer.is_world_process_zero():
         write_json(out / RESULT, asdict(result))
     return result
+
+
+def muon(config: Config, model: PreTrainedModel) -> MuonAdamW | None:
+    """The optimizer of the configuration if the ``Trainer`` does not make it."""
+    t = config.train
+    if t.optimizer == "adamw":
+        return None
+    betas = (t.beta1, t.beta2)
+    return MuonAdamW(*split_parameters(model), lr=t.learning_rate, betas=betas, weight_decay=t.weight_decay)
 
 
 def at_switch(config: Config) -> list[AtSwitch]:
