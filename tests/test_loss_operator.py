@@ -87,7 +87,7 @@ def test_registered_as_torch_asks() -> None:
     hidden, head, targets = example()
     w, valid = target_weights(targets, None, -100, torch.float32)
     bias = torch.zeros(19, requires_grad=True)
-    settings = (torch.float32, 2.0, 0.5, 0.1, "torch", 5, [True, True, True], 0, "")
+    settings = (torch.float32, 2.0, 0.5, 0.1, "torch", 5, [True, True, True], 0, "", False)
     torch.library.opcheck(
         linear_multi_hot_loss,
         (hidden, head, bias, targets, w, valid, *settings),

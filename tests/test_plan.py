@@ -12,8 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from token_superposition import Phase, Schedule, TokenSuperpositionError
-from token_superposition.data.plan import PlannedDataset, ValidationSet, permute
+from token_superposition.data.plan import PlannedDataset, ValidationSet
 from token_superposition.data.store import TokenStore
+from token_superposition.permutation import permute
 
 PHASES = st.lists(
     st.builds(Phase, st.integers(1, 6), st.sampled_from([1, 2, 3, 4]), st.sampled_from([1, 2, 4])),
@@ -124,3 +125,43 @@ def test_reads_a_store_across_workers(prepared: Path) -> None:
     for step, batch in enumerate(loader):
         assert batch["input_ids"].shape == ((4, 16, 4) if step < 3 else (4, 16))
         assert torch.equal(batch["input_ids"][1], plan[step * 4 + 1]["input_ids"])
+
+
+@settings(deadline=None)
+@given(PHASES, st.integers(1, 5), st.integers(1, 4), st.integers(0, 3))
+def test_shifted_samples_start_inside_the_first_bag(phases: list[Phase], length: int, batch: int, seed: int) -> None:
+    """Each sample is that of the plain plan moved by 0 to a - 1 tokens, as far into the text as its targets reach."""
+    schedule, tokens = Schedule(phases), np.arange(20_000)
+    plain = PlannedDataset(tokens, schedule, length, batch, seed)
+    lookahead = max(p.output_bag + p.input_bag - 1 for p in schedule.phases)
+    tokens = tokens[: plain.blocks * plain.block_tokens + lookahead]  # as many blocks, and not a token more
+    shifted = PlannedDataset(tokens, schedule, length, batch, seed, shift=True)
+    for i in range(len(plain)):
+        phase, offset = schedule.at(i // batch), shifted.start_of(i) - plain.start_of(i)
+        assert 0 <= offset < phase.input_bag
+        for key, value in plain[i].items():
+            assert torch.equal(shifted[i][key], value + offset)
+
+
+def test_shifts_are_even_and_without_bags_there_are_none() -> None:
+    tokens, bags = np.arange(100_000), Schedule([Phase(500, 4, 4)])
+    plain, shifted = (PlannedDataset(tokens, bags, 8, 4, shift=shift) for shift in (False, True))
+    offsets = Counter(shifted.start_of(i) - plain.start_of(i) for i in range(2000))
+    assert sorted(offsets) == [0, 1, 2, 3] and all(430 < n < 570 for n in offsets.values())
+    ordinary = Schedule([Phase(500)])
+    plain, shifted = (PlannedDataset(tokens, ordinary, 8, 4, shift=shift) for shift in (False, True))
+    assert [plain.start_of(i) for i in range(2000)] == [shifted.start_of(i) for i in range(2000)]
+
+
+def test_steps_that_come_back_to_a_bag_size_finish_its_window() -> None:
+    """Bag sizes in turn, step by step: the text is read once, and no more blocks are used than by one phase each."""
+    tokens, length, batch = np.arange(40_000), 4, 3
+    turns = Schedule([Phase(1, s, s) for _ in range(24) for s in (4, 2, 1)])
+    phases = Schedule([Phase(24, s, s) for s in (4, 2, 1)])
+    plan, compact = (PlannedDataset(tokens, s, length, batch) for s in (turns, phases))
+    assert len(turns.phases) == 72 and plan.epochs == compact.epochs
+    read = Counter(int(t) for i in range(len(plan)) for t in plan[i]["input_ids"].flatten())
+    assert max(read.values()) == 1 and sum(read.values()) == turns.raw_tokens(batch, length)
+    order = np.random.default_rng(0).permutation(len(plan)).tolist()
+    again = PlannedDataset(tokens, turns, length, batch)
+    assert {i: again.start_of(i) for i in order} == {i: plan.start_of(i) for i in range(len(plan))}

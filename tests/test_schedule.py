@@ -72,3 +72,31 @@ def test_wsd_is_what_lambda_lr_takes() -> None:
         optimizer.step()
         scheduler.step()
     assert seen == pytest.approx([1, 2, 2, 2, 2, 2, 1.6, 1.2, 0.8, 0.4])
+
+
+@given(st.integers(1, 200), st.floats(0, 0.9), st.floats(0, 1), st.integers(0, 9))
+def test_mixed_steps_are_the_same_steps(total: int, ratio: float, mixture: float, seed: int) -> None:
+    annealed = Schedule.annealed(total, (8, 4, 2), ratio)
+    mixed = annealed.mixed(mixture, seed)
+    sizes, before = ([s.at(i).input_bag for i in range(total)] for s in (mixed, annealed))
+    assert sorted(sizes) == sorted(before) and mixed.raw_tokens(3, 5) == annealed.raw_tokens(3, 5)
+    assert mixed.switches[-1:] == annealed.switches[-1:]
+    assert annealed.mixed(0.0, seed) == annealed
+    assert Schedule.two_phase(total, 4, ratio).mixed(mixture, seed) == Schedule.two_phase(total, 4, ratio)
+
+
+def test_a_mixture_fades_and_ends_at_random() -> None:
+    annealed = Schedule.annealed(4000, (8, 4, 2), 0.75)
+
+    def share(mixture: float, size: int, steps: range, seed: int = 0) -> float:
+        schedule = annealed.mixed(mixture, seed)
+        return sum(schedule.at(i).input_bag == size for i in steps) / len(steps)
+
+    tenths = [range(i, i + 300) for i in range(0, 3000, 300)]
+    fading = [share(0.4, 8, tenth) for tenth in tenths]
+    assert fading[0] > 0.95 and fading[-1] == 0 and fading == sorted(fading, reverse=True) and len(set(fading)) > 4
+    assert all(abs(share(1.0, size, tenth) - 1 / 3) < 0.1 for size in (8, 4, 2) for tenth in tenths)
+    assert annealed.mixed(1.0, 0) != annealed.mixed(1.0, 1)
+    for mixture in (-0.1, 1.1, float("nan")):
+        with pytest.raises(TokenSuperpositionError, match=r"mixture is .*; give a number in \[0, 1\]"):
+            annealed.mixed(mixture)

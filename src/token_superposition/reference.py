@@ -28,6 +28,20 @@ def multi_hot_cross_entropy(
     return torch.stack(rows).mean() if rows else logits.sum() * 0
 
 
+def sum_to_one_cross_entropy(
+    logits: Tensor,  # (N, V)
+    targets: Tensor,  # (N, s)
+    ignore_index: int = -100,
+) -> Tensor:  # () mean over the rows that have a valid target
+    """For each row, minus the log of the summed probability of the distinct valid targets."""
+    rows: list[Tensor] = []
+    for z, bag in zip(logits, targets, strict=True):
+        members = sorted(set(bag.tolist()) - {ignore_index})
+        if members:
+            rows.append(-torch.log(torch.softmax(z, 0)[members].sum()))
+    return torch.stack(rows).mean() if rows else logits.sum() * 0
+
+
 def bag_embedding(
     weight: Tensor,  # (V, d)
     ids: Tensor,  # (B, L, s)

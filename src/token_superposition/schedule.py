@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import math
+from bisect import bisect_right
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import accumulate, pairwise
 
 from token_superposition.errors import TokenSuperpositionError, require_int
+from token_superposition.permutation import permute
 
 
 @dataclass(frozen=True)
@@ -96,11 +99,29 @@ class Schedule:
         phases = [Phase(n, s, s) for n, s in zip(steps, sizes, strict=True)]
         return cls([*phases, Phase(total_steps - sum(steps))])
 
-    @property
+    def mixed(self, mixture: float, seed: int = 0) -> Schedule:
+        """The same steps with those before the last switch in another order, drawn for ``seed``: the raw tokens stay.
+
+        The steps are sorted by ``(1 - mixture) * place + mixture * (a random place)``: 0 leaves the phases in turn, 1
+        gives every step a bag size at random, and between the two each bag size fades into the next.
+        Raises ``TokenSuperpositionError`` for a mixture outside [0, 1].
+
+        >>> [(p.steps, p.input_bag) for p in Schedule.annealed(10, (4, 2, 1), 0.6).mixed(1.0).phases]
+        [(2, 2), (1, 4), (1, 2), (2, 4), (4, 1)]
+        """
+        if not 0 <= mixture <= 1:
+            raise TokenSuperpositionError(f"mixture is {mixture}; give a number in [0, 1]: 0 in turn, 1 at random")
+        *superposed, last = self.phases
+        steps = [Phase(1, p.input_bag, p.output_bag) for p in superposed for _ in range(p.steps)]
+        n = len(steps)
+        places = [(1 - mixture) * i + mixture * permute(i, n, (seed, 2)) for i in range(n)]
+        return Schedule([*(steps[i] for i in sorted(range(n), key=places.__getitem__)), last])
+
+    @cached_property
     def total_steps(self) -> int:
         return sum(p.steps for p in self.phases)
 
-    @property
+    @cached_property
     def starts(self) -> list[int]:
         """First step of each phase."""
         return [0, *accumulate(p.steps for p in self.phases[:-1])]
@@ -113,7 +134,7 @@ class Schedule:
     def phase_index(self, step: int) -> int:
         """Index of the phase of a step; steps past the end belong to the last phase."""
         require_int("step", step, 0)
-        return sum(start <= step for start in self.starts) - 1
+        return bisect_right(self.starts, step) - 1
 
     def at(self, step: int) -> Phase:
         return self.phases[self.phase_index(step)]
@@ -152,6 +173,8 @@ class WSD:
     warmup_steps: int = 0
     decay_ratio: float = 0.1
     """Share of the steps, at the end, over which the factor falls linearly to 0."""
+    restart: int | None = None
+    """Step from which the warm-up comes once more, for an optimizer that was reset there."""
 
     def __post_init__(self) -> None:
         require_int("total_steps", self.total_steps, 1)
@@ -171,5 +194,8 @@ class WSD:
     def __call__(self, step: int) -> float:
         if step < self.warmup_steps:
             return (step + 1) / self.warmup_steps
+        again = 1.0
+        if self.restart is not None and self.restart <= step < self.restart + self.warmup_steps:
+            again = (step - self.restart + 1) / self.warmup_steps
         left = self.total_steps - step
-        return 1.0 if left >= self.decay_steps else max(left, 0) / self.decay_steps
+        return again if left >= self.decay_steps else again * max(left, 0) / self.decay_steps

@@ -197,7 +197,7 @@ def test_nothing_starts_where_torchtitan_cannot_run(configs: Path) -> None:
         "from torchtitan.config import ConfigManager\n"
         "from token_superposition import TokenSuperpositionError\n"
         "bad = ['--training.global_batch_size 6', '--superposition.ratio 1', '--dataloader.dataset_path nowhere',\n"
-        "       '--training.seq_len 65536']\n"
+        "       '--training.seq_len 65536', '--superposition.loss sum-to-one']\n"
         "for flags in bad:\n"
         "    args = f'--module tests.torchtitan.registry --config llama {flags}'.split()\n"
         "    try:\n"
@@ -209,14 +209,22 @@ def test_nothing_starts_where_torchtitan_cannot_run(configs: Path) -> None:
         "    ConfigManager().parse_args(args).build()\n"
         "except TokenSuperpositionError as e:\n"
         "    print('said:', e, torch.distributed.is_initialized())\n"
+        "from token_superposition.engines.torchtitan.config_registry import trainer_config\n"
+        "from token_superposition.experiment.config import Config, TrainConfig\n"
+        "try:\n"
+        "    trainer_config(Config(train=TrainConfig(optimizer='muon')), 'muon')\n"
+        "except TokenSuperpositionError as e:\n"
+        "    print('said:', e, torch.distributed.is_initialized())\n"
     )
     environment = os.environ | {"TST_TEST_CONFIGS": str(configs), "WORLD_SIZE": "4", "RANK": "0", "LOCAL_RANK": "0"}
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=environment, timeout=240)
     said = [line for line in done.stdout.splitlines() if line.startswith("said:")]
-    assert len(said) == 5 and all(line.endswith(" False") for line in said), done.stdout + done.stderr
+    assert len(said) == 7 and all(line.endswith(" False") for line in said), done.stdout + done.stderr
     assert "global_batch_size 6 is not a multiple of 4 data-parallel processes" in said[0]
     assert "ratio is 1.0" in said[1] and "nowhere holds no prepared data" in said[2]
-    assert "one block needs" in said[3] and "install torch 2.14" in said[4]
+    assert "one block needs" in said[3] and "install torch 2.14" in said[5]
+    assert "superposition.loss is 'sum-to-one'; the torchtitan engine does not have it" in said[4]
+    assert "train.optimizer is 'muon'; the torchtitan engine has adamw only" in said[6]
 
 
 @pytest.mark.parametrize("installed", [None, "0.2.9"])

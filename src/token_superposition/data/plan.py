@@ -3,7 +3,9 @@
 The stream is cut into blocks of ``sequence_length * lcm(bag sizes)`` tokens. Every epoch visits the blocks in another
 seeded order, each once. A step of bag size ``a`` reads samples of ``sequence_length * a`` contiguous tokens out of a
 window of ``batch_size`` consecutive blocks of that order, and the samples of a window are shuffled, so that a batch
-mixes far-apart text in both phases. A switch starts a new window. Resuming needs the step and nothing else.
+mixes far-apart text in both phases. A switch starts a new window; steps that come back to an input bag size go on in
+the window that it left unfinished, so bag sizes may also change with every step. Resuming needs the step and nothing
+else.
 """
 
 from __future__ import annotations
@@ -20,6 +22,7 @@ from torch.utils.data import Dataset
 
 from token_superposition.bags import fold, span
 from token_superposition.errors import TokenSuperpositionError, require_int
+from token_superposition.permutation import draw, permute
 from token_superposition.schedule import Phase, Schedule
 
 Sample = dict[str, Tensor]
@@ -28,10 +31,15 @@ Sample = dict[str, Tensor]
 @dataclass(frozen=True)
 class _PhasePlan:
     phase: Phase
-    first_sample: int
+    first_step: int
+    done: int
+    """Earlier steps with the same input bag."""
+    unfinished: int
+    """First block of the window in which those steps stopped, if they stopped inside one."""
     first_block: int
+    """First block of the windows that this phase opens."""
     per_block: int
-    """Samples in a block."""
+    """Samples in a block, which are as many as the steps of a window."""
 
 
 class PlannedDataset(Dataset[Sample]):
@@ -44,7 +52,9 @@ class PlannedDataset(Dataset[Sample]):
         shift_labels  (L,) or (L, output_bag) int64, already shifted: position j's targets are at index j
 
     ``common_bag`` (a multiple of every bag size) widens the blocks: give runs that are compared the same one and they
-    cut the stream at the same places.
+    cut the stream at the same places. ``shift`` starts every sample 0 to a - 1 tokens later, drawn for its index, so
+    that the boundaries of bags fall anywhere: neighbours then overlap or leave out up to a - 1 tokens. For bags of one
+    token it changes nothing.
 
     Raises ``TokenSuperpositionError`` if the stream is shorter than one block; warns if it is read more than once.
     """
@@ -57,7 +67,9 @@ class PlannedDataset(Dataset[Sample]):
         batch_size: int,
         seed: int = 0,
         common_bag: int = 1,
+        shift: bool = False,
     ):
+        self.shift = shift
         self.tokens = tokens
         self.schedule = schedule
         self.sequence_length = require_int("sequence_length", sequence_length, 1)
@@ -65,7 +77,7 @@ class PlannedDataset(Dataset[Sample]):
         self.seed = require_int("seed", seed, 0)
         self.block_bags = lcm(schedule.common_bag, require_int("common_bag", common_bag, 1))
         self.block_tokens = sequence_length * self.block_bags
-        lookahead = max(p.output_bag for p in schedule.phases)
+        lookahead = max(p.output_bag + (p.input_bag - 1 if shift else 0) for p in schedule.phases)
         self.blocks = (len(tokens) - lookahead) // self.block_tokens
         if self.blocks < 1:
             raise TokenSuperpositionError(
@@ -73,12 +85,17 @@ class PlannedDataset(Dataset[Sample]):
                 f"(sequence length {sequence_length} x bag {self.block_bags}); prepare more text or a shorter sequence"
             )
         self._phases: list[_PhasePlan] = []
-        sample = block = 0
-        for phase in schedule.phases:
-            plan = _PhasePlan(phase, sample, block, self.block_bags // phase.input_bag)
-            self._phases.append(plan)
-            sample += phase.steps * batch_size
-            block += ceil(phase.steps / plan.per_block) * batch_size
+        done: dict[int, int] = {}  # steps so far, by input bag
+        unfinished: dict[int, int] = {}
+        block = 0
+        for first_step, phase in zip(schedule.starts, schedule.phases, strict=True):
+            bag, per_block = phase.input_bag, self.block_bags // phase.input_bag
+            before = done.get(bag, 0)
+            self._phases.append(_PhasePlan(phase, first_step, before, unfinished.get(bag, 0), block, per_block))
+            done[bag] = before + phase.steps
+            if opened := ceil(done[bag] / per_block) - ceil(before / per_block):
+                block += opened * batch_size
+                unfinished[bag] = block - batch_size
         self.epochs = block / self.blocks
         """How often the run reads the text; above 1, text is repeated."""
         if self.epochs > 1:
@@ -105,15 +122,19 @@ class PlannedDataset(Dataset[Sample]):
     def _locate(self, index: int) -> tuple[_PhasePlan, int]:
         if not 0 <= index < len(self):
             raise IndexError(f"sample {index} of {len(self)}")
-        plan = self._phases[self.schedule.phase_index(index // self.batch_size)]
+        step, place = divmod(index, self.batch_size)
+        plan = self._phases[self.schedule.phase_index(step)]
         window_size = self.batch_size * plan.per_block
-        window, place = divmod(index - plan.first_sample, window_size)
-        first_block = plan.first_block + window * self.batch_size
+        window, step_in_window = divmod(plan.done + step - plan.first_step, plan.per_block)
+        window -= ceil(plan.done / plan.per_block)
+        first_block = plan.unfinished if window < 0 else plan.first_block + window * self.batch_size
+        place += step_in_window * self.batch_size
         slot = permute(place, window_size, (self.seed, first_block))
         block_in_window, place_in_block = slot % self.batch_size, slot // self.batch_size
         epoch, block = divmod(first_block + block_in_window, self.blocks)
         block = permute(block, self.blocks, (self.seed, ~epoch))
-        return plan, block * self.block_tokens + place_in_block * self.sequence_length * plan.phase.input_bag
+        start = block * self.block_tokens + place_in_block * self.sequence_length * plan.phase.input_bag
+        return plan, start + (draw(plan.phase.input_bag, (self.seed, index, 1)) if self.shift else 0)
 
 
 class ValidationSet(Dataset[Sample]):
@@ -140,34 +161,3 @@ class ValidationSet(Dataset[Sample]):
         raw = np.asarray(self.tokens[start : start + self.sequence_length + 1])
         ids, targets = fold(torch.from_numpy(raw.astype(np.int64)))
         return {"input_ids": ids, "shift_labels": targets.clone(memory_format=torch.contiguous_format)}
-
-
-_MASK = (1 << 64) - 1
-
-
-def _mix(x: int) -> int:
-    """The finaliser of splitmix64: a bijection of 64-bit numbers that looks random."""
-    x = (x + 0x9E3779B97F4A7C15) & _MASK
-    x = ((x ^ (x >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
-    x = ((x ^ (x >> 27)) * 0x94D049BB133111EB) & _MASK
-    return x ^ (x >> 31)
-
-
-def permute(index: int, n: int, key: tuple[int, ...]) -> int:
-    """A keyed pseudo-random permutation of ``range(n)``, computed for one index without a table.
-
-    A four-round Feistel network over the next even number of bits; values past ``n`` are permuted again until they
-    fall inside (cycle walking), which keeps it a bijection.
-    """
-    half = max((n - 1).bit_length() + 1, 2) // 2
-    mask = (1 << half) - 1
-    k = 0
-    for part in key:
-        k = _mix(k ^ (part & _MASK))
-    while True:
-        left, right = index >> half, index & mask
-        for r in range(4):
-            left, right = right, left ^ (_mix(k ^ (right << 3) ^ r) & mask)
-        index = (left << half) | right
-        if index < n:
-            return index

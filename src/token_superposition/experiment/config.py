@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar, cast
 
 from token_superposition.errors import TokenSuperpositionError, require_int
+from token_superposition.loss.targets import BagLoss
 from token_superposition.schedule import WSD, Phase, Schedule
 from token_superposition.weights import Weighting
 
@@ -59,12 +60,43 @@ class SuperpositionConfig:
     """Where bags are used: both is TST; input predicts one token; output reads one token and needs no more data."""
     weighting: Weighting = "uniform"
     """Weights of the places in a target bag."""
+    loss: BagLoss = "multi-hot"
+    """multi-hot is the mean of the targets' cross-entropies; sum-to-one takes the bag as one label, without weights."""
     anneal: tuple[int, ...] = ()
     """Bag sizes taken in turn instead of bag_size, such as 16, 8, 4, 2; they share the ratio evenly."""
 
+    mixture: float = 0.0
+    """How far the steps of the sizes in anneal are mixed: 0 in turn, 1 at random; between, each fades into the next."""
+    shift: bool = False
+    """Start each sample 0 to s - 1 tokens later, drawn for it, so that the boundaries of bags fall anywhere."""
+    reset_optimizer: bool = False
+    """Forget the optimizer's state at the switch to bag size 1 and warm up again. Expected to hurt."""
+    reset_embeddings: bool = False
+    """Initialise embedding and head again at the switch to bag size 1. Expected to hurt."""
+
+    def check(self) -> None:
+        """Raise ``TokenSuperpositionError`` for settings that contradict each other."""
+        if self.loss != "multi-hot" and self.weighting != "uniform":
+            raise TokenSuperpositionError(
+                f"superposition.loss {self.loss} has no place weights; leave superposition.weighting "
+                f"{self.weighting!r} out, or use the multi-hot loss"
+            )
+        if self.mixture and not self.anneal:
+            raise TokenSuperpositionError(
+                f"superposition.mixture is {self.mixture}, but there are no bag sizes to mix; set superposition.anneal"
+            )
+
+    def refuse_variants(self, engine: str) -> None:
+        """Raise ``TokenSuperpositionError`` for a variant that only tst train has."""
+        for name in VARIANTS:
+            if (value := getattr(self, name)) != getattr(SuperpositionConfig(), name):
+                raise TokenSuperpositionError(
+                    f"superposition.{name} is {value!r}; the {engine} engine does not have it, so use tst train"
+                )
+
     def schedule(self, steps: int) -> Schedule:
         if self.anneal:
-            annealed = Schedule.annealed(steps, self.anneal, self.ratio)
+            annealed = Schedule.annealed(steps, self.anneal, self.ratio).mixed(self.mixture)
             return Schedule(Phase(p.steps, *self._bags(p.input_bag)) for p in annealed.phases)
         a, b = self._bags(require_int("bag_size", self.bag_size, 1))
         return Schedule.two_phase(steps, ratio=self.ratio, input_bag=a, output_bag=b)
@@ -73,6 +105,8 @@ class SuperpositionConfig:
         return (s if self.sides != "output" else 1, s if self.sides != "input" else 1)
 
 
+VARIANTS = ("loss", "shift", "mixture", "reset_optimizer", "reset_embeddings")
+"""Settings that change more than the bag sizes and their weights; the transformers engine has all of them."""
 _PRESETS = files("token_superposition") / "presets"
 BASELINE = SuperpositionConfig(bag_size=1, ratio=0.0)
 
@@ -87,6 +121,8 @@ class TrainConfig:
     """Sequences of one optimizer step, over all processes and accumulated micro-batches."""
     micro_batch_size: int | None = None
     """Sequences that one process computes at once; the whole batch by default."""
+    optimizer: Literal["adamw", "muon"] = "adamw"
+    """muon: Muon for the hidden matrices, AdamW for embedding, head and the rest."""
     learning_rate: float = 1e-3
     """Peak learning rate. Tune it for the baseline."""
     warmup_steps: int = 50
@@ -119,6 +155,13 @@ class TrainConfig:
     """Steps at which a checkpoint is written as well."""
     loader_workers: int = 0
     """Processes that read data ahead."""
+
+    def refuse_muon(self, engine: str) -> None:
+        """Raise ``TokenSuperpositionError`` for an engine that has AdamW only."""
+        if self.optimizer != "adamw":
+            raise TokenSuperpositionError(
+                f"train.optimizer is {self.optimizer!r}; the {engine} engine has adamw only, so use tst train"
+            )
 
 
 @dataclass(frozen=True)
@@ -161,7 +204,8 @@ class Config:
 
     @property
     def wsd(self) -> WSD:
-        return WSD(self.train.steps, self.train.warmup_steps, self.train.decay_ratio)
+        switch = self.schedule.switches[-1:] if self.superposition.reset_optimizer else []
+        return WSD(self.train.steps, self.train.warmup_steps, self.train.decay_ratio, *switch)
 
     def check(self) -> None:
         """Raise ``TokenSuperpositionError`` for the first value that cannot be trained with."""
@@ -192,6 +236,7 @@ class Config:
                 f"compare.variants are named {', '.join(names[2:])}; give each its own plain name, not baseline or tst"
             )
         for superposition in (self.superposition, *(v.superposition for v in self.compare.variants)):
+            superposition.check()
             superposition.schedule(t.steps)
         _ = self.wsd
 

@@ -67,6 +67,15 @@ class Launch:
                 "the launch file asks for FSDP and this machine has no accelerator, where accelerate trains with DDP "
                 "and does not say so; launch with ddp.yaml or torchrun"
             )
+        if self.sharded and config.train.optimizer != "adamw":
+            raise TokenSuperpositionError(
+                f"train.optimizer is {config.train.optimizer!r}, which was not made for FSDP; launch with ddp.yaml"
+            )
+        for name in ("reset_optimizer", "reset_embeddings"):
+            if self.sharded and getattr(config.superposition, name):
+                raise TokenSuperpositionError(
+                    f"superposition.{name} is true, which was not made for FSDP; launch with ddp.yaml"
+                )
         if self.mixed_precision not in ("no", "bf16"):
             raise TokenSuperpositionError(
                 f"the launch file asks for mixed_precision {self.mixed_precision}; set it to bf16 or no "

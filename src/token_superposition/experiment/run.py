@@ -27,6 +27,8 @@ from token_superposition.data.plan import PlannedDataset, ValidationSet
 from token_superposition.data.store import TokenStore
 from token_superposition.data.tokenizer import load_tokenizer
 from token_superposition.engines.transformers import TSTTrainer
+from token_superposition.engines.transformers.muon import MuonAdamW, split_parameters
+from token_superposition.engines.transformers.switch import AtSwitch
 from token_superposition.errors import TokenSuperpositionError
 from token_superposition.experiment.config import Config, save_config
 from token_superposition.experiment.launch import Launch
@@ -58,7 +60,7 @@ class RunResult:
     train_seconds: float
     """Time in training steps, without validation and saving."""
     phase_step_seconds: list[float]
-    """Mean time of a step in each phase."""
+    """Mean time of a step in each phase; where bag sizes are mixed, in all the steps on bags and in the rest."""
     val_loss: float
     """Next-token loss on held-out text, nats per token."""
     val_bpb: float
@@ -132,7 +134,7 @@ def train(
     model = build_model(config, store.meta)
     tokenizer = load_tokenizer(str(store.directory / "tokenizer"))
     data = (config.data.sequence_length, config.train.batch_size, config.train.seed, config.data.common_bag)
-    plan = PlannedDataset(store, schedule, *data)
+    plan = PlannedDataset(store, schedule, *data, shift=config.superposition.shift)
     held_out = ValidationSet(validation, config.data.sequence_length, config.data.eval_tokens)
     final = ValidationSet(validation, config.data.sequence_length, config.data.final_eval_tokens)
     bits_per_byte = 1 / math.log(2) / validation.split.bytes_per_token
@@ -157,8 +159,10 @@ def train(
         eval_dataset=held_out,
         processing_class=tokenizer,
         weighting=config.superposition.weighting,
+        bag_loss=config.superposition.loss,
         lr_factor=config.wsd,
-        callbacks=[metrics],
+        optimizers=(muon(config, model), None),
+        callbacks=[metrics, *at_switch(config)],
     )
     trainer.remove_callback(PrinterCallback)
     trainer.train(resume_from_checkpoint=str(start) if start is not None else None)
@@ -169,7 +173,9 @@ def train(
         plan,
         flops=step_flops * schedule.total_steps,
         train_seconds=metrics.seconds,
-        phase_step_seconds=phase_step_seconds(out, schedule.starts),
+        phase_step_seconds=phase_step_seconds(
+            out, [0, *schedule.switches[-1:]] if config.superposition.mixture else schedule.starts
+        ),
         val_loss=val_loss,
         bits_per_byte=bits_per_byte,
         parameters=sum(p.numel() for p in model.parameters()),
@@ -177,6 +183,24 @@ def train(
     if trainer.is_world_process_zero():
         write_json(out / RESULT, asdict(result))
     return result
+
+
+def muon(config: Config, model: PreTrainedModel) -> MuonAdamW | None:
+    """The optimizer of the configuration if the ``Trainer`` does not make it."""
+    t = config.train
+    if t.optimizer == "adamw":
+        return None
+    betas = (t.beta1, t.beta2)
+    return MuonAdamW(*split_parameters(model), lr=t.learning_rate, betas=betas, weight_decay=t.weight_decay)
+
+
+def at_switch(config: Config) -> list[AtSwitch]:
+    """What the configuration throws away at the last switch, if there is one."""
+    wanted = config.superposition
+    if not (wanted.reset_optimizer or wanted.reset_embeddings):
+        return []
+    settings = {"optimizer": wanted.reset_optimizer, "embeddings": wanted.reset_embeddings}
+    return [AtSwitch(step, **settings) for step in config.schedule.switches[-1:]]
 
 
 def training_arguments(config: Config, out: Path, launch: Launch) -> TrainingArguments:

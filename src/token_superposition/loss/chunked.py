@@ -23,7 +23,7 @@ def linear_multi_hot_loss(
     weight: Tensor,  # (V, d), or this process's rows of it
     bias: Tensor | None,  # (V,)
     targets: Tensor,  # (N, s)
-    target_weights: Tensor,  # (N, s) as given by targets.target_weights
+    target_weights: Tensor,  # (N, s) as given by targets.target_weights, or by targets.bag_members if composite
     valid: Tensor,  # (N,) bool
     dtype: torch.dtype,
     softcap: float,
@@ -34,12 +34,13 @@ def linear_multi_hot_loss(
     differentiate: Sequence[bool],
     vocab_start: int,
     group: str,
+    composite: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Sum of the rows' losses, and its gradients by ``hidden``, ``weight`` and ``bias`` (empty where not asked for).
 
     The matrix products run in ``dtype``; the rest and the sum over chunks in the dtype of ``target_weights``.
     ``kernel`` is ``torch`` or ``triton``. ``group`` names the process group over which the vocabulary is sharded
-    (none if empty); ``vocab_start`` is the first id of ``weight``.
+    (none if empty); ``vocab_start`` is the first id of ``weight``. ``composite`` makes it the sum-to-one loss.
     """
     (n, d), v = hidden.shape, weight.shape[0]
     acc = target_weights.dtype
@@ -74,7 +75,7 @@ def linear_multi_hot_loss(
                 losses = by_kernel(z, y, w, softcap, z_loss)
                 g = z
             else:
-                losses, g = loss_and_gradient(z.to(acc), y, w, softcap, z_loss, group)
+                losses, g = loss_and_gradient(z.to(acc), y, w, softcap, z_loss, group, composite)
             total += torch.where(ok.squeeze(1), losses, 0).sum()
             if not any(differentiate):
                 continue
@@ -103,6 +104,7 @@ def loss_and_gradient(
     softcap: float,
     z_loss: float,
     group: str,
+    composite: bool = False,
 ) -> tuple[Tensor, Tensor]:  # (n,) losses; (n, V) gradient by the logits, in the memory of z where that is possible
     slope = None
     if softcap:
@@ -113,7 +115,15 @@ def loss_and_gradient(
     if group:
         top = _all_reduce(top, "max", group)
     z.sub_(top)
-    picked = (z.gather(1, y) * w).sum(1)
+    targets = z.gather(1, y)
+    if composite:  # the targets weigh as the model sees them: a softmax over the members of the bag
+        members = targets.masked_fill(w == 0, -torch.inf)
+        best = members.amax(1, keepdim=True).nan_to_num(neginf=0.0)
+        w = members.sub_(best).exp_()
+        inside = w.sum(1, keepdim=True).clamp_(min=1)  # 1 or more, but in a row without members
+        picked, w = (inside.log() + best).squeeze(1), w / inside
+    else:
+        picked = (targets * w).sum(1)
     sums = z.exp_().sum(1)
     if group:
         sums, picked = _all_reduce(sums, "sum", group), _all_reduce(picked, "sum", group)
@@ -171,7 +181,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
 
 def _backward(ctx: Any, grad: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
     if grad is None:
-        return (None,) * 15
+        return (None,) * 16
     if torch.is_grad_enabled():
         raise TokenSuperpositionError(
             "linear_multi_hot_cross_entropy was differentiated with create_graph=True; "
@@ -185,7 +195,7 @@ def _backward(ctx: Any, grad: Tensor | None, *_: Tensor | None) -> tuple[Tensor 
     scale = torch.mul if torch.compiler.is_compiling() else Tensor.mul_
     needed = ctx.settings[6]
     scaled = [scale(g, grad) if need else None for g, need in zip(gradients, needed, strict=True)]
-    return (*scaled, *[None] * 12)
+    return (*scaled, *[None] * 13)
 
 
 linear_multi_hot_loss.register_autograd(_backward, setup_context=_setup_context)

@@ -10,7 +10,15 @@ from torch import Tensor
 from token_superposition.errors import TokenSuperpositionError
 from token_superposition.loss.chunked import linear_multi_hot_loss
 from token_superposition.loss.logits import multi_hot_cross_entropy
-from token_superposition.loss.targets import Reduction, as_rows, reduce, target_weights
+from token_superposition.loss.targets import (
+    BagLoss,
+    Reduction,
+    as_rows,
+    bag_members,
+    check_loss,
+    reduce,
+    target_weights,
+)
 from token_superposition.loss.vocab_parallel import VocabParallel, local_head
 
 Implementation = Literal["auto", "reference", "chunked", "native", "liger", "triton"]
@@ -28,6 +36,7 @@ def linear_multi_hot_cross_entropy(
     softcap: float | None = None,
     logit_scale: float = 1.0,
     z_loss: float = 0.0,
+    loss: BagLoss = "multi-hot",
     reduction: Reduction = "mean",
     impl: Implementation = "auto",
     chunk_rows: int | None = None,
@@ -40,6 +49,9 @@ def linear_multi_hot_cross_entropy(
     renormalised over the valid targets; a row without any contributes 0, whatever it holds. ``mean`` is over the rows
     that have a valid target. Under autocast the matrix products run in the autocast dtype; everything else, and the
     gradient of the head over the rows, is computed in float32 (float64 for float64 inputs).
+
+    ``loss="sum-to-one"`` replaces the sum over ``i`` by ``logsumexp(z[y])`` over the distinct tokens of the bag (see
+    ``multi_hot_cross_entropy``), for ``reference`` and ``chunked`` and a head that is not sharded.
 
     ``impl``:
 
@@ -60,19 +72,24 @@ def linear_multi_hot_cross_entropy(
     hidden, weight, bias, vocab_start, group = local_head(hidden, weight, bias, vocab_parallel)
     hidden, targets = as_rows(hidden, targets)
     _check(hidden, weight, softcap, impl, chunk_rows)
+    check_loss(loss)
     device = hidden.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
-    w, valid = target_weights(targets, place_weights, ignore_index, torch.promote_types(dtype, torch.float32))
+    weigh = target_weights if loss == "multi-hot" else bag_members
+    w, valid = weigh(targets, place_weights, ignore_index, torch.promote_types(dtype, torch.float32))
     cap = softcap or 0.0
     if group and impl not in ("auto", "chunked"):
         raise TokenSuperpositionError(f"impl={impl!r} cannot read a head sharded over the vocabulary; choose 'chunked'")
+    if loss == "sum-to-one" and (group or impl not in ("auto", "chunked", "reference")):
+        where = "a head sharded over the vocabulary" if group else f"impl={impl!r}"
+        raise TokenSuperpositionError(f"{where} has no sum-to-one loss; use impl='chunked' on a whole head")
     if impl == "reference":
         rows = torch.where(valid.unsqueeze(1), hidden, 0)
         logits = rows.to(w.dtype) @ weight.to(w.dtype).T * logit_scale
         logits = logits if bias is None else logits + bias
         logits = torch.tanh(logits / cap) * cap if cap else logits
         return multi_hot_cross_entropy(
-            logits, targets, place_weights, ignore_index=ignore_index, z_loss=z_loss, reduction=reduction
+            logits, targets, place_weights, ignore_index=ignore_index, z_loss=z_loss, loss=loss, reduction=reduction
         )
     if impl in ("native", "liger") and hidden.shape[0]:  # no rows: they divide by them
         from token_superposition.loss import single_target
@@ -99,6 +116,7 @@ def linear_multi_hot_cross_entropy(
         [t is not None and enabled and t.requires_grad for t in (hidden, weight, bias)],
         vocab_start,
         group,
+        loss == "sum-to-one",
     )[0]
     return reduce(total, valid, reduction)
 

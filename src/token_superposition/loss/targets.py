@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
@@ -10,6 +10,8 @@ from torch import Tensor
 from token_superposition.errors import TokenSuperpositionError
 
 Reduction = Literal["mean", "sum"]
+BagLoss = Literal["multi-hot", "sum-to-one"]
+"""How a row is scored against its bag: the mean of the targets' cross-entropies, or the bag as one composite label."""
 
 
 def as_rows(x: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:  # (N, d), (N, s)
@@ -41,6 +43,27 @@ def target_weights(
     w = place_weights.to(targets.device, dtype) * (targets != ignore_index)
     total = w.sum(1, keepdim=True)
     return w / torch.where(total > 0, total, 1), total.squeeze(1) > 0
+
+
+def bag_members(
+    targets: Tensor,  # (N, s)
+    place_weights: Tensor | None,
+    ignore_index: int,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor]:  # (N, s) 1 at the first place of each valid token, else 0; (N,) bool
+    """The bag as a set, for the sum-to-one loss: a token that occurs twice is one member."""
+    if place_weights is not None:
+        raise TokenSuperpositionError(
+            "place_weights are given for the sum-to-one loss, where a bag is one label without places; leave them out"
+        )
+    valid = targets != ignore_index
+    repeated = (targets.unsqueeze(2) == targets.unsqueeze(1)).tril(-1).any(2)
+    return (valid & ~repeated).to(dtype), valid.any(1)
+
+
+def check_loss(loss: str) -> None:
+    if loss not in get_args(BagLoss):
+        raise TokenSuperpositionError(f"loss is {loss!r}; choose one of {', '.join(get_args(BagLoss))}")
 
 
 def reduce(total: Tensor, valid: Tensor, reduction: Reduction) -> Tensor:  # (), (N,) -> ()

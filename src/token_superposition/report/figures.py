@@ -60,7 +60,7 @@ def draw(axes: Axes, contents: Contents, key: str, label: str) -> str:
         axes.plot(x, y, dash, color=colour, lw=1.8, alpha=0.9, label=name if name not in shown else None)
         axes.plot(x[-1], y[-1], "o", color=colour, ms=5)
         switches = [a for a, b in pairwise(lines) if bag(a) != bag(b)]
-        for i, at in enumerate(switches):
+        for i, at in enumerate(switches if len(switches) < 8 else switches[-1:]):  # mixed bag sizes: the last one
             axes.axvline(
                 at[key], color=colour, lw=1, ls=":", label="switch" if not i and "switch" not in shown else None
             )

@@ -104,6 +104,8 @@ def train(
     Raises ``TokenSuperpositionError`` before any process group starts for a configuration that cannot be trained.
     """
     config.check()
+    config.superposition.refuse_variants("OLMo-core")
+    config.train.refuse_muon("OLMo-core")
     out = Path(out)
     store = TokenStore(config.data.path)
     start = initial_model(config, store.meta)

@@ -58,6 +58,7 @@ class TSTTrainer(Trainer):
         assert isinstance(config.dataloader, PlannedLoader.Config)
         assert isinstance(config.loss, ChunkedLossWrapper.Config) and isinstance(config.loss.loss_fn, BagLoss.Config)
         machine()
+        config.superposition.refuse_variants("torchtitan")
         processes = data_parallel(parallelism, int(os.environ.get("WORLD_SIZE", 1)))
         training.local_batch_size = batch_sizes(training.global_batch_size, training.local_batch_size, processes)
         self.schedule = config.superposition.schedule(training.steps)

@@ -17,6 +17,7 @@ from token_superposition.embedding import superpose
 from token_superposition.engines.transformers.head import HiddenStates, read_head, whole_head
 from token_superposition.errors import TokenSuperpositionError
 from token_superposition.loss import linear_multi_hot_cross_entropy, multi_hot_cross_entropy
+from token_superposition.loss.targets import BagLoss
 from token_superposition.weights import Weighting, place_weights
 
 logger = logging.getLogger(__name__)
@@ -30,8 +31,9 @@ class TSTTrainer(Trainer):
     have a target. A batch with ``labels`` alone goes the stock way. A ``PlannedDataset`` is read in its own order and
     decides the number of steps; it must agree with the arguments about the batch size.
 
-    ``weighting`` weighs the places in a bag. ``lr_factor`` maps a 0-based step to a learning-rate factor (``WSD``);
-    without it the arguments' own scheduler is used. Checkpoints, resume and the saved model are the stock ones.
+    ``weighting`` weighs the places in a bag; ``bag_loss`` "sum-to-one" takes the bag as one label. ``lr_factor`` maps a
+    0-based step to a learning-rate factor (``WSD``); without it the arguments' own scheduler is used. Checkpoints,
+    resume and the saved model are the stock ones.
 
     Raises ``TokenSuperpositionError`` where plan and arguments disagree.
     """
@@ -42,6 +44,7 @@ class TSTTrainer(Trainer):
         args: TrainingArguments,
         *,
         weighting: Weighting = "uniform",
+        bag_loss: BagLoss = "multi-hot",
         lr_factor: Callable[[int], float] | None = None,
         **kwargs: Any,
     ):
@@ -57,6 +60,7 @@ class TSTTrainer(Trainer):
                 "label_smoothing_factor and compute_loss_func cannot be combined with TSTTrainer; use weighting"
             )
         self.weighting: Weighting = weighting
+        self.bag_loss: BagLoss = bag_loss
         self._weights: dict[tuple[int, torch.device], Tensor] = {}
         self.lr_factor = lr_factor
         self.head = None if isinstance(head, str) else head
@@ -112,11 +116,12 @@ class TSTTrainer(Trainer):
                     bias=head.bias,
                     softcap=self.head.softcap,
                     logit_scale=self.head.logit_scale,
+                    loss=self.bag_loss,
                     reduction=reduction,
                 )
         else:
             outputs = model(**inputs)
-            loss = multi_hot_cross_entropy(outputs.logits, targets, weights, reduction=reduction)
+            loss = multi_hot_cross_entropy(outputs.logits, targets, weights, loss=self.bag_loss, reduction=reduction)
         accumulated = 1
         if num_items_in_batch is not None:  # rows of the whole step: see _get_num_items_in_batch
             loss = loss / num_items_in_batch
