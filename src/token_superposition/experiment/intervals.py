@@ -90,9 +90,11 @@ def speedup(seeds: Sequence[SeedSpeedup]) -> Speedup | None:
     if not seeds:
         return None
     logs = [math.log(s.speedup) for s in seeds]
-    bounds = {s.bound for s in seeds if s.bound != "measured"}
+    bounds: set[Bound] = {s.bound for s in seeds if s.bound != "measured"}
     measured = sum(s.bound == "measured" for s in seeds)
-    bound: Bound = "not comparable" if len(bounds) > 1 else next(iter(bounds), "measured")
+    bound: Bound = "measured"
+    if bounds:
+        bound = bounds.pop() if len(bounds) == 1 else "not comparable"
     interval = t_interval(logs) if measured > 1 else None  # bounds alone have no spread to go by
     low, high = (math.exp(interval[0]), math.exp(interval[1])) if interval is not None else (None, None)
     return Speedup(

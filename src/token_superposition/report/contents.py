@@ -83,12 +83,12 @@ def interval_rows(contents: Contents) -> list[tuple[str, ...]]:
     return [
         (
             name,
-            f"{c['delta_val_loss']:+.4f}",
-            interval(c["delta_val_loss_interval"], "+.4f"),
+            f"{c['delta_val_loss']:+.3f}",
+            interval(c["delta_val_loss_interval"], "+.3f"),
             str(len(c["delta_val_loss_per_seed"])),
-            f"{BOUNDS[s['bound']]}{s['geometric_mean']:.2f} x" if (s := c["speedup"]) else "not measured",
+            f"{BOUNDS[s['bound']]}{s['geometric_mean']:.2f}" if (s := c["speedup"]) else "not measured",
             interval((s["low"], s["high"]), ".2f") if s else "none",
-            f"{c['equal_time']['ratio']:.2f} x",
+            f"{c['equal_time']['ratio']:.2f}",
         )
         for name, c in contents.comparison["variants"].items()
     ]

@@ -12,7 +12,7 @@ from token_superposition.report.contents import duration, short
 
 def print_dry_run(dry: DryRun, console: Console) -> None:
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    for header in ("run", "steps", "latent tokens", "raw tokens", "FLOPs", "time"):
+    for header in ("run", "steps", "latent", "raw", "FLOPs", "time"):
         table.add_column(header, justify="left" if header == "run" else "right", no_wrap=True)
     for job in dry.jobs:
         part = f"{job.steps:,} of " if 0 < job.steps < job.total_steps else ""
@@ -41,7 +41,7 @@ def print_dry_run(dry: DryRun, console: Console) -> None:
         f"{short(dry.parameters)} parameters; {dry.step_seconds:.2g} s a step on this machine with {dry.parallel} "
         f"run{'s' if dry.parallel > 1 else ''} at a time, measured on random tokens. What is left takes about "
         f"{duration(dry.seconds)}, validation included. A run of which fewer steps are trained branches off a "
-        "longer one or goes on from a checkpoint. Nothing was written.",
+        "longer one or goes on from a checkpoint. latent and raw count tokens. Nothing was written.",
         highlight=False,
         soft_wrap=True,
     )
