@@ -13,7 +13,7 @@ import torch
 from transformers import TrainerCallback
 
 from tests.conftest import VOCAB, tiny
-from tests.test_trainer import arguments, losses, plan_of
+from tests.test_trainer import arguments, launch, losses, plan_of
 from token_superposition import WSD, TokenSuperpositionError
 from token_superposition.engines.transformers import TSTTrainer
 from token_superposition.engines.transformers.muon import MuonAdamW, split_parameters
@@ -84,6 +84,20 @@ def test_the_variant_is_another_run_and_resumes_as_itself(
     for step in SAVES:  # before, at and after the switch
         checkpoint = tmp_path / f"whole/checkpoints/checkpoint-{step}"
         assert run(f"resumed{step}", plain | variant, checkpoint, save_at=SAVES) == whole
+
+
+def test_all_variants_at_once_on_two_processes(write_config: Callable[..., Path], tmp_path: Path) -> None:
+    """By the command's flags; the second process must throw away the same things and draw the same weights."""
+    flags = (
+        "--superposition.loss sum-to-one --superposition.anneal 4 2 --superposition.mixture 0.7 --superposition.shift "
+        "--superposition.reset-optimizer --superposition.reset-embeddings --train.optimizer muon"
+    )
+    curves: list[list[float]] = []
+    for processes in (1, 2):
+        launch(processes, "train", write_config(), "--out", tmp_path / f"{processes}", *flags.split())
+        lines = read_metrics(tmp_path / f"{processes}" / "metrics.jsonl")
+        curves.append([m["loss"] for m in lines if "loss" in m])
+    assert len(curves[0]) == 12 and curves[1] == pytest.approx(curves[0], rel=1e-3)
 
 
 class Ages(TrainerCallback):
@@ -206,13 +220,14 @@ def test_muon_takes_the_hidden_matrices_only(architecture: str, tied: bool) -> N
             "mamba": {"in_proj", "x_proj", "dt_proj", "out_proj"},
         }[architecture]
     )
-    assert any(p is model.get_input_embeddings().weight for p in others)
-    assert any(p is model.get_output_embeddings().weight for p in others)
+    ends: list[Any] = [model.get_input_embeddings(), model.get_output_embeddings()]
+    assert all(any(p is end.weight for p in others) for end in ends)
 
 
 @pytest.mark.parametrize("name", VARIANTS)
 def test_another_engine_refuses_what_it_does_not_have(name: str) -> None:
-    value = {"loss": "sum-to-one", "mixture": 0.5}.get(name, True)
+    values: dict[str, Any] = {"loss": "sum-to-one", "mixture": 0.5}
+    value = values.get(name, True)
     SuperpositionConfig(weighting="power", anneal=(4, 2)).refuse_variants("other")
     with pytest.raises(TokenSuperpositionError, match=f"superposition.{name} is .* the other engine does not have it"):
         SuperpositionConfig(**{name: value}).refuse_variants("other")
