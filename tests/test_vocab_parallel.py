@@ -111,15 +111,16 @@ def check_dtensors(rank: int) -> None:
 CHECKS = (check_loss_on_local_rows, check_number_of_collectives, check_dtensors)
 
 
-def worker(rank: int, check: int, rendezvous: str) -> None:
+def worker(rank: int, rendezvous: str) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=2)
     try:
-        CHECKS[check](rank)
+        for check in CHECKS:
+            check(rank)
     finally:
         dist.destroy_process_group()
 
 
-@pytest.mark.parametrize("check", range(len(CHECKS)), ids=[c.__name__ for c in CHECKS])
-def test_two_processes(check: int, tmp_path: Path) -> None:
-    torch.multiprocessing.spawn(worker, (check, str(tmp_path / "rendezvous")), nprocs=2)  # pyright: ignore
+def test_two_processes(tmp_path: Path) -> None:
+    """All checks in the same two processes, which take longer to start than to run; a failure's trace names the check."""
+    torch.multiprocessing.spawn(worker, (str(tmp_path / "rendezvous"),), nprocs=2)  # pyright: ignore
