@@ -122,5 +122,5 @@ def worker(rank: int, rendezvous: str) -> None:
 
 
 def test_two_processes(tmp_path: Path) -> None:
-    """All checks in the same two processes, which take longer to start than to run; a failure's trace names the check."""
+    """All checks in the same two processes, which take longer to start than to run; a trace names the check."""
     torch.multiprocessing.spawn(worker, (str(tmp_path / "rendezvous"),), nprocs=2)  # pyright: ignore
