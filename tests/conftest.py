@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,12 +13,14 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 import torch
+from filelock import FileLock
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read when a kernel is defined: kernels run on the CPU
 
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
+from tests.processes import call, command
 from token_superposition.data.prepare import PrepareOptions, prepare
 
 SENTENCES = ("The river carries {} boats to the sea.", "def add_{0}(x):\n    return x + {0}", "Bag {} holds tokens {}.")
@@ -127,13 +129,20 @@ def toml(value: object) -> str:
 
 def tst(*args: str | Path, check: bool = True, **environment: str) -> subprocess.CompletedProcess[str]:
     """Run the command in a process of its own."""
-    done = subprocess.run(
-        [sys.executable, "-m", "token_superposition", *map(str, args)],
-        capture_output=True,
-        text=True,
-        env=os.environ | environment,
-        timeout=300,
-    )
+    done = call(command, *map(str, args), **environment)
     if check:
         assert done.returncode == 0, done.stdout + done.stderr
     return done
+
+
+def once(factory: pytest.TempPathFactory, name: str, make: Callable[[Path], None]) -> Path:
+    """A directory that ``make`` fills, once for all workers of pytest-xdist."""
+    base = factory.getbasetemp()
+    root = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / name
+    with FileLock(f"{root}.lock"):
+        if not (root / "made").exists():
+            shutil.rmtree(root, ignore_errors=True)
+            root.mkdir()
+            make(root)
+            (root / "made").touch()
+    return root

@@ -27,7 +27,7 @@ def shard_on_cpu() -> None:
     AcceleratorState.__init__ = with_fsdp
 
 
-if __name__ == "__main__":
+def train_sharded(arguments: list[str]) -> None:
     from token_superposition.cli.arguments import parse, split_config
     from token_superposition.cli.quiet import quiet
     from token_superposition.cli.train import TrainCommand
@@ -35,6 +35,10 @@ if __name__ == "__main__":
 
     quiet()
     shard_on_cpu()
-    config, rest = split_config(sys.argv[1:])
+    config, rest = split_config(arguments)
     options = parse(TrainCommand, "train", rest, TrainCommand(config))
     train(options.config, options.out)
+
+
+if __name__ == "__main__":
+    train_sharded(sys.argv[1:])

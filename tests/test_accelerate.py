@@ -17,12 +17,16 @@ import pytest
 import torch
 import torch.distributed as dist
 from accelerate.commands.config.config_args import load_config_from_file
+from accelerate.commands.launch import _validate_launch_command, launch_command_parser
+from accelerate.utils.launch import prepare_multi_gpu_env
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM, TrainerCallback, TrainingArguments
 
 from tests.conftest import CONFIG, TINY, VOCAB, tiny, tst
-from tests.fsdp_on_cpu import shard_on_cpu
+from tests.fsdp_on_cpu import shard_on_cpu, train_sharded
+from tests.processes import launch as fork
+from tests.processes import spawn
 from token_superposition import Schedule, TokenSuperpositionError, fold, linear_multi_hot_cross_entropy, span, superpose
 from token_superposition.data.plan import PlannedDataset
 from token_superposition.data.store import TokenStore
@@ -46,6 +50,12 @@ def launch(file: str, module: str, *args: str | Path, processes: int = 2) -> Non
     start = command(file, module, *args, processes=processes)
     done = subprocess.run(start, capture_output=True, text=True, timeout=300, env=environment())
     assert done.returncode == 0, done.stderr[-5000:]
+
+
+def launchers_environment(file: str) -> dict[str, str]:
+    """What ``accelerate launch`` tells the processes that it starts."""
+    parsed: Any = launch_command_parser().parse_args(command(file, "tests.fsdp_on_cpu")[3:])
+    return prepare_multi_gpu_env(_validate_launch_command(parsed)[0])
 
 
 def environment() -> dict[str, str]:
@@ -114,7 +124,7 @@ def test_fsdp2_is_one_process_and_resumes_across_the_switch(config: Path, one: P
     assert not (saved / "model.safetensors").exists()
 
     forget_after(whole, resumed, 16)
-    launch("fsdp2.yaml", "tests.fsdp_on_cpu", config, "--out", resumed)
+    fork(2, train_sharded, [str(config), "--out", str(resumed)], **launchers_environment("fsdp2.yaml"))
     assert [m["input_bag"] for m in history(resumed) if "loss" in m] == [4] * 20 + [1] * 4
     assert history(resumed) == history(whole)
     weights = "model/model.safetensors"
@@ -206,7 +216,7 @@ def sharded_worker(rank: int, prepared: Path, out: Path) -> None:
 def sharded(prepared: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Every case trained by two processes that shard the model."""
     out = tmp_path_factory.mktemp("sharded")
-    torch.multiprocessing.spawn(sharded_worker, (prepared, out), nprocs=2)  # pyright: ignore
+    spawn(sharded_worker, prepared, out)
     return out
 
 
@@ -252,7 +262,7 @@ def whole_head_worker(rank: int, rendezvous: str) -> None:
 
 
 def test_a_head_that_was_freed_after_the_forward_pass_is_gathered(tmp_path: Path) -> None:
-    torch.multiprocessing.spawn(whole_head_worker, (str(tmp_path / "rendezvous"),), nprocs=2)  # pyright: ignore
+    spawn(whole_head_worker, str(tmp_path / "rendezvous"))
 
 
 @pytest.mark.parametrize(("file", "kind"), [("ddp.yaml", "MULTI_GPU"), ("fsdp2.yaml", "FSDP")])

@@ -11,6 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests.processes import server
 from token_superposition import Phase, Schedule, TokenSuperpositionError
 from token_superposition.data.plan import PlannedDataset, ValidationSet
 from token_superposition.data.store import TokenStore
@@ -121,7 +122,7 @@ def test_reads_a_store_across_workers(prepared: Path) -> None:
     plan = PlannedDataset(TokenStore(prepared), Schedule.two_phase(6, 4, 0.5), 16, 4)
     plan[0]  # opens a memory map, which must not be copied into the pickle
     assert len(pickle.dumps(plan)) < 20_000
-    loader = torch.utils.data.DataLoader(plan, batch_size=4, num_workers=2, multiprocessing_context="spawn")
+    loader = torch.utils.data.DataLoader(plan, batch_size=4, num_workers=2, multiprocessing_context=server)
     for step, batch in enumerate(loader):
         assert batch["input_ids"].shape == ((4, 16, 4) if step < 3 else (4, 16))
         assert torch.equal(batch["input_ids"][1], plan[step * 4 + 1]["input_ids"])

@@ -18,6 +18,7 @@ from torch.utils.data import Dataset
 from transformers import AutoModelForCausalLM, Trainer, TrainerCallback, TrainingArguments, default_data_collator
 
 from tests.conftest import TINY, VOCAB, tiny, tst
+from tests.processes import command, launch
 from token_superposition import Schedule, TokenSuperpositionError, place_weights, reference
 from token_superposition.data.plan import PlannedDataset, ValidationSet
 from token_superposition.data.store import TokenStore
@@ -237,14 +238,16 @@ def test_gradient_checkpointing_changes_nothing(prepared: Path, tmp_path: Path) 
     assert losses(checkpointed) == pytest.approx(losses(plain), rel=1e-5)
 
 
-def launch(processes: int, *args: str | Path) -> None:
-    """``tst`` in one process, or in several over gloo."""
-    if processes == 1:
-        tst(*args)
-        return
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+def train_command(processes: int, *args: str | Path) -> None:
+    """``tst train`` in one process, or in several over gloo."""
+    launch(processes, command, "train", *map(str, args))
+
+
+def torchrun(*args: str | Path) -> None:
+    """The documented command for two processes."""
+    start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     done = subprocess.run(
-        [*command, "-m", "token_superposition", *map(str, args)],
+        [*start, "-m", "token_superposition", "train", *map(str, args)],
         capture_output=True, text=True, timeout=300, env=os.environ | {"OMP_NUM_THREADS": "1"},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
@@ -262,13 +265,16 @@ def test_resume_across_the_switch_is_bit_equal(write_config: Callable[..., Path]
     losses: list[list[float]] = []
     for processes in (1, 2):
         first, resumed = tmp_path / f"{processes}-whole", tmp_path / f"{processes}-resumed"
-        launch(processes, "train", config, "--out", first)
+        if processes == 1:
+            train_command(1, config, "--out", first)
+        else:
+            torchrun(config, "--out", first)
         shutil.copytree(first, resumed)
         for later in ("checkpoint-8", "checkpoint-12"):
             shutil.rmtree(resumed / "checkpoints" / later)
         shutil.rmtree(resumed / "model")
         (resumed / "run.json").unlink()
-        launch(processes, "train", config, "--out", resumed)
+        train_command(processes, config, "--out", resumed)
         whole, again = (
             [{k: v for k, v in m.items() if k not in TIMES} for m in read_metrics(p / "metrics.jsonl")]
             for p in (first, resumed)
@@ -281,26 +287,29 @@ def test_resume_across_the_switch_is_bit_equal(write_config: Callable[..., Path]
     assert losses[1] == pytest.approx(losses[0], rel=1e-4)
 
 
-@pytest.mark.parametrize("architecture", FOUR)
-def test_tst_train_ends_with_a_stock_model(
-    architecture: str, write_config: Callable[..., Path], tmp_path: Path
-) -> None:
-    """Both phases from the command line; a process that cannot import this package loads the result."""
-    tst("train", write_config(architecture, learning_rate=1e-2), "--out", tmp_path / "run")
-    result = json.loads((tmp_path / "run/run.json").read_text())
-    lines = [m for m in read_metrics(tmp_path / "run/metrics.jsonl") if "loss" in m]
-    assert abs(lines[0]["loss"] - math.log(VOCAB)) < 0.4 and result["val_loss"] < lines[0]["loss"] - 0.2
-    assert result["raw_tokens"] == 4 * 16 * (6 * 4 + 6) and result["flops"] > 0
+def test_tst_train_ends_with_stock_models(write_config: Callable[..., Path], tmp_path: Path) -> None:
+    """Both phases from the command line; a process that cannot import this package loads the results."""
+    for architecture in FOUR:
+        run = tmp_path / architecture
+        tst("train", write_config(architecture, learning_rate=1e-2), "--out", run)
+        result = json.loads((run / "run.json").read_text())
+        lines = [m for m in read_metrics(run / "metrics.jsonl") if "loss" in m]
+        assert abs(lines[0]["loss"] - math.log(VOCAB)) < 0.4, architecture
+        assert result["val_loss"] < lines[0]["loss"] - 0.2, architecture
+        assert result["raw_tokens"] == 4 * 16 * (6 * 4 + 6) and result["flops"] > 0, architecture
     script = (
         "import sys; sys.modules['token_superposition'] = None\n"
         "import torch; from transformers import AutoModelForCausalLM, AutoTokenizer\n"
-        f"path = {str(tmp_path / 'run/model')!r}\n"
-        "model = AutoModelForCausalLM.from_pretrained(path).eval()\n"
-        "ids = torch.arange(12)[None]\n"
-        "vocab = AutoTokenizer.from_pretrained(path).vocab_size\n"
-        f"torch.save((model(ids).logits, vocab), {str(tmp_path / 'out.pt')!r})\n"
+        f"for architecture in {FOUR}:\n"
+        f"    run = {str(tmp_path)!r} + '/' + architecture\n"
+        "    model = AutoModelForCausalLM.from_pretrained(run + '/model').eval()\n"
+        "    ids = torch.arange(12)[None]\n"
+        "    vocab = AutoTokenizer.from_pretrained(run + '/model').vocab_size\n"
+        "    torch.save((model(ids).logits, vocab), run + '/out.pt')\n"
     )
     subprocess.run([sys.executable, "-c", script], check=True, timeout=120)
-    logits, vocab = torch.load(tmp_path / "out.pt", weights_only=True)
-    here = AutoModelForCausalLM.from_pretrained(tmp_path / "run/model").eval()
-    assert torch.equal(here(torch.arange(12)[None]).logits, logits) and vocab == VOCAB
+    for architecture in FOUR:
+        logits, vocab = torch.load(tmp_path / architecture / "out.pt", weights_only=True)
+        here = AutoModelForCausalLM.from_pretrained(tmp_path / architecture / "model").eval()
+        assert torch.equal(here(torch.arange(12)[None]).logits, logits), architecture
+        assert vocab == VOCAB, architecture

@@ -13,7 +13,7 @@ import torch
 from transformers import TrainerCallback
 
 from tests.conftest import VOCAB, tiny
-from tests.test_trainer import arguments, launch, losses, plan_of
+from tests.test_trainer import arguments, losses, plan_of, train_command
 from token_superposition import WSD, TokenSuperpositionError
 from token_superposition.engines.transformers import TSTTrainer
 from token_superposition.engines.transformers.muon import MuonAdamW, split_parameters
@@ -94,7 +94,7 @@ def test_all_variants_at_once_on_two_processes(write_config: Callable[..., Path]
     )
     curves: list[list[float]] = []
     for processes in (1, 2):
-        launch(processes, "train", write_config(), "--out", tmp_path / f"{processes}", *flags.split())
+        train_command(processes, write_config(), "--out", tmp_path / f"{processes}", *flags.split())
         lines = read_metrics(tmp_path / f"{processes}" / "metrics.jsonl")
         curves.append([m["loss"] for m in lines if "loss" in m])
     assert len(curves[0]) == 12 and curves[1] == pytest.approx(curves[0], rel=1e-3)

@@ -15,6 +15,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tenso
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.profiler import ProfilerActivity, profile
 
+from tests.processes import spawn
 from token_superposition import TokenSuperpositionError, superpose
 from token_superposition import linear_multi_hot_cross_entropy as linear
 from token_superposition.loss.vocab_parallel import VocabParallel
@@ -123,4 +124,4 @@ def worker(rank: int, rendezvous: str) -> None:
 
 def test_two_processes(tmp_path: Path) -> None:
     """All checks in the same two processes, which take longer to start than to run; a trace names the check."""
-    torch.multiprocessing.spawn(worker, (str(tmp_path / "rendezvous"),), nprocs=2)  # pyright: ignore
+    spawn(worker, str(tmp_path / "rendezvous"))

@@ -1,13 +1,9 @@
-"""Start runs on several real processes over gloo, as torchrun does, forked off one that has imported everything."""
+"""What the processes of the tests run, and on which model."""
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import signal
-import socket
-import sys
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,10 +17,6 @@ from tests.conftest import TINY, VOCAB
 from token_superposition.engines.olmo_core import load_weights, transformer_config
 from token_superposition.engines.olmo_core.train import Layout, train, train_module
 from token_superposition.experiment.config import Config, DataConfig, ModelConfig, SuperpositionConfig, TrainConfig
-
-server = multiprocessing.get_context("forkserver")
-server.set_forkserver_preload(["tests.olmo_core.launch"])
-
 
 SHAPES: dict[str, dict[str, Any]] = {"llama": TINY["llama"] | {"num_key_value_heads": 2}}
 SHAPES["qwen3"] = SHAPES["llama"] | {"head_dim": 24}
@@ -78,33 +70,3 @@ def per_token_losses(model: Path, out: Path) -> None:
     ids = torch.arange(64).reshape(4, 16)
     output: Any = module.eval_batch({"input_ids": ids, "labels": ids + 1})
     torch.save(output.ce_loss, out / f"{os.environ['RANK']}.pt")
-
-
-def _rank(rank: int, processes: int, port: int, log: str, target: Callable[..., None], args: tuple[Any, ...]) -> None:
-    stream = os.open(f"{log}.{rank}", os.O_CREAT | os.O_WRONLY | os.O_TRUNC)
-    os.dup2(stream, 1)
-    os.dup2(stream, 2)
-    place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": processes, "LOCAL_WORLD_SIZE": processes}
-    address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    os.environ |= {k: str(v) for k, v in (place | address).items()}
-    target(*args)
-    sys.stdout.flush()
-
-
-def launch(processes: int, log: Path, target: Callable[..., None], *args: Any, killed: bool = False) -> None:
-    """Call ``target(*args)`` on every process; all must succeed, or all must have died of SIGKILL."""
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
-    started = [
-        server.Process(target=_rank, args=(r, processes, port, str(log), target, args)) for r in range(processes)
-    ]
-    for process in started:
-        process.start()
-    for process in started:
-        process.join(200)
-        if process.exitcode is None:
-            process.kill()
-    codes = [process.exitcode for process in started]
-    output = "\n".join(Path(f"{log}.{r}").read_text()[-3000:] for r in range(processes))
-    assert codes == [-signal.SIGKILL if killed else 0] * processes, f"{codes}\n{output}"

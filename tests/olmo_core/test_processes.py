@@ -14,7 +14,8 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tests.conftest import VOCAB
-from tests.olmo_core.launch import launch, per_token_losses, run_config, run_training, small_model
+from tests.olmo_core.launch import per_token_losses, run_config, run_training, small_model
+from tests.processes import launch
 from token_superposition.data.plan import ValidationSet
 from token_superposition.data.store import TokenStore
 from token_superposition.experiment.config import load_config, save_config
@@ -44,7 +45,7 @@ def whole_run(prepared: Path, tmp_path_factory: pytest.TempPathFactory) -> Whole
         if not out.exists():
             processes, tensor = LAYOUTS[layout]
             config = run_config(prepared, architecture, precision=precision, save_every=4)
-            launch(processes, root / f"{out.name}.log", run_training, config, out, tensor)
+            launch(processes, run_training, config, out, tensor)
         return out
 
     return make
@@ -57,10 +58,10 @@ def test_killed_in_phase_one_and_resumed_over_the_switch(
     """Every logged figure and every weight of the run that died is the uninterrupted run's, bit for bit."""
     whole, broken, (processes, tensor) = whole_run(architecture, layout), tmp_path / "broken", LAYOUTS[layout]
     config = load_config(whole / "config.toml")
-    launch(processes, tmp_path / "killed.log", run_training, config, broken, tensor, 5, killed=True)
+    launch(processes, run_training, config, broken, tensor, 5, killed=True)
     assert not (broken / "run.json").exists() and set(column(broken, "input_bag")) == {4}
     assert [p.name for p in (broken / "checkpoints").iterdir()] == ["step4"]
-    launch(processes, tmp_path / "resumed.log", run_training, config, broken, tensor)
+    launch(processes, run_training, config, broken, tensor)
     assert column(whole, "input_bag") == [4] * 6 + [1] * 6
     assert metrics(broken) == metrics(whole)
     for name in ("model.safetensors", "config.json"):
@@ -116,7 +117,7 @@ def test_one_truth_with_transformers(architecture: str, weighting: str, prepared
         assert done.returncode == 0, done.stderr[-3000:]
         assert "validation loss" in done.stdout
     else:
-        launch(2, tmp_path / "log", run_training, config, tmp_path / "olmo_core", 2)
+        launch(2, run_training, config, tmp_path / "olmo_core", 2)
     ours, theirs = tmp_path / "olmo_core", tmp_path / "transformers"
     assert column(ours, "input_bag") == column(theirs, "input_bag") == [4] * 6 + [1] * 6
     for name in ("step", "latent_tokens", "raw_tokens"):
@@ -130,7 +131,7 @@ def test_one_truth_with_transformers(architecture: str, weighting: str, prepared
 def test_stock_evaluators_get_a_loss_per_token(whole_run: WholeRun, tmp_path: Path) -> None:
     """Also where head and sequence are sharded: ``eval_batch`` asks for losses that are not reduced."""
     model = whole_run("llama", "one") / "model"
-    launch(2, tmp_path / "log", per_token_losses, model, tmp_path)
+    launch(2, per_token_losses, model, tmp_path)
     ids = torch.arange(64).reshape(4, 16)
     with torch.no_grad():
         logits = AutoModelForCausalLM.from_pretrained(model)(ids).logits

@@ -11,9 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from filelock import FileLock
 
-from tests.conftest import tiny
+from tests.conftest import once, tiny
+from tests.processes import launch
+from tests.torchtitan import cpu_shim
 from token_superposition.experiment.config import Config, load_config
 from token_superposition.experiment.metrics import read_metrics
 from token_superposition.experiment.run import train
@@ -63,31 +64,21 @@ RUNS = {
 
 
 def torchtitan(configs: Path, processes: int, runs: dict[str, str]) -> None:
-    """Run ``{dump folder: flags}`` one after the other under one torchrun."""
+    """Run ``{dump folder: flags}`` one after the other in the same processes: one under torchrun, or two."""
     stock = f"--module tests.torchtitan.registry {FLAGS}{TWO if processes > 1 else ''} --dump_folder"
     arguments = " THEN ".join(f"VOCABULARY {o}" if "--" not in f else f"{stock} {o} {f}" for o, f in runs.items())
-    launch = [sys.executable, "-m", "torch.distributed.run", "--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0"]
+    if processes > 1:
+        launch(processes, cpu_shim.run, arguments, TST_TEST_CONFIGS=str(configs))
+        return
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--rdzv-backend", "c10d", "--rdzv-endpoint"]
     done = subprocess.run(
-        [*launch, f"--nproc-per-node={processes}", "-m", "tests.torchtitan.cpu_shim", *arguments.split()],
+        [*torchrun, "localhost:0", "--nproc-per-node=1", "-m", "tests.torchtitan.cpu_shim", *arguments.split()],
         capture_output=True,
         text=True,
         env=os.environ | {"TST_TEST_CONFIGS": str(configs)},
         timeout=280,
     )
     assert done.returncode == 0, (done.stdout + done.stderr)[-5000:]
-
-
-def once(factory: pytest.TempPathFactory, name: str, make: Callable[[Path], None]) -> Path:
-    """A directory that ``make`` fills, once for all workers of pytest-xdist."""
-    base = factory.getbasetemp()
-    root = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / name
-    with FileLock(f"{root}.lock"):
-        if not (root / "made").exists():
-            shutil.rmtree(root, ignore_errors=True)
-            root.mkdir()
-            make(root)
-            (root / "made").touch()
-    return root
 
 
 @pytest.fixture(scope="session")

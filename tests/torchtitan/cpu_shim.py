@@ -38,22 +38,27 @@ def pretend() -> None:
     fsdp._get_gradient_divide_factors = lambda *args: factors(*args[:5], True)
 
 
-if __name__ == "__main__":
+def run(arguments: str) -> None:
     pretend()
     from torchtitan.train import main
 
     from tests.torchtitan import vocabulary
 
     rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    store = torch.distributed.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False)
+    master = rank == 0 and "TORCHELASTIC_RUN_ID" not in os.environ  # torchrun has a store already
+    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    store = torch.distributed.TCPStore(address, port, is_master=master, wait_for_workers=False)
     start = torch.distributed.init_process_group
-    runs = " ".join(sys.argv[1:]).split(" THEN ")
-    for i, run in enumerate(runs):
-        # The processes of each run meet under keys of their own: those of the run before are still in torchrun's store.
+    for i, flags in enumerate(arguments.split(" THEN ")):
+        # The processes of each run meet under keys of their own: those of the run before are still in the store.
         keys = torch.distributed.PrefixStore(f"run {i}", store)
         torch.distributed.init_process_group = partial(start, store=keys, rank=rank, world_size=world)
-        sys.argv[1:] = run.split(" ")
+        sys.argv[1:] = flags.split(" ")
         if sys.argv[1] == "VOCABULARY":
             vocabulary.run(sys.argv[2])
         else:
             main()
+
+
+if __name__ == "__main__":
+    run(" ".join(sys.argv[1:]))

@@ -15,6 +15,8 @@ from torchtitan.config import ParallelismConfig
 from torchtitan.models.common import Linear
 from transformers.models.qwen3_moe.modeling_qwen3_moe import load_balancing_loss_func
 
+from tests.processes import call
+from tests.torchtitan.mistakes import say_what_is_wrong
 from tests.torchtitan.vocabulary import S, V, example, expected_loss
 from token_superposition import WSD, Schedule, TokenSuperpositionError, place_weights
 from token_superposition.data.plan import PlannedDataset, ValidationSet
@@ -190,34 +192,8 @@ def test_nothing_starts_where_torchtitan_cannot_run(configs: Path) -> None:
     if not torch.cuda.is_available():
         with pytest.raises(TokenSuperpositionError, match="no accelerator and has no CPU support"):
             machine()
-    script = (
-        "import sys, torch\n"
-        "from tests.torchtitan.cpu_shim import pretend\n"
-        "pretend()\n"
-        "from torchtitan.config import ConfigManager\n"
-        "from token_superposition import TokenSuperpositionError\n"
-        "bad = ['--training.global_batch_size 6', '--superposition.ratio 1', '--dataloader.dataset_path nowhere',\n"
-        "       '--training.seq_len 65536', '--superposition.loss sum-to-one']\n"
-        "for flags in bad:\n"
-        "    args = f'--module tests.torchtitan.registry --config llama {flags}'.split()\n"
-        "    try:\n"
-        "        ConfigManager().parse_args(args).build()\n"
-        "    except TokenSuperpositionError as e:\n"
-        "        print('said:', e, torch.distributed.is_initialized())\n"
-        "del torch.distributed.set_timeout\n"
-        "try:\n"
-        "    ConfigManager().parse_args(args).build()\n"
-        "except TokenSuperpositionError as e:\n"
-        "    print('said:', e, torch.distributed.is_initialized())\n"
-        "from token_superposition.engines.torchtitan.config_registry import trainer_config\n"
-        "from token_superposition.experiment.config import Config, TrainConfig\n"
-        "try:\n"
-        "    trainer_config(Config(train=TrainConfig(optimizer='muon')), 'muon')\n"
-        "except TokenSuperpositionError as e:\n"
-        "    print('said:', e, torch.distributed.is_initialized())\n"
-    )
-    environment = os.environ | {"TST_TEST_CONFIGS": str(configs), "WORLD_SIZE": "4", "RANK": "0", "LOCAL_RANK": "0"}
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=environment, timeout=240)
+    environment = {"TST_TEST_CONFIGS": str(configs), "WORLD_SIZE": "4", "RANK": "0", "LOCAL_RANK": "0"}
+    done = call(say_what_is_wrong, **environment)
     said = [line for line in done.stdout.splitlines() if line.startswith("said:")]
     assert len(said) == 7 and all(line.endswith(" False") for line in said), done.stdout + done.stderr
     assert "global_batch_size 6 is not a multiple of 4 data-parallel processes" in said[0]

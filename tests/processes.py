@@ -1,0 +1,102 @@
+"""Processes for the tests, forked off one that has imported what takes long: a start takes 0.1 s in place of 7.
+
+They are processes in every other respect: an environment, a directory and an end of their own. What a test says of
+launchers, of signals or of an interpreter that starts afresh, it says of ``python -m``.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import multiprocessing
+import multiprocessing.forkserver
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+ROOT = Path(__file__).parent.parent
+server = multiprocessing.get_context("forkserver")
+server.set_forkserver_preload(
+    [
+        "tests.conftest",
+        "tests.olmo_core.launch",
+        "token_superposition.cli.compare",
+        "token_superposition.cli.train",
+        "token_superposition.experiment.compare",
+        "token_superposition.report",
+        "transformers.models.llama.modeling_llama",
+    ]
+)
+
+
+def start(target: Callable[..., None], *args: Any) -> Any:
+    with contextlib.chdir(ROOT):  # where the server, started by the first process, finds the tests
+        multiprocessing.forkserver.ensure_running()
+    process = server.Process(target=target, args=args)
+    process.start()
+    return process
+
+
+def _call(log: str, environment: dict[str, str], directory: str, target: Callable[..., None], args: Any) -> None:
+    for stream, name in ((1, "out"), (2, "err")):
+        os.dup2(os.open(f"{log}.{name}", os.O_CREAT | os.O_WRONLY | os.O_APPEND), stream)
+    os.environ.clear()
+    os.environ.update(environment)
+    os.chdir(directory)
+    target(*args)
+
+
+def call(target: Callable[..., None], *args: Any, **environment: str) -> subprocess.CompletedProcess[str]:
+    """``target(*args)`` in a process of its own, with what it printed."""
+    with tempfile.TemporaryDirectory() as logs:
+        process = start(_call, f"{logs}/log", os.environ | environment, str(Path.cwd()), target, args)
+        process.join(300)
+        if process.exitcode is None:
+            process.kill()
+        printed = [Path(f"{logs}/log.{name}").read_text() for name in ("out", "err")]
+    return subprocess.CompletedProcess(args, process.exitcode, *printed)
+
+
+def launch(processes: int, target: Callable[..., None], *args: Any, killed: bool = False, **environment: str) -> None:
+    """``target(*args)`` on several processes, as torchrun starts them.
+
+    All must succeed or, with ``killed``, die of SIGKILL.
+    """
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    group = {"WORLD_SIZE": processes, "LOCAL_WORLD_SIZE": processes, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    with tempfile.TemporaryDirectory() as logs:
+        started: list[Any] = []
+        for rank in range(processes):
+            variables = {k: str(v) for k, v in (group | {"RANK": rank, "LOCAL_RANK": rank}).items()}
+            where = (f"{logs}/{rank}", os.environ | environment | variables, str(Path.cwd()))
+            started.append(start(_call, *where, target, args))
+        for process in started:
+            process.join(280)
+            if process.exitcode is None:
+                process.kill()
+        codes = [process.exitcode for process in started]
+        output = "\n".join(Path(f"{logs}/{rank}.err").read_text()[-3000:] for rank in range(processes))
+    assert codes == [-signal.SIGKILL if killed else 0] * processes, f"{codes}\n{output}"
+
+
+def spawn(worker: Callable[..., None], *args: Any) -> None:
+    """``worker(rank, *args)`` on two processes; an error of theirs is raised here."""
+    with contextlib.chdir(ROOT):
+        multiprocessing.forkserver.ensure_running()
+    torch.multiprocessing.start_processes(worker, args, nprocs=2, start_method="forkserver")  # pyright: ignore
+
+
+def command(*args: str) -> None:
+    """What ``python -m token_superposition`` runs."""
+    from token_superposition.cli import main
+
+    sys.exit(main(args))

@@ -1,0 +1,41 @@
+"""What torchtitan cannot train, in a process that is told to be one of four. Judged by ``test_parts``."""
+
+from __future__ import annotations
+
+import torch
+
+from tests.torchtitan.cpu_shim import pretend
+from token_superposition import TokenSuperpositionError
+from token_superposition.experiment.config import Config, TrainConfig
+
+BAD = (
+    "--training.global_batch_size 6",
+    "--superposition.ratio 1",
+    "--dataloader.dataset_path nowhere",
+    "--training.seq_len 65536",
+    "--superposition.loss sum-to-one",
+)
+
+
+def say_what_is_wrong() -> None:
+    """Prints the error of each, and whether there was a process group."""
+    pretend()
+    for attempt in (*BAD, "old torch", "muon"):
+        try:
+            build(attempt)
+        except TokenSuperpositionError as e:
+            print("said:", e, torch.distributed.is_initialized())
+
+
+def build(attempt: str) -> None:
+    from torchtitan.config import ConfigManager
+
+    from token_superposition.engines.torchtitan.config_registry import trainer_config
+
+    if attempt == "muon":
+        trainer_config(Config(train=TrainConfig(optimizer="muon")), "muon")
+        return
+    if attempt == "old torch":
+        del torch.distributed.set_timeout  # pyright: ignore
+    flags = attempt if attempt in BAD else BAD[-1]
+    ConfigManager().parse_args(f"--module tests.torchtitan.registry --config llama {flags}".split()).build()
