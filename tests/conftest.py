@@ -69,16 +69,31 @@ def text(n: int = 400) -> list[str]:
     return [SENTENCES[i % 3].format(i, i * i % 97) * (1 + i % 4) for i in range(n)]
 
 
+def once(factory: pytest.TempPathFactory, name: str, make: Callable[[Path], object]) -> Path:
+    """A directory that ``make`` fills, once for all workers of pytest-xdist."""
+    base = factory.getbasetemp()
+    root = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / name
+    with FileLock(f"{root}.lock"):
+        if not (root / "made").exists():
+            shutil.rmtree(root, ignore_errors=True)
+            root.mkdir()
+            make(root)
+            (root / "made").touch()
+    return root
+
+
 @pytest.fixture(scope="session")
 def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A token store with a vocabulary of 320."""
-    root = tmp_path_factory.mktemp("prepared")
+    """A token store with a vocabulary of 320, beside its text."""
+    return once(tmp_path_factory, "prepared", prepare_text) / "data"
+
+
+def prepare_text(root: Path) -> None:
     source = root / "text"
     source.mkdir()
     for i, document in enumerate([*text(), *text(3)]):
         (source / f"{i:04d}.txt").write_text(document)
     prepare([str(source)], root / "data", PrepareOptions(vocab_size=VOCAB, validation_share=0.1))
-    return root / "data"
 
 
 CONFIG = """\
@@ -133,16 +148,3 @@ def tst(*args: str | Path, check: bool = True, **environment: str) -> subprocess
     if check:
         assert done.returncode == 0, done.stdout + done.stderr
     return done
-
-
-def once(factory: pytest.TempPathFactory, name: str, make: Callable[[Path], None]) -> Path:
-    """A directory that ``make`` fills, once for all workers of pytest-xdist."""
-    base = factory.getbasetemp()
-    root = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / name
-    with FileLock(f"{root}.lock"):
-        if not (root / "made").exists():
-            shutil.rmtree(root, ignore_errors=True)
-            root.mkdir()
-            make(root)
-            (root / "made").touch()
-    return root

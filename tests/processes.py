@@ -10,6 +10,7 @@ import contextlib
 import multiprocessing
 import multiprocessing.forkserver
 import os
+import resource
 import signal
 import socket
 import subprocess
@@ -100,3 +101,10 @@ def command(*args: str) -> None:
     from token_superposition.cli import main
 
     sys.exit(main(args))
+
+
+def command_on_a_full_disk(room: int, *args: str) -> None:
+    """The same where no file can be longer than ``room`` bytes."""
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (room, room))
+    command(*args)

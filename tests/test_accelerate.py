@@ -23,10 +23,9 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM, TrainerCallback, TrainingArguments
 
-from tests.conftest import CONFIG, TINY, VOCAB, tiny, tst
+from tests.conftest import CONFIG, TINY, VOCAB, once, tiny, tst
 from tests.fsdp_on_cpu import shard_on_cpu, train_sharded
-from tests.processes import launch as fork
-from tests.processes import spawn
+from tests.processes import command, launch, spawn
 from token_superposition import Schedule, TokenSuperpositionError, fold, linear_multi_hot_cross_entropy, span, superpose
 from token_superposition.data.plan import PlannedDataset
 from token_superposition.data.store import TokenStore
@@ -41,20 +40,20 @@ LAUNCH = Path(str(files("token_superposition") / "engines/transformers/launch"))
 ACCELERATE = [sys.executable, "-m", "accelerate.commands.launch"]
 
 
-def command(file: str, module: str, *args: str | Path, processes: int = 2) -> list[str]:
+def launch_command(file: str, module: str, *args: str | Path, processes: int = 2) -> list[str]:
     options = ["--config_file", str(LAUNCH / file), "--num_processes", str(processes), "--main_process_port", "0"]
     return [*ACCELERATE, *options, "-m", module, *map(str, args)]
 
 
-def launch(file: str, module: str, *args: str | Path, processes: int = 2) -> None:
-    start = command(file, module, *args, processes=processes)
+def accelerate_launch(file: str, module: str, *args: str | Path, processes: int = 2) -> None:
+    start = launch_command(file, module, *args, processes=processes)
     done = subprocess.run(start, capture_output=True, text=True, timeout=300, env=environment())
     assert done.returncode == 0, done.stderr[-5000:]
 
 
 def launchers_environment(file: str) -> dict[str, str]:
     """What ``accelerate launch`` tells the processes that it starts."""
-    parsed: Any = launch_command_parser().parse_args(command(file, "tests.fsdp_on_cpu")[3:])
+    parsed: Any = launch_command_parser().parse_args(launch_command(file, "tests.fsdp_on_cpu")[3:])
     return prepare_multi_gpu_env(_validate_launch_command(parsed)[0])
 
 
@@ -109,14 +108,12 @@ def config(prepared: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def one(config: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The run in one process."""
-    out = tmp_path_factory.mktemp("one") / "run"
-    tst("train", config, "--out", out)
-    return out
+    return once(tmp_path_factory, "accelerate-one", lambda root: tst("train", config, "--out", root / "run")) / "run"
 
 
 def test_fsdp2_is_one_process_and_resumes_across_the_switch(config: Path, one: Path, tmp_path: Path) -> None:
     whole, resumed = tmp_path / "whole", tmp_path / "resumed"
-    launch("fsdp2.yaml", "tests.fsdp_on_cpu", config, "--out", whole)
+    accelerate_launch("fsdp2.yaml", "tests.fsdp_on_cpu", config, "--out", whole)
     same_history(whole, one)
     same_model(whole, one)
     saved = whole / "checkpoints/checkpoint-16"
@@ -124,7 +121,7 @@ def test_fsdp2_is_one_process_and_resumes_across_the_switch(config: Path, one: P
     assert not (saved / "model.safetensors").exists()
 
     forget_after(whole, resumed, 16)
-    fork(2, train_sharded, [str(config), "--out", str(resumed)], **launchers_environment("fsdp2.yaml"))
+    launch(2, train_sharded, [str(config), "--out", str(resumed)], **launchers_environment("fsdp2.yaml"))
     assert [m["input_bag"] for m in history(resumed) if "loss" in m] == [4] * 20 + [1] * 4
     assert history(resumed) == history(whole)
     weights = "model/model.safetensors"
@@ -133,7 +130,7 @@ def test_fsdp2_is_one_process_and_resumes_across_the_switch(config: Path, one: P
 
 def test_ddp_killed_in_the_first_phase_ends_as_one_process(config: Path, one: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
-    start = command("ddp.yaml", "token_superposition", "train", config, "--out", run)
+    start = launch_command("ddp.yaml", "token_superposition", "train", config, "--out", run)
     with subprocess.Popen(start, env=environment(), stderr=subprocess.DEVNULL) as process:
         while newest_checkpoint(run / "checkpoints") is None:
             assert process.poll() is None
@@ -143,7 +140,7 @@ def test_ddp_killed_in_the_first_phase_ends_as_one_process(config: Path, one: Pa
             p.kill()
         psutil.wait_procs(tree[:-1])
     assert not (run / "checkpoints/checkpoint-20").exists() and not (run / "model").exists()
-    launch("ddp.yaml", "token_superposition", "train", config, "--out", run)
+    launch(2, command, "train", str(config), "--out", str(run), **launchers_environment("ddp.yaml"))
     same_history(run, one)
     same_model(run, one)
 
@@ -215,9 +212,7 @@ def sharded_worker(rank: int, prepared: Path, out: Path) -> None:
 @pytest.fixture(scope="module")
 def sharded(prepared: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Every case trained by two processes that shard the model."""
-    out = tmp_path_factory.mktemp("sharded")
-    spawn(sharded_worker, prepared, out)
-    return out
+    return once(tmp_path_factory, "accelerate-sharded", lambda out: spawn(sharded_worker, prepared, out))
 
 
 @pytest.mark.parametrize("case", CASES)

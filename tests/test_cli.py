@@ -17,7 +17,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from tests.conftest import tst
+from tests.conftest import CONFIG, TINY, once, tiny, toml, tst
+from tests.processes import call, command_on_a_full_disk
 from token_superposition import TokenSuperpositionError
 from token_superposition.cli import COMMANDS, main
 from token_superposition.experiment.config import Config, from_dict, load_config, save_config
@@ -128,8 +129,6 @@ def test_unknown_options_of_the_model_and_small_vocabulary(
     unknown.write_text(config.read_text().replace("hidden_size", "hidden_sise"))
     assert main(["train", str(unknown), "--out", str(tmp_path / "run")]) == 2
     assert "did you mean hidden_size?" in capsys.readouterr().err
-    from tests.conftest import tiny
-
     tiny("llama", vocab_size=64).save_pretrained(tmp_path / "small")
     content = config.read_text().replace("[model]", f"[model]\npath = '{tmp_path / 'small'}'")
     config.write_text(content)
@@ -139,13 +138,8 @@ def test_unknown_options_of_the_model_and_small_vocabulary(
 
 
 def test_a_full_disk_while_training(write_config: Callable[..., Path], tmp_path: Path) -> None:
-    script = (
-        "import resource, signal, sys\nsignal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
-        "resource.setrlimit(resource.RLIMIT_FSIZE, (8192, 8192))\n"
-        "from token_superposition.cli import main\n"
-        f"sys.exit(main(['train', {str(write_config())!r}, '--out', {str(tmp_path / 'run')!r}]))\n"
-    )
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    arguments = ("train", str(write_config()), "--out", str(tmp_path / "run"))
+    done = call(command_on_a_full_disk, 8192, *arguments)
     errors = [line for line in done.stderr.splitlines() if line.startswith("tst: error")]
     assert done.returncode == 2 and len(errors) == 1 and "cannot write" in errors[0], done.stderr
     assert not (tmp_path / "run/run.json").exists() and not (tmp_path / "run/model").exists()
@@ -192,18 +186,17 @@ def test_any_table_is_a_configuration_or_one_clear_error(content: dict[str, obje
 
 @pytest.fixture(scope="module")
 def comparison(prepared: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    from tests.conftest import CONFIG, TINY, toml
-
-    root = tmp_path_factory.mktemp("comparison")
+    """A finished comparison. Other workers read it, too: a test that changes it takes a copy."""
     options = "\n".join(f"{k} = {toml(v)}" for k, v in TINY["llama"].items())
-    config = root / "config.toml"
-    config.write_text(
-        CONFIG.format(architecture="llama", options=options, data=prepared)
-        + "[compare]\nbaseline_lengths = [1.5]\n[[compare.variants]]\nname = 'input'\n"
-        "superposition = {bag_size = 4, ratio = 0.5, sides = 'input'}\n"
-    )
-    tst("compare", config, "--out", root / "out")
-    return root / "out"
+    content = CONFIG.format(architecture="llama", options=options, data=prepared)
+    content += "[compare]\nbaseline_lengths = [1.5]\n[[compare.variants]]\nname = 'input'\n"
+    content += "superposition = {bag_size = 4, ratio = 0.5, sides = 'input'}\n"
+
+    def make(root: Path) -> None:
+        (root / "config.toml").write_text(content)
+        tst("compare", root / "config.toml", "--out", root / "out")
+
+    return once(tmp_path_factory, "comparison", make) / "out"
 
 
 def test_compare_writes_what_it_promises(comparison: Path) -> None:
@@ -238,7 +231,8 @@ def test_a_branch_off_the_longer_baseline_is_the_short_run(comparison: Path, tmp
     assert lines[0] == lines[1]
 
 
-def test_compare_goes_on_with_what_is_not_done(comparison: Path) -> None:
+def test_compare_goes_on_with_what_is_not_done(comparison: Path, tmp_path: Path) -> None:
+    comparison = shutil.copytree(comparison, tmp_path / "copy")
     before = {p: p.stat().st_mtime_ns for p in comparison.glob("runs/*/run.json")}
     (comparison / "runs/input/run.json").unlink()
     shutil.rmtree(comparison / "runs/input/model")
@@ -247,7 +241,8 @@ def test_compare_goes_on_with_what_is_not_done(comparison: Path) -> None:
     assert {p.parent.name for p in before if after[p] != before[p]} == {"input"}
 
 
-def test_the_report_is_one_whole_file_without_network(comparison: Path) -> None:
+def test_the_report_is_one_whole_file_without_network(comparison: Path, tmp_path: Path) -> None:
+    comparison = shutil.copytree(comparison, tmp_path / "copy")
     (comparison / "report.html").unlink()
     done = tst("report", comparison)
     assert "equal FLOPs" in done.stdout and "tst" in done.stdout
@@ -292,7 +287,7 @@ def wait_for(condition: Callable[[], bool], seconds: float = 120) -> None:
 
 
 def test_demo_on_this_installation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The whole demo, with a smaller model and batch than it ships with."""
+    """The whole demo, with a smaller model and batch and less text than it ships with."""
     from rich.console import Console
 
     from token_superposition.data.progress import bars
@@ -307,6 +302,7 @@ def test_demo_on_this_installation(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         train=replace(module.DEMO.train, batch_size=4, warmup_steps=2),
     )
     monkeypatch.setattr(module, "DEMO", small)
+    monkeypatch.setattr(module, "MIN_TEXT_BYTES", 2**20)
     console = Console(record=True, width=100)
     with pytest.raises(TokenSuperpositionError, match="minutes are enough for 0 steps"):
         module.demo(tmp_path / "demo", 1e-6, console, lambda: bars(console))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import random
+import shutil
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -16,7 +17,7 @@ from hypothesis import strategies as st
 from rich.console import Console
 from scipy import stats
 
-from tests.conftest import CONFIG, TINY, VOCAB, toml, tst
+from tests.conftest import CONFIG, TINY, VOCAB, once, toml, tst
 from token_superposition import TokenSuperpositionError
 from token_superposition.experiment.compare import jobs_of
 from token_superposition.experiment.config import CompareConfig, Config, load_config, save_config
@@ -211,15 +212,20 @@ def test_the_report_of_an_older_summary_says_what_to_do(tmp_path: Path) -> None:
 @pytest.fixture(scope="module")
 def two_seeds(prepared: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, str]:
     """Configuration, result and, from before it, the dry run of a real comparison."""
-    root = tmp_path_factory.mktemp("two")
     options = "\n".join(f"{k} = {toml(v)}" for k, v in TINY["llama"].items())
-    config = root / "config.toml"
     content = CONFIG.format(architecture="llama", options=options, data=prepared)
-    config.write_text(content + "[compare]\nbaseline_lengths = [1, 1.5]\nseeds = [3, 4]\n")
-    dry = tst("compare", config, "--out", root / "out", "--dry-run", COLUMNS="120").stdout
-    assert sorted(root.iterdir()) == [config]  # it wrote nothing
-    tst("compare", config, "--out", root / "out")
-    return config, root / "out", dry
+    content += "[compare]\nbaseline_lengths = [1, 1.5]\nseeds = [3, 4]\n"
+
+    def make(root: Path) -> None:
+        config = root / "config.toml"
+        config.write_text(content)
+        dry = tst("compare", config, "--out", root / "out", "--dry-run", COLUMNS="120").stdout
+        assert sorted(root.iterdir()) == [config]  # it wrote nothing
+        (root / "dry.txt").write_text(dry)
+        tst("compare", config, "--out", root / "out")
+
+    root = once(tmp_path_factory, "two-seeds", make)
+    return root / "config.toml", root / "out", (root / "dry.txt").read_text()
 
 
 def test_the_dry_run_counts_what_is_then_run(two_seeds: tuple[Path, Path, str]) -> None:
@@ -253,8 +259,9 @@ def test_a_comparison_of_two_seeds_has_its_intervals(two_seeds: tuple[Path, Path
     assert "2 paired seeds" in (out / "report.html").read_text()
 
 
-def test_the_dry_run_leaves_out_what_is_done(two_seeds: tuple[Path, Path, str]) -> None:
-    path, out, _ = two_seeds
+def test_the_dry_run_leaves_out_what_is_done(two_seeds: tuple[Path, Path, str], tmp_path: Path) -> None:
+    path, finished, _ = two_seeds
+    out = shutil.copytree(finished, tmp_path / "copy")
     config = load_config(path)
     before = {p: p.stat().st_mtime_ns for p in out.rglob("*")}
     dry = dry_run(config, out)
@@ -263,13 +270,8 @@ def test_the_dry_run_leaves_out_what_is_done(two_seeds: tuple[Path, Path, str]) 
     with pytest.raises(TokenSuperpositionError, match="is a run of another configuration"):
         dry_run(replace(config, train=replace(config.train, learning_rate=1.0)), out)
     # A branch that has to be trained again after its trunk's checkpoints are gone is trained from the start.
-    marker = out / "runs/baseline-seed3/run.json"
-    content = marker.read_bytes()
-    marker.unlink()
-    try:
-        again = dry_run(config, out)
-    finally:
-        marker.write_bytes(content)
+    (out / "runs/baseline-seed3/run.json").unlink()
+    again = dry_run(config, out)
     assert {j.directory: j.steps for j in again.jobs if j.steps} == {"baseline-seed3": 12} and again.seconds > 0
 
 

@@ -17,6 +17,7 @@ import pytest
 from transformers import AutoTokenizer
 
 from tests.conftest import VOCAB, text, tst
+from tests.processes import call, command_on_a_full_disk
 from token_superposition import TokenSuperpositionError
 from token_superposition.data.prepare import PrepareOptions, prepare
 from token_superposition.data.sources import find_files, read_documents
@@ -183,14 +184,8 @@ def test_a_killed_run_leaves_nothing_that_looks_finished_and_can_be_repeated(tmp
 
 
 def test_a_full_disk_has_one_line_and_exit_code_2(prepared: Path, tmp_path: Path) -> None:
-    script = (
-        "import resource, signal, sys\n"
-        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
-        "resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))\n"
-        "from token_superposition.cli import main\n"
-        f"sys.exit(main(['prepare', {str(prepared.parent / 'text')!r}, '--out', {str(tmp_path / 'data')!r}]))\n"
-    )
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    arguments = ("prepare", str(prepared.parent / "text"), "--out", str(tmp_path / "data"))
+    done = call(command_on_a_full_disk, 4096, *arguments)
     assert done.returncode == 2, done.stderr
     assert done.stderr.startswith("tst: error: cannot write") and done.stderr.count("\n") == 1
     assert not (tmp_path / "data").exists() and not (tmp_path / ".data.partial").exists()

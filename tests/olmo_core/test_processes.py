@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from tests.conftest import VOCAB
+from tests.conftest import VOCAB, once
 from tests.olmo_core.launch import per_token_losses, run_config, run_training, small_model
 from tests.processes import launch
 from token_superposition.data.plan import ValidationSet
@@ -38,15 +39,13 @@ def column(run: Path, name: str) -> list[Any]:
 @pytest.fixture(scope="module")
 def whole_run(prepared: Path, tmp_path_factory: pytest.TempPathFactory) -> WholeRun:
     """The directory of an uninterrupted run with checkpoints, made when it is first asked for."""
-    root = tmp_path_factory.mktemp("whole")
 
     def make(architecture: str, layout: str, precision: str = "float32") -> Path:
-        out = root / f"{architecture}-{layout}-{precision}"
-        if not out.exists():
-            processes, tensor = LAYOUTS[layout]
-            config = run_config(prepared, architecture, precision=precision, save_every=4)
-            launch(processes, run_training, config, out, tensor)
-        return out
+        processes, tensor = LAYOUTS[layout]
+        config = run_config(prepared, architecture, precision=precision, save_every=4)
+        name = f"olmo-{architecture}-{layout}-{precision}"
+        train = partial(launch, processes, run_training, config)
+        return once(tmp_path_factory, name, lambda root: train(root / "run", tensor)) / "run"
 
     return make
 
