@@ -23,6 +23,7 @@ from typing import Any
 import torch
 
 ROOT = Path(__file__).parent.parent
+TIMEOUT = 600  # seconds
 server = multiprocessing.get_context("forkserver")
 server.set_forkserver_preload(
     [
@@ -58,9 +59,10 @@ def call(target: Callable[..., None], *args: Any, **environment: str) -> subproc
     """``target(*args)`` in a process of its own, with what it printed."""
     with tempfile.TemporaryDirectory() as logs:
         process = start(_call, f"{logs}/log", os.environ | environment, str(Path.cwd()), target, args)
-        process.join(300)
+        process.join(TIMEOUT)
         if process.exitcode is None:
             process.kill()
+            raise TimeoutError(f"{args} takes longer than {TIMEOUT} s")
         printed = [Path(f"{logs}/log.{name}").read_text() for name in ("out", "err")]
     return subprocess.CompletedProcess(args, process.exitcode, *printed)
 
@@ -81,7 +83,7 @@ def launch(processes: int, target: Callable[..., None], *args: Any, killed: bool
             where = (f"{logs}/{rank}", os.environ | environment | variables, str(Path.cwd()))
             started.append(start(_call, *where, target, args))
         for process in started:
-            process.join(280)
+            process.join(TIMEOUT)
             if process.exitcode is None:
                 process.kill()
         codes = [process.exitcode for process in started]
