@@ -302,7 +302,7 @@ def test_demo_on_this_installation(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         train=replace(module.DEMO.train, batch_size=4, warmup_steps=2),
     )
     monkeypatch.setattr(module, "DEMO", small)
-    monkeypatch.setattr(module, "MIN_TEXT_BYTES", 2**20)
+    monkeypatch.setattr(module, "MIN_TEXT_BYTES", 4 * 2**20)
     console = Console(record=True, width=100)
     with pytest.raises(TokenSuperpositionError, match="minutes are enough for 0 steps"):
         module.demo(tmp_path / "demo", 1e-6, console, lambda: bars(console))

@@ -31,7 +31,9 @@ def default_parallel(runs: int) -> int:
 def seconds_per_step(config: Config, vocab_size: int, processes: int) -> float:
     """Time of an ordinary step while so many runs share this machine, or one of its GPUs."""
     n = max(processes // gpus(), 1) if gpus() else processes
-    with ProcessPoolExecutor(n, mp_context=multiprocessing.get_context("spawn")) as pool:
+    # Clean processes with either; a program that has loaded its fork server does not load everything n times.
+    method = "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"
+    with ProcessPoolExecutor(n, mp_context=multiprocessing.get_context(method)) as pool:
         times = list(pool.map(time_steps, [config] * n, [vocab_size] * n, [max(cores() // n, 1)] * n))
     return max(times)
 
