@@ -1,4 +1,4 @@
-"""What a comparison or a sweep would cost, before it is started: its runs, their tokens, FLOPs and time on this machine."""
+"""What a comparison or a sweep would cost, before it is started: runs, tokens, FLOPs and time on this machine."""
 
 from __future__ import annotations
 

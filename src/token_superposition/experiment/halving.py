@@ -1,8 +1,8 @@
 """Which runs a sweep needs next, and which setting is best: pure functions of the losses so far.
 
-Successive halving goes over seeds, not over steps: TST loses in short runs where it wins in long ones, so a rank after a
-few steps says nothing of the rank at the end. The seeds that choose the best setting say too much good of it, the more
-so the more settings there were; hence other seeds judge it.
+Successive halving goes over seeds, not over steps: TST loses in short runs where it wins in long ones, so a rank after
+a few steps says nothing of the rank at the end. The seeds that choose the best setting say too much good of it, the
+more so the more settings there were; hence other seeds judge it.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Bag size, ratio, place weighting, schedule and learning rate, every one with every other, or by successive halving."""
+"""Bag size, ratio, place weighting, schedule and learning rate: a full grid, or successive halving over seeds."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from rich.console import Console
 from token_superposition.data.store import Meta
 from token_superposition.errors import TokenSuperpositionError
 from token_superposition.experiment.budget import shape_of
-from token_superposition.experiment.config import Config, SweepSchedule, save_config
+from token_superposition.experiment.config import Config, SweepSchedule, from_dict, save_config
 from token_superposition.experiment.dry_run import DryRun, cost_of_rounds
 from token_superposition.experiment.grid import Cell, Grid, directory, grid_of
 from token_superposition.experiment.halving import Best, Design, Round
@@ -208,7 +208,8 @@ def read_rows(path: Path) -> list[Row]:
     kinds = typing.get_type_hints(Row)
     numbers = {name: kind for name, kind in kinds.items() if kind in (int, float)}
     with path.open(newline="") as file:
-        return [Row(**{k: numbers.get(k, str)(v) for k, v in line.items()}) for line in csv.DictReader(file)]
+        lines = [{k: numbers.get(k, str)(v) for k, v in line.items()} for line in csv.DictReader(file)]
+    return [from_dict(Row, line, path.name) for line in lines]
 
 
 def _count(n: int, what: str) -> str:
