@@ -129,30 +129,22 @@ def sentences(contents: SweepContents) -> list[tuple[str, str]]:
     """(label, sentence): the best setting, how much it gains, against which baseline, and what to mistrust."""
     summary, cell, baseline = contents.summary["best"], contents.best, contents.baseline
     chosen, judged, same = summary["chosen"], summary["judged"], summary["same_rate"]
-    settings = [f"s = {cell.bag_size}, r = {cell.ratio:g}", contents.label(cell)]
-    result = [("best setting", ", ".join(filter(None, settings)) + f" (runs/{contents.by_cell[cell][0].run})")]
+    result = [("best setting", f"{_settings(contents, cell)} (runs/{contents.by_cell[cell][0].run})")]
     if judged["seeds"]:
         part = "which took no part in choosing it" if chosen["seeds"] else "one setting: nothing was chosen"
-        result.append(
-            ("its difference", f"{_by(judged['mean'])} ({_seeds(judged['seeds'])}, {part}; {_known(judged)})")
-        )
+        text = f"{_by(judged['mean'])} ({_seeds(judged['seeds'])}, {part}; {_known(judged)})"
     else:
-        result.append(
-            (
-                "its difference",
-                f"{_by(chosen['mean'])} on {_seeds(chosen['seeds'])}, by which it was chosen: the best of "
-                f"{len(contents.cells)} settings is partly the luckiest, and there is no interval; more seeds judge it "
-                "(--compare.seeds 0 1 2 3)",
-            )
+        text = (
+            f"{_by(chosen['mean'])} on {_seeds(chosen['seeds'])}, by which it was chosen: the best of "
+            f"{len(contents.cells)} settings is partly the luckiest, and there is no interval; more seeds judge it "
+            "(--compare.seeds 0 1 2 3)"
         )
+    result.append(("its difference", text))
     if judged["seeds"] and chosen["seeds"]:
-        result.append(
-            (
-                "when chosen",
-                f"{_by(chosen['mean'])} on {_seeds(chosen['seeds'])}, by which it was chosen out of "
-                f"{len(contents.cells)}: too good, not to be quoted",
-            )
+        text = (
+            f"{_by(chosen['mean'])} on {_seeds(chosen['seeds'])}, by which it was chosen out of {len(contents.cells)}"
         )
+        result.append(("when chosen", f"{text}: too good, not to be quoted"))
     result.append(("the baseline", _baseline(contents, baseline, cell, same)))
     if warnings := _edges(contents, cell, baseline):
         result.append(("at the edge", f"{'; '.join(warnings)}: the best may lie beyond"))
@@ -160,20 +152,18 @@ def sentences(contents: SweepContents) -> list[tuple[str, str]]:
         (c for c in contents.cells if len(contents.by_cell[c]) == len(contents.by_cell[cell])),
         key=lambda c: _finite(mean(r.val_loss for r in contents.by_cell[c])),
     )
-    same_run = contents.by_cell[lowest][0].run == contents.by_cell[cell][0].run
-    if not same_run:
-        where = ", ".join(filter(None, [f"s = {lowest.bag_size}, r = {lowest.ratio:g}", contents.label(lowest)]))
-        result.append(("over all seeds", f"{where} has the lowest mean loss: the two are hardly to be told apart"))
+    if contents.by_cell[lowest][0].run != contents.by_cell[cell][0].run:
+        text = f"{_settings(contents, lowest)} has the lowest mean loss: the two are hardly to be told apart"
+        result.append(("over all seeds", text))
     if repeated := [r for r in contents.rows if r.epochs > 1]:
         most = max(r.epochs for r in repeated)
-        result.append(
-            (
-                "repeated text",
-                f"{len(repeated)} of {len(contents.rows)} rows read their text more than once, up to "
-                f"{most:.2g} times, which costs large bags more",
-            )  # fmt: skip
-        )
+        text = f"{len(repeated)} of {len(contents.rows)} rows read their text more than once, up to {most:.2g} times"
+        result.append(("repeated text", f"{text}, which costs large bags more"))
     return result
+
+
+def _settings(contents: SweepContents, cell: Cell) -> str:
+    return ", ".join(filter(None, [f"s = {cell.bag_size}, r = {cell.ratio:g}", contents.label(cell)]))
 
 
 def _baseline(contents: SweepContents, baseline: Cell, cell: Cell, same: dict[str, Any]) -> str:

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import matplotlib
 import numpy as np
-from matplotlib.axes import Axes
 from matplotlib.colors import LinearSegmentedColormap, Normalize
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
@@ -22,43 +21,54 @@ DIVERGING.set_bad("#dddddd")
 
 
 def sweep_pictures(contents: SweepContents) -> list[Picture]:
-    result: list[Picture] = []
+    """For each weighting, schedule and learning rate a heat map, and a curve over every axis of several values."""
     limit = colour_limit([contents.difference(c) for c in contents.cells])
-    for facet in contents.facets:
-        where = f" ({contents.label(facet)})" if contents.label(facet) else ""
-        cells = [c for c in contents.cells if Facet(c.weighting, c.schedule, c.learning_rate) == facet]
-        sizes, ratios = sorted({c.bag_size for c in cells}), sorted({c.ratio for c in cells})
-        at = {(c.bag_size, c.ratio): c for c in cells}
-        figure = Figure(figsize=(max(7.2, 1.8 + 0.75 * len(sizes)), 1.5 + 0.55 * len(ratios)), layout="constrained")
-        heat_map(figure, contents, at, sizes, ratios, limit)
-        title = f"Difference to the baseline by bag size and ratio{where}"
-        result.append(Picture(title, svg(figure), _alt(contents, title, cells)))
-        table = contents.published(facet)
-        source = f"{table.model}, {table.steps:,} steps, {table.weighting.replace('_', '-')} weights"
-        if len(sizes) > 1:
-            figure = Figure(figsize=(7.2, 4.4), layout="constrained")
-            axes = figure.subplots()
-            published = sorted({1, *(c.bag_size for c in table.cells if c.bag_size <= sizes[-1])})
-            u_curves(axes, contents, ratios, sizes, lambda r, s: at.get((s, r)))
-            paper(axes, ratios, published, table.gain)
-            axes.set_xscale("log", base=2)
-            axes.set_xticks([1, *sizes], [str(s) for s in [1, *sizes]])
-            axes.set_xticks([], minor=True)
-            axes.set_xlabel("bag size s")
-            legend(figure, axes, ratios, "r")
-            title = f"Over the bag size{where}; dashed: the paper's {source}"
-            result.append(Picture(title, svg(figure), _alt(contents, title, cells)))
-        if len(ratios) > 1:
-            figure = Figure(figsize=(7.2, 4.4), layout="constrained")
-            axes = figure.subplots()
-            published_ratios = sorted({0.0, *(c.ratio for c in table.cells if c.ratio <= ratios[-1])})
-            u_curves(axes, contents, sizes, ratios, lambda s, r: at.get((s, r)))
-            paper(axes, sizes, published_ratios, lambda s, r: table.gain(r, round(s)))
-            axes.set_xticks([0, *ratios], ["0", *(f"{r:g}" for r in ratios)])
-            axes.set_xlabel("ratio r, share of the steps on bags")
-            legend(figure, axes, sizes, "s")
-            title = f"Over the ratio{where}; dashed: the paper's {source}"
-            result.append(Picture(title, svg(figure), _alt(contents, title, cells)))
+    return [picture for facet in contents.facets for picture in _pictures(contents, facet, limit)]
+
+
+def _pictures(contents: SweepContents, facet: Facet, limit: float) -> list[Picture]:
+    cells = [c for c in contents.cells if Facet(c.weighting, c.schedule, c.learning_rate) == facet]
+    at = {(c.bag_size, c.ratio): c for c in cells}
+    sizes, ratios = sorted({s for s, _ in at}), sorted({r for _, r in at})
+    where = f" ({contents.label(facet)})" if contents.label(facet) else ""
+    low = min(cells, key=contents.difference)
+    lowest = f"The lowest of {len(cells)} is {contents.difference(low):+.3f} at s = {low.bag_size}, r = {low.ratio:g}."
+
+    def picture(figure: Figure, title: str) -> Picture:
+        return Picture(title, svg(figure), f"{title}. {lowest}")
+
+    figure = Figure(figsize=(max(7.2, 1.8 + 0.75 * len(sizes)), 1.5 + 0.55 * len(ratios)), layout="constrained")
+    heat_map(figure, contents, at, sizes, ratios, limit)
+    result = [picture(figure, f"Difference to the baseline by bag size and ratio{where}")]
+
+    table = contents.published(facet)
+    source = f"the paper's {table.model}, {table.steps:,} steps, {table.weighting.replace('_', '-')} weights"
+    if len(sizes) > 1:
+        published = [1, *sorted({c.bag_size for c in table.cells if c.bag_size <= sizes[-1]})]
+        figure = u_curves(
+            contents,
+            {f"r = {r:g}": [(s, at[s, r]) for s in sizes if (s, r) in at] for r in ratios},
+            [[(s, table.gain(r, s)) for s in published] for r in ratios],
+            start=1,
+        )
+        axes = figure.axes[0]
+        axes.set_xscale("log", base=2)
+        axes.set_xticks([1, *sizes], [str(s) for s in [1, *sizes]])
+        axes.set_xticks([], minor=True)
+        axes.set_xlabel("bag size s")
+        result.append(picture(figure, f"Over the bag size{where}; dashed: {source}"))
+    if len(ratios) > 1:
+        shares = [0.0, *sorted({c.ratio for c in table.cells if c.ratio <= ratios[-1]})]
+        figure = u_curves(
+            contents,
+            {f"s = {s}": [(r, at[s, r]) for r in ratios if (s, r) in at] for s in sizes},
+            [[(r, table.gain(r, s)) for r in shares] for s in sizes],
+            start=0,
+        )
+        axes = figure.axes[0]
+        axes.set_xticks([0, *ratios], [f"{r:g}" for r in [0, *ratios]])
+        axes.set_xlabel("ratio r, share of the steps on bags")
+        result.append(picture(figure, f"Over the ratio{where}; dashed: {source}"))
     return result
 
 
@@ -116,54 +126,42 @@ def heat_map(
 
 
 def u_curves(
-    axes: Axes,
     contents: SweepContents,
-    lines: Sequence[float],
-    places: Sequence[float],
-    cell_at: Callable[..., Cell | None],
-) -> None:
-    """A line for each of ``lines`` through the baseline (s = 1 or r = 0), a dot for each seed."""
-    start = 1 if places[0] > 1 else 0
+    lines: dict[str, list[tuple[float, Cell]]],
+    published: Sequence[Sequence[tuple[float, float | None]]],
+    start: float,
+) -> Figure:
+    """A line by label through its (place, cell) pairs, from the baseline at ``start``; a dot for each seed.
+
+    Thin and dashed in the same colour, the published (place, gain) pairs of each line.
+    """
+    figure = Figure(figsize=(7.2, 4.4), layout="constrained")
+    axes = figure.subplots()
     axes.axhline(0, color=COLOURS[0], lw=1.2)
-    finite: list[float] = []
-    for value, colour in zip(lines, colours(len(lines)), strict=True):
-        x: list[float] = [start]
-        y = [0.0]
-        for place in places:
-            if (cell := cell_at(value, place)) is not None:
-                x.append(place)
-                y.append(contents.difference(cell))
-                dots = [r.difference for r in contents.by_cell[cell]]
-                axes.plot([place] * len(dots), dots, "o", color=colour, ms=3, alpha=0.45, mew=0)
-        axes.plot(x, y, "-", color=colour, lw=2)
+    means: list[float] = []
+    gains: list[float] = [0.0]
+    for (label, cells), paper, colour in zip(lines.items(), published, colours(len(lines)), strict=True):
+        x = [start, *(place for place, _ in cells)]
+        y = [0.0, *(contents.difference(cell) for _, cell in cells)]
+        axes.plot(x, y, "-", color=colour, lw=2, label=label)
         axes.plot(x[1:], y[1:], "o", color=colour, ms=5)
-        finite += [v for v in y if math.isfinite(v)]
-    low, high = min(finite), min(max(finite), max(float(np.quantile(finite, 0.85)), -2 * min(finite), 1e-3))
-    margin = 0.1 * (high - low)
-    axes.set_ylim(low - margin, high + margin)
+        for place, cell in cells:
+            dots = [r.difference for r in contents.by_cell[cell]]
+            axes.plot([place] * len(dots), dots, "o", color=colour, ms=3, alpha=0.45, mew=0)
+        means += [v for v in y if math.isfinite(v)]
+        points = [(place, -gain) for place, gain in paper if gain is not None]
+        if len(points) > 1:
+            axes.plot([x for x, _ in points], [y for _, y in points], "--", color=colour, lw=1, alpha=0.8)
+            gains += [y for _, y in points]
+    low = min(*means, *gains)
+    high = min(max(means), max(float(np.quantile(means, 0.85)), -2 * low, 1e-3))
+    axes.set_ylim(low - 0.1 * (high - low), high + 0.1 * (high - low))
     axes.set_ylabel("difference to the baseline (nats per token)")
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
-
-
-def paper(
-    axes: Axes, lines: Sequence[float], places: Sequence[float], gain: Callable[[float, int], float | None]
-) -> None:
-    """The paper's curves, thin and dashed, where its table has them."""
-    bottom, top = axes.get_ylim()
-    for value, colour in zip(lines, colours(len(lines)), strict=True):
-        points = [(place, -g) for place in places if (g := gain(value, place)) is not None]  # pyright: ignore
-        if len(points) > 1:
-            axes.plot(*zip(*points, strict=True), "--", color=colour, lw=1, alpha=0.8)
-            bottom = min(bottom, 1.1 * min(y for _, y in points))
-    axes.set_ylim(bottom, top)
-
-
-def legend(figure: Figure, axes: Axes, values: Sequence[float], name: str) -> None:
-    for value, colour in zip(values, colours(len(values)), strict=True):
-        axes.plot([], [], "-", color=colour, lw=2, label=f"{name} = {value:g}")
     axes.plot([], [], "--", color=COLOURS[0], lw=1, label="paper")
     figure.legend(loc="outside right upper", frameon=False)
+    return figure
 
 
 def colours(n: int) -> list[tuple[float, float, float, float]]:
@@ -184,8 +182,3 @@ def text_colour(background: tuple[float, float, float, float]) -> str:
 
 def _value(contents: SweepContents, cell: Cell | None) -> float:
     return math.nan if cell is None else contents.difference(cell)
-
-
-def _alt(contents: SweepContents, title: str, cells: list[Cell]) -> str:
-    low = min(cells, key=contents.difference)
-    return f"{title}. The lowest of {len(cells)} is {contents.difference(low):+.3f} at s = {low.bag_size}, r = {low.ratio:g}."

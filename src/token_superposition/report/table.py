@@ -18,7 +18,12 @@ TOP = 20  # settings of a sweep; the report has all
 def print_table(directory: Path, console: Console) -> None:
     """Raises ``TokenSuperpositionError`` if ``directory`` holds no finished comparison or sweep."""
     if is_sweep(directory):
-        return _print_sweep(directory, console)
+        _print_sweep(directory, console)
+    else:
+        _print_comparison(directory, console)
+
+
+def _print_comparison(directory: Path, console: Console) -> None:
     contents = read(directory)
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
     shown = [i for i, h in enumerate(HEADERS) if h != "seed" or len({r["seed"] for r in contents.runs}) > 1]
