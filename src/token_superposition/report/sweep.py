@@ -141,19 +141,22 @@ def sentences(contents: SweepContents) -> list[tuple[str, str]]:
         )
     result.append(("its difference", text))
     if judged["seeds"] and chosen["seeds"]:
-        text = (
-            f"{_by(chosen['mean'])} on {_seeds(chosen['seeds'])}, by which it was chosen out of {len(contents.cells)}"
-        )
-        result.append(("when chosen", f"{text}: too good, not to be quoted"))
+        text = f"{_by(chosen['mean'])} on {_seeds(chosen['seeds'])}, by which it was chosen"
+        result.append(("when chosen", f"{text} out of {len(contents.cells)}: flattering, not to be quoted"))
     result.append(("the baseline", _baseline(contents, baseline, cell, same)))
     if warnings := _edges(contents, cell, baseline):
         result.append(("at the edge", f"{'; '.join(warnings)}: the best may lie beyond"))
-    lowest = min(
-        (c for c in contents.cells if len(contents.by_cell[c]) == len(contents.by_cell[cell])),
-        key=lambda c: _finite(mean(r.val_loss for r in contents.by_cell[c])),
-    )
-    if contents.by_cell[lowest][0].run != contents.by_cell[cell][0].run:
-        text = f"{_settings(contents, lowest)} has the lowest mean loss: the two are hardly to be told apart"
+    losses = {
+        c: mean(r.val_loss for r in rows)
+        for c, rows in contents.by_cell.items()
+        if not c.is_baseline and len(rows) == len(contents.by_cell[cell])
+    }
+    lowest = min(losses, key=lambda c: _finite(losses[c]))
+    if losses[lowest] < losses[cell]:
+        by = losses[cell] - losses[lowest]
+        text = (
+            f"{_settings(contents, lowest)} has the lowest mean loss, by {by:.4f}; to choose by that would flatter it"
+        )
         result.append(("over all seeds", text))
     if repeated := [r for r in contents.rows if r.epochs > 1]:
         most = max(r.epochs for r in repeated)
