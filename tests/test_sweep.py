@@ -5,9 +5,11 @@ from __future__ import annotations
 import csv
 import json
 import math
+import random
 import re
 from collections.abc import Callable
 from dataclasses import asdict, replace
+from itertools import pairwise
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -184,17 +186,18 @@ def run_all(
 
 
 @settings(deadline=None)
-@given(DESIGNS, st.randoms(use_true_random=False))
-def test_each_round_keeps_the_best_by_the_mean_of_the_seeds_so_far(setting: Any, random: Any) -> None:
+@given(DESIGNS, st.integers(0, 2**32))
+def test_each_round_keeps_the_best_by_the_mean_of_the_seeds_so_far(setting: Any, state: int) -> None:
     cells, design = setting
-    values = {(c, seed): random.choice([3.0, random.gauss(3, 1), math.nan]) for c in (*BASELINES, *cells)
+    generator = random.Random(state)
+    values = {(c, seed): generator.choice([3.0, generator.gauss(3, 1), math.nan]) for c in (*BASELINES, *cells)
               for seed in design.seeds}  # fmt: skip
     losses = run_all(cells, design, lambda c, seed: values[c, seed])
     rounds = design.rounds(cells, losses)
     assert [seed for r in rounds for seed in r.seeds] == list(design.seeds)  # each seed once, hence each run once
     assert set(losses) >= {(b, seed) for b in BASELINES for seed in design.seeds}
     assert rounds[0].cells == cells
-    for i, (before, after) in enumerate(zip(rounds, rounds[1:], strict=False), 1):
+    for i, (before, after) in enumerate(pairwise(rounds), 1):
         so_far = design.seeds[:i]
 
         def score(cell: Cell, seeds: tuple[int, ...] = so_far) -> float:
@@ -247,18 +250,18 @@ def test_the_interval_is_of_the_seeds_that_did_not_choose() -> None:
     assert Difference.of(losses | {(a, 2): math.nan}, a, slow, (2, 3)).interval is None
 
 
-@settings(deadline=None, max_examples=25)
-@given(st.randoms(use_true_random=False))
-def test_settings_that_are_all_equal_flatter_only_where_they_are_chosen(random: Any) -> None:
-    """Over 40 sweeps of nothing but noise, the judging seeds see no gain; the choosing seeds see one every time."""
-    design = Design.of(len(CELLS), (0, 1, 2, 3))
-    found = [
-        Best.of(design, CELLS, BASELINES[:1], {(c, seed): random.gauss(0, 1) for c in (*BASELINES, *CELLS) for seed in
-                                             design.seeds} | {(BASELINES[0], seed): 0.0 for seed in design.seeds})
-        for _ in range(40)
-    ]  # fmt: skip
-    assert mean(b.chosen.mean for b in found) < -0.7  # pyright: ignore
-    assert abs(mean(b.judged.mean for b in found)) < 5 * math.sqrt(0.5 / 40)  # pyright: ignore
+def test_settings_that_are_all_equal_flatter_only_where_they_are_chosen() -> None:
+    """400 sweeps of nothing but noise: the choosing seeds see a gain, the judging seeds see none."""
+    generator = random.Random(0)
+    design, cells = Design.of(len(CELLS), (0, 1, 2, 3)), (*BASELINES, *CELLS)
+
+    def simulated() -> Best:
+        losses = {(c, seed): 0.0 if c.is_baseline else generator.gauss(0, 1) for c in cells for seed in design.seeds}
+        return Best.of(design, CELLS, BASELINES, losses)
+
+    found = [simulated() for _ in range(400)]
+    assert mean(v for b in found for v in b.chosen.per_seed) < -0.9
+    assert abs(mean(v for b in found for v in b.judged.per_seed)) < 4 / math.sqrt(800)
 
 
 def made_up(out: Path, config: Config, loss: Callable[[Cell, int], float]) -> Grid:
@@ -280,7 +283,8 @@ def made_up(out: Path, config: Config, loss: Callable[[Cell, int], float]) -> Gr
     write_rows(out / "sweep.csv", rows_of(grid, rounds, found))
     save_config(config, out / "config.toml")
     summary = {
-        "command": "tst sweep", "best": asdict(best), "rounds": [{"cells": len(r.cells), "seeds": r.seeds} for r in rounds],
+        "command": "tst sweep", "best": asdict(best),
+        "rounds": [{"cells": len(r.cells), "seeds": r.seeds} for r in rounds],
         "body_parameters": 106_000_000, "hardware": ["none"], "versions": ["torch 0"],
     }  # fmt: skip
     (out / "sweep.json").write_text(json.dumps(summary))
@@ -308,7 +312,7 @@ def test_table_and_report_say_what_is_to_be_believed(tmp_path: Path) -> None:
             "seeds 2, 3, which took no part in choosing it" in text and "on seeds 0, 1, by which it was chosen" in text
         )
         assert "its own best learning rate, 0.001 of 0.001, 0.002" in text and "a mistuned baseline as a gain" in text
-        assert ("s = 4 is the largest that was tried" in text and "the baseline&#39;s" in text) or "baseline's" in text
+        assert "s = 4 is the largest that was tried; r = 0.1 is the smallest that was tried" in text
         assert f"{mean([low, high]) - 0.19:+.4f}" in text  # beside the baseline of its own rate
     page = (tmp_path / "full/report.html").read_text()
     assert page.count("<svg") == 2 * 3 and page.count("</html>") == 1 and "<script" not in page
@@ -331,7 +335,7 @@ def test_pictures_show_each_cell_once_and_the_published_curve(tmp_path: Path) ->
     heat, over_s, over_r, *rest = sweep_pictures(contents)
     assert len(rest) == 3 and "(switch)" in heat.title and "(halving)" in rest[0].title
     texts = re.findall(r">([^<>]+)</text>", heat.svg)
-    numbers = [t for t in texts if re.fullmatch(r"[+-]0\.0\d\d|diverged", t.replace("\N{MINUS SIGN}", "-"))]
+    numbers = [t for t in texts if re.fullmatch(r"[+-]0\.0\d\d|diverged", t)]
     expected = ["diverged", *(f"{-0.0123 * s * r:+.3f}" for s in (2, 4, 8) for r in (0.1, 0.3) if (s, r) != (8, 0.3))]
     assert sorted(numbers) == sorted(expected) and len(grid.run_of) == 12
     assert "4 seeds" in "".join(texts) and "1 seed" in texts  # the best, and what was dropped
@@ -384,7 +388,7 @@ def tiny_sweep(prepared: Path, tmp_path_factory: pytest.TempPathFactory) -> tupl
 
 
 def test_a_real_sweep_writes_what_it_promises(tiny_sweep: tuple[list[str], Path]) -> None:
-    arguments, out = tiny_sweep
+    _, out = tiny_sweep
     losses = {p.parent.name: json.loads(p.read_text())["val_loss"] for p in out.glob("runs/*/run.json")}
     first = {s: losses[f"s{s}-r0.5-lr0.003-seed3"] for s in (2, 4)}
     s = min(first, key=first.__getitem__)

@@ -154,9 +154,7 @@ def sentences(contents: SweepContents) -> list[tuple[str, str]]:
     lowest = min(losses, key=lambda c: _finite(losses[c]))
     if losses[lowest] < losses[cell]:
         by = losses[cell] - losses[lowest]
-        text = (
-            f"{_settings(contents, lowest)} has the lowest mean loss, by {by:.4f}; to choose by that would flatter it"
-        )
+        text = f"{_settings(contents, lowest)} has the lowest mean loss, by {by:.4f}; to go by that would flatter it"
         result.append(("over all seeds", text))
     if repeated := [r for r in contents.rows if r.epochs > 1]:
         most = max(r.epochs for r in repeated)

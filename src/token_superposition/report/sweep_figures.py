@@ -16,8 +16,9 @@ from token_superposition.report.figures import COLOURS, Picture, svg
 from token_superposition.report.sweep import Facet, SweepContents
 
 # Blue is better, vermilion is worse, white is the baseline: told apart by the colour-blind, too.
-DIVERGING = LinearSegmentedColormap.from_list("tst", ["#00497a", COLOURS[1], "#ffffff", COLOURS[2], "#8a3c00"])
-DIVERGING.set_bad("#dddddd")
+DIVERGING = LinearSegmentedColormap.from_list(
+    "tst", ["#00497a", COLOURS[1], "#ffffff", COLOURS[2], "#8a3c00"]
+).with_extremes(bad="#dddddd")
 
 
 def sweep_pictures(contents: SweepContents) -> list[Picture]:
@@ -98,7 +99,7 @@ def heat_map(
                 continue
             value, seeds = values[y, x], len(contents.by_cell[cell])
             best = cell == contents.best
-            colour = text_colour(DIVERGING(norm(value))) if math.isfinite(value) else "#1a1a1a"
+            colour = text_colour(DIVERGING(norm(value))) if math.isfinite(value) else "#000000"
             number = f"{value:+.3f}" if math.isfinite(value) else "diverged"
             weight = "bold" if best else "normal"
             axes.text(
@@ -171,14 +172,14 @@ def colours(n: int) -> list[tuple[float, float, float, float]]:
 
 
 def text_colour(background: tuple[float, float, float, float]) -> str:
-    """The one of dark and white with more contrast, by the relative luminance of WCAG 2.
+    """The one of black and white with more contrast, by the relative luminance of WCAG 2.
 
     >>> text_colour((1.0, 1.0, 1.0, 1.0)), text_colour((0.0, 0.3, 0.5, 1.0))
-    ('#1a1a1a', '#ffffff')
+    ('#000000', '#ffffff')
     """
     linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in background[:3]]
     luminance = float(np.dot([0.2126, 0.7152, 0.0722], linear))
-    return "#1a1a1a" if (luminance + 0.05) / 0.06 > 1.05 / (luminance + 0.05) else "#ffffff"
+    return "#000000" if (luminance + 0.05) / 0.05 > 1.05 / (luminance + 0.05) else "#ffffff"
 
 
 def _value(contents: SweepContents, cell: Cell | None) -> float:
