@@ -76,7 +76,7 @@ def _pictures(contents: SweepContents, facet: Facet, limit: float) -> list[Pictu
 def colour_limit(differences: Sequence[float]) -> float:
     """The difference of the strongest colour: a few very bad settings do not wash out all others."""
     finite = np.array([d for d in differences if math.isfinite(d)] or [0.0])
-    return max(float(-finite.min()), float(np.quantile(abs(finite), 0.8)), 1e-6)
+    return max(float(-finite.min()), float(np.quantile(abs(finite), 0.8, method="lower")), 1e-6)
 
 
 def heat_map(
