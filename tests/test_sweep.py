@@ -22,9 +22,10 @@ from scipy import stats
 
 from token_superposition import TokenSuperpositionError
 from token_superposition.cli import main
-from token_superposition.experiment.config import CompareConfig, Config, SweepConfig, save_config
+from token_superposition.experiment.config import CompareConfig, Config, SweepConfig, load_config, save_config
 from token_superposition.experiment.grid import Cell, Grid, grid_of, halved
 from token_superposition.experiment.halving import Best, Design, Difference, ranked
+from token_superposition.experiment.jobs import check_jobs, unfinished
 from token_superposition.experiment.progress import RunProgress
 from token_superposition.experiment.published import tables
 from token_superposition.experiment.run import RunResult
@@ -429,9 +430,6 @@ def test_a_second_call_trains_nothing_and_the_report_is_written_again(
 
 
 def test_a_larger_sweep_in_the_same_place_trains_only_what_is_new(tiny_sweep: tuple[list[str], Path]) -> None:
-    from token_superposition.experiment.config import load_config
-    from token_superposition.experiment.jobs import unfinished
-
     _, out = tiny_sweep
     config = load_config(out / "config.toml")
     wider = replace(
@@ -441,5 +439,6 @@ def test_a_larger_sweep_in_the_same_place_trains_only_what_is_new(tiny_sweep: tu
     )
     grid = grid_of(wider)
     jobs = jobs_of(grid, Design.of(4, grid.seeds).rounds(grid.candidates, {})[0])
+    check_jobs(jobs, out)
     assert len(jobs) == 15 and len(unfinished(jobs, out)) == 10
     assert dry_run(config, out).seconds == 0

@@ -24,10 +24,11 @@ class SweepCommand:
 
     Example: a full grid of 3 x 3 cells and a baseline, with four seeds
       tst sweep config.toml --sweep.bag-sizes 2 4 8 --sweep.ratios 0.2 0.3 0.4 --compare.seeds 0 1 2 3 --out sweep
-    What it would cost: --dry-run
-    Half of the settings go on from each seed to the next, until the best is left: --sweep.keep 0.5
-    Tune the baseline, too: --sweep.learning-rates 1e-3 2e-3 4e-3
-    Anneal the bag size, weigh places: --sweep.schedules switch halving --sweep.weightings uniform power
+      --dry-run                                         what it would cost
+      --sweep.keep 0.5                                  half of the cells go on from each seed to the next
+      --sweep.learning-rates 1e-3 2e-3 4e-3             tune the baseline, too
+      --sweep.schedules switch halving                  take the bag size down in steps
+      --sweep.weightings uniform power                  weigh the places in a bag
     """
 
     config: Annotated[Config, tyro.conf.arg(name="")] = field(default_factory=Config)
