@@ -26,6 +26,7 @@ from token_superposition.weights import Weighting
 
 SUMMARY = "sweep.json"
 TABLE = "sweep.csv"
+Results = dict[tuple[Cell, int], RunResult]
 
 
 @dataclass(frozen=True)
@@ -87,9 +88,15 @@ def sweep(config: Config, out: str | Path, console: Console, command: str = "") 
         console.print(f"round {len(rounds)}: {_count(cells, 'setting')}, seed {seeds}", highlight=False)
         run_jobs(jobs, out, config.compare.parallel, console, finished)
         write_rows(out / TABLE, rows_of(grid, rounds, results(grid, out)))
-    found = results(grid, out)
+    return write_sweep(out, grid, design, results(grid, out), body, command)
+
+
+def write_sweep(out: Path, grid: Grid, design: Design, found: Results, body_parameters: int, command: str = "") -> Best:
+    """Write ``sweep.csv`` and ``sweep.json`` of a sweep of which every round is done."""
+    losses = losses_of(found)
+    rounds = design.rounds(grid.candidates, losses)
     rows = rows_of(grid, rounds, found)
-    best = Best.of(design, grid.candidates, grid.baselines, losses_of(found))
+    best = Best.of(design, grid.candidates, grid.baselines, losses)
     write_rows(out / TABLE, rows)
     write_json(
         out / SUMMARY,
@@ -98,12 +105,11 @@ def sweep(config: Config, out: str | Path, console: Console, command: str = "") 
             "command": command,
             "best": asdict(best),
             "confidence": CONFIDENCE,
-            "design": asdict(design) | {"choosing": design.choosing, "judging": design.judging},
             "rounds": [{"cells": len(r.cells), "seeds": r.seeds} for r in rounds],
-            "body_parameters": body,
+            "body_parameters": body_parameters,
             "hardware": sorted({r.hardware for r in rows}),
             "versions": sorted({r.versions for r in rows}),
-            "config": asdict(config),
+            "config": asdict(grid.config),
         },
     )
     return best
@@ -143,9 +149,6 @@ def dry_run(config: Config, out: str | Path) -> DryRun:
     guessed = {(c, seed): float("inf") for c in grid.candidates for seed in grid.seeds} | known
     rounds = design.rounds(grid.candidates, guessed)
     return cost_of_rounds(config, [jobs_of(grid, r) for r in rounds], out)
-
-
-Results = dict[tuple[Cell, int], RunResult]
 
 
 def results(grid: Grid, out: Path) -> Results:
