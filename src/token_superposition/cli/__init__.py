@@ -17,8 +17,9 @@ COMMANDS = {
     "plan": "what a run would cost, and what the paper's results say about it",
     "train": "train one model from a TOML file or a preset",
     "compare": "train a baseline and TST at equal compute, and write the report",
+    "sweep": "try bag sizes, ratios, place weights, schedules and learning rates, and find the best",
     "generate": "continue a prompt with a trained model",
-    "report": "write the report of a comparison again",
+    "report": "write the report of a comparison or a sweep again",
 }
 
 WRITE_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EROFS, errno.ENOTDIR)
@@ -35,6 +36,7 @@ start here:
   tst demo                                        ten minutes, no configuration, no network
   tst prepare docs/ 'src/**/*.py' --out data      your own text
   tst compare config.toml --out comparison        with and without TST, on your text
+  tst sweep config.toml --sweep.bag-sizes 2 4 8 --sweep.ratios 0.2 0.3 0.4 --out sweep
   tst train config.toml --superposition.bag-size 8 --out run
   tst plan 600m --gpus 64                         the paper's models: 270m, 600m, 3b, 10b-a1b
   tst generate run/model "def main("

@@ -13,13 +13,13 @@ from token_superposition.cli.arguments import parse
 
 @dataclass(frozen=True)
 class ReportCommand:
-    """Write report.html of a comparison again, from its summary.json and metrics, and print its table.
+    """Write report.html of a comparison or a sweep again, from the files beside it, and print its table.
 
     Example: tst report comparison
     """
 
     directory: tyro.conf.Positional[Path]
-    """Directory written by tst compare or tst demo."""
+    """Directory written by tst compare, tst sweep or tst demo."""
 
 
 def run(args: Sequence[str]) -> None:

@@ -2,44 +2,21 @@
 
 from __future__ import annotations
 
-import os
 import shutil
-import subprocess
-import sys
-import time
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from math import lcm
 from pathlib import Path
 
 from rich.console import Console
 
 from token_superposition.data.store import Meta, TokenStore
-from token_superposition.errors import TokenSuperpositionError
-from token_superposition.experiment.config import BASELINE, Config, load_config, save_config
+from token_superposition.experiment.config import BASELINE, Config, save_config
 from token_superposition.experiment.generate import generate, load_model
-from token_superposition.experiment.metrics import read_metrics
-from token_superposition.experiment.progress import RunProgress
-from token_superposition.experiment.run import CONFIG, METRICS, MODEL, RESULT, write_json
-from token_superposition.experiment.speed import cores, default_parallel, gpus
+from token_superposition.experiment.jobs import Job, check_jobs, run_jobs
+from token_superposition.experiment.run import CONFIG, MODEL, write_json
 from token_superposition.experiment.summary import Run, comparison, load_runs
 
 SUMMARY = "summary.json"
-
-
-@dataclass(frozen=True)
-class Job:
-    """One run of a comparison."""
-
-    name: str
-    directory: str
-    """Its place under runs/."""
-    config: Config
-    trunk: str | None = None
-    """Directory of the longer baseline off which it branches before its decay."""
-
-    @property
-    def branch_step(self) -> int:
-        return self.config.train.steps - self.config.wsd.decay_steps
 
 
 def jobs_of(config: Config) -> list[Job]:
@@ -72,11 +49,7 @@ def checked_jobs(config: Config, out: Path) -> list[Job]:
     config.check()
     Meta.load(Path(config.data.path))
     jobs = jobs_of(config)
-    for job in jobs:
-        job.config.check()
-        saved = out / "runs" / job.directory / CONFIG
-        if saved.exists() and load_config(saved) != job.config:
-            raise TokenSuperpositionError(f"{saved.parent} is a run of another configuration; choose another --out")
+    check_jobs(jobs, out)
     return jobs
 
 
@@ -137,72 +110,3 @@ def samples(config: Config, out: Path, runs: list[Run], prompt_tokens: int = 24)
             text = generate(model, tokenizer, prompt, max_new_tokens=max(min(64, room), 1))
             result.append({"name": run.name, "prompt": prompt, "text": text.removeprefix(prompt)})
     return result
-
-
-def run_jobs(jobs: list[Job], out: Path, parallel: int, console: Console) -> None:
-    """Train every unfinished job with ``tst train`` in a process of its own."""
-    waiting = unfinished(jobs, out)
-    parallel = parallel or default_parallel(len(startable(waiting, out)))
-    running: dict[int, tuple[Job, subprocess.Popen[bytes]]] = {}
-    try:
-        with RunProgress(console) as progress:
-            while waiting or running:
-                for slot in set(range(parallel)) - running.keys():
-                    if ready := startable(waiting, out):
-                        waiting.remove(ready[0])
-                        running[slot] = ready[0], _start(ready[0], out, slot, parallel)
-                for slot, (job, process) in list(running.items()):
-                    lines = read_metrics(out / "runs" / job.directory / METRICS)
-                    progress.update(job.directory, job.config.train.steps, lines)
-                    if process.poll() is not None:
-                        del running[slot]
-                        if process.returncode:
-                            raise TokenSuperpositionError(_failure(job, out))
-                time.sleep(0.5)
-    finally:
-        for _, process in running.values():
-            process.terminate()
-        for _, process in running.values():
-            process.wait()
-
-
-def unfinished(jobs: list[Job], out: Path) -> list[Job]:
-    return [j for j in jobs if not _finished(out, j.directory)]
-
-
-def startable(jobs: list[Job], out: Path) -> list[Job]:
-    """Those that wait for no trunk."""
-    return [j for j in jobs if j.trunk is None or _finished(out, j.trunk)]
-
-
-def _finished(out: Path, directory: str) -> bool:
-    return (out / "runs" / directory / RESULT).exists()
-
-
-def branch_checkpoint(job: Job, out: Path) -> Path | None:
-    """Where its trunk leaves it; a finished comparison has removed it."""
-    if job.trunk is None:
-        return None
-    return out / "runs" / job.trunk / "checkpoints" / f"checkpoint-{job.branch_step}"
-
-
-def _start(job: Job, out: Path, slot: int, parallel: int) -> subprocess.Popen[bytes]:
-    directory = out / "runs" / job.directory
-    directory.mkdir(parents=True, exist_ok=True)
-    save_config(job.config, directory / CONFIG)
-    command = [sys.executable, "-m", "token_superposition", "train", str(directory / CONFIG), "--out", str(directory)]
-    trunk = branch_checkpoint(job, out)
-    if trunk is not None and trunk.exists():  # else it trains from the start
-        command += ["--branch-from", str(trunk)]
-    if gpus():
-        share = {"CUDA_VISIBLE_DEVICES": str(slot % gpus())}
-    else:
-        share = {"OMP_NUM_THREADS": str(max(cores() // parallel, 1))}
-    with (directory / "log.txt").open("ab") as log:
-        return subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=os.environ | share)
-
-
-def _failure(job: Job, out: Path) -> str:
-    log = out / "runs" / job.directory / "log.txt"
-    lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
-    return f"the run {job.directory} failed ({lines[-1] if lines else 'no message'}); see {log}"

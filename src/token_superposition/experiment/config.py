@@ -188,15 +188,43 @@ class CompareConfig:
     """Runs at a time; 0 chooses: one per GPU, or one per core of the CPU up to the number of runs."""
 
 
+SweepSchedule = Literal["switch", "halving", "fading", "random"]
+
+
+@dataclass(frozen=True)
+class SweepConfig:
+    """What tst sweep tries, every value with every other one; a list left out is the value of [superposition], [train].
+
+    The baseline is always in it. compare.seeds are its seeds, compare.parallel the runs at a time.
+    """
+
+    bag_sizes: tuple[int, ...] = ()
+    """Values of superposition.bag_size (s)."""
+    ratios: tuple[float, ...] = ()
+    """Values of superposition.ratio (r)."""
+    weightings: tuple[Weighting, ...] = ()
+    """Values of superposition.weighting."""
+    schedules: tuple[SweepSchedule, ...] = ()
+    """switch: bags of s, then 1; halving: s, s/2, ..., 2 in turn; fading: each of them fades into the next; random: one
+    of them at random in each step. switch by default."""
+    learning_rates: tuple[float, ...] = ()
+    """Values of train.learning_rate, for the baseline as well."""
+    keep: float = 1.0
+    """Share of the settings that goes on from each seed to the next while the best is chosen; 1 is the full grid."""
+    selection_seeds: int = 0
+    """How many of the seeds, the first, choose the best setting; the others judge it. 0 is half of them."""
+
+
 @dataclass(frozen=True)
 class Config:
-    """A training run, or a comparison of runs."""
+    """A training run, or a comparison or sweep of runs."""
 
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     superposition: SuperpositionConfig = field(default_factory=SuperpositionConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     compare: CompareConfig = field(default_factory=CompareConfig)
+    sweep: SweepConfig = field(default_factory=SweepConfig)
 
     @property
     def schedule(self) -> Schedule:

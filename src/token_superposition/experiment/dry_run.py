@@ -1,4 +1,4 @@
-"""What a comparison would cost, before it is started: its runs, their tokens, FLOPs and time on this machine."""
+"""What a comparison or a sweep would cost, before it is started: runs, tokens, FLOPs and time on this machine."""
 
 from __future__ import annotations
 
@@ -9,8 +9,9 @@ import torch
 
 from token_superposition.data.store import Meta
 from token_superposition.experiment.budget import shape_of
-from token_superposition.experiment.compare import Job, branch_checkpoint, checked_jobs, startable, unfinished
+from token_superposition.experiment.compare import checked_jobs
 from token_superposition.experiment.config import Config
+from token_superposition.experiment.jobs import Job, branch_checkpoint, startable, unfinished
 from token_superposition.experiment.launch import Launch
 from token_superposition.experiment.run import newest_checkpoint
 from token_superposition.experiment.speed import default_parallel, seconds_per_step
@@ -39,13 +40,18 @@ class JobCost:
 
 @dataclass(frozen=True)
 class DryRun:
-    jobs: list[JobCost]
+    rounds: list[list[JobCost]]
+    """Runs that are trained side by side; a comparison has one round."""
     parameters: int
     step_seconds: float
     """Of one run, while ``parallel`` of them share the machine; measured, 0 if nothing is left."""
     parallel: int
     seconds: float
-    """Estimated time of the whole comparison."""
+    """Estimated time of all that is left."""
+
+    @property
+    def jobs(self) -> list[JobCost]:
+        return [job for jobs in self.rounds for job in jobs]
 
 
 def dry_run(config: Config, out: str | Path) -> DryRun:
@@ -53,20 +59,26 @@ def dry_run(config: Config, out: str | Path) -> DryRun:
 
     Raises ``TokenSuperpositionError`` as ``compare`` would, and for a model too large for this machine.
     """
-    out = Path(out)
-    jobs = checked_jobs(config, out)
+    return cost_of_rounds(config, [checked_jobs(config, Path(out))], Path(out))
+
+
+def cost_of_rounds(config: Config, rounds: list[list[Job]], out: Path) -> DryRun:
+    """Of runs with the model and batch of ``config``; a round begins when the one before is done."""
     shape = shape_of(config, Meta.load(Path(config.data.path)).vocab_size)
-    waiting = unfinished(jobs, out)
-    names = {j.directory for j in waiting}
     flops = float(shape.flops_per_token(config.data.sequence_length))
-    left = [_left(j, out, j.trunk in names) if j in waiting else 0 for j in jobs]
-    costs = [cost_of_job(j, steps, flops) for j, steps in zip(jobs, left, strict=True)]
-    parallel = config.compare.parallel or default_parallel(len(startable(waiting, out)))
+    waiting = [unfinished(jobs, out) for jobs in rounds]
+    parallel = config.compare.parallel or default_parallel(max(len(startable(jobs, out)) for jobs in waiting))
     local = 1 if torch.accelerator.is_available() else parallel
     Launch(local_processes=local, device_memory=Launch.from_environment().device_memory).check_memory(shape.parameters)
-    step = seconds_per_step(config, shape.vocab_size, parallel) if waiting else 0.0
-    unfinished_costs = [c for c in costs if c.directory in names]
-    return DryRun(costs, shape.parameters, step, parallel, makespan(unfinished_costs, parallel, step))
+    step = seconds_per_step(config, shape.vocab_size, parallel) if any(waiting) else 0.0
+    costs: list[list[JobCost]] = []
+    seconds = 0.0
+    for jobs, unfinished_jobs in zip(rounds, waiting, strict=True):
+        names = {j.directory for j in unfinished_jobs}
+        left = [_left(j, out, j.trunk in names) if j.directory in names else 0 for j in jobs]
+        costs.append([cost_of_job(j, steps, flops) for j, steps in zip(jobs, left, strict=True)])
+        seconds += makespan([c for c in costs[-1] if c.directory in names], parallel, step)
+    return DryRun(costs, shape.parameters, step, parallel, seconds)
 
 
 def cost_of_job(job: Job, steps: int, flops_per_token: float) -> JobCost:

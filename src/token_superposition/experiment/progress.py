@@ -8,11 +8,13 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
+MANY = 8  # runs; of more, the finished ones are counted in one bar
+
 
 class RunProgress:
-    """Shows how far each run is; ``update`` takes lines of its metrics."""
+    """Shows how far each of so many runs is; ``update`` takes lines of its metrics."""
 
-    def __init__(self, console: Console):
+    def __init__(self, console: Console, runs: int = 1):
         self.console = console
         self.bars = Progress(
             TextColumn("{task.description}"),
@@ -25,6 +27,7 @@ class RunProgress:
         )
         self._tasks: dict[str, TaskID] = {}
         self._shown: dict[str, int] = {}
+        self._all = self.bars.add_task("all runs", total=runs, note="") if runs > MANY else None
 
     def __enter__(self) -> RunProgress:
         self.bars.start()
@@ -49,3 +52,9 @@ class RunProgress:
                 if "val_loss" in m:
                     self.console.print(f"{name}: step {m['step']}/{steps}, validation loss {m['val_loss']:.4f}")
             self._shown[name] = len(metrics)
+
+    def finish(self, name: str) -> None:
+        """The run is done."""
+        if self._all is not None:
+            self.bars.advance(self._all)
+            self.bars.remove_task(self._tasks.pop(name))

@@ -132,13 +132,17 @@ def equal_flops(name: str, c: dict[str, Any]) -> str:
     ends = c["delta_val_loss_interval"]
     known = (
         f" (mean of {seeds} paired seeds; 95% interval of the difference {interval(ends, '+.4f')}, "
-        + ("which excludes 0)" if ends[0] > 0 or ends[1] < 0 else "which contains 0: not told from chance)")
+        f"{told_from_chance(ends)})"
         if ends is not None
         else " (one seed: there is no interval, and another seed may differ by more; --compare.seeds 0 1 2 3 4)"
     )
     if delta == 0:
         return f"{name} and the baseline end at the same loss{known}"
     return f"{name} ends {abs(delta):.4f} nats {'below' if delta < 0 else 'above'} the baseline{known}"
+
+
+def told_from_chance(ends: Sequence[float]) -> str:
+    return "which excludes 0" if ends[0] > 0 or ends[1] < 0 else "which contains 0: not told from chance"
 
 
 def speedup(c: dict[str, Any]) -> str:

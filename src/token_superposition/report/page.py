@@ -2,44 +2,72 @@
 
 from __future__ import annotations
 
-import importlib.resources
 from pathlib import Path
+from typing import Any
 
 from token_superposition.report.contents import HEADERS, INTERVAL_HEADERS, interval_rows, read, rows, verdicts
 
 
 def write_report(directory: str | Path) -> Path:
-    """Write ``report.html`` from ``summary.json`` and the runs' metrics; returns its path.
+    """Write ``report.html`` of a comparison or a sweep from what its directory holds; returns its path.
 
-    Raises ``TokenSuperpositionError`` if ``directory`` holds no finished comparison.
+    Raises ``TokenSuperpositionError`` if ``directory`` holds neither, finished.
     """
     directory = Path(directory)
-    contents = read(directory)
     import jinja2
 
-    from token_superposition.report.figures import pictures
-
-    source = importlib.resources.files("token_superposition.report").joinpath("template.html.j2").read_text()
-    template = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined).from_string(source)
-    first = contents.runs[0]
-    page = template.render(
-        pictures=pictures(contents),
-        headers=HEADERS,
-        rows=rows(contents),
-        interval_headers=INTERVAL_HEADERS,
-        interval_rows=interval_rows(contents),
-        verdicts=verdicts(contents),
-        note=contents.summary.get("note"),
-        samples=contents.summary.get("samples", []),
-        config=contents.config_text,
-        hardware=first["hardware"],
-        versions=first["versions"],
-        parameters=first["parameters"],
-        data=contents.summary["data"],
-        flops=first["flops"],
-    )
+    loader = jinja2.PackageLoader("token_superposition", "report")
+    environment = jinja2.Environment(loader=loader, autoescape=True, undefined=jinja2.StrictUndefined)
+    if is_sweep(directory):
+        page = environment.get_template("sweep.html.j2").render(**_sweep(directory))
+    else:
+        page = environment.get_template("comparison.html.j2").render(**_comparison(directory))
     path = directory / "report.html"
     partial = directory / ".report.html.partial"
     partial.write_text(page)
     partial.rename(path)
     return path
+
+
+def is_sweep(directory: Path) -> bool:
+    return (directory / "sweep.json").exists()
+
+
+def _comparison(directory: Path) -> dict[str, Any]:
+    from token_superposition.report.figures import pictures
+
+    contents = read(directory)
+    first = contents.runs[0]
+    return {
+        "title": "comparison",
+        "pictures": pictures(contents),
+        "headers": HEADERS,
+        "rows": rows(contents),
+        "interval_headers": INTERVAL_HEADERS,
+        "interval_rows": interval_rows(contents),
+        "verdicts": verdicts(contents),
+        "note": contents.summary.get("note"),
+        "samples": contents.summary.get("samples", []),
+        "config": contents.config_text,
+        "hardware": first["hardware"],
+        "versions": first["versions"],
+        "parameters": first["parameters"],
+        "data": contents.summary["data"],
+        "flops": first["flops"],
+    }
+
+
+def _sweep(directory: Path) -> dict[str, Any]:
+    from token_superposition.report.sweep import about, headers, read_sweep, sentences, sweep_rows
+    from token_superposition.report.sweep_figures import sweep_pictures
+
+    contents = read_sweep(directory)
+    return {
+        "title": "sweep",
+        "pictures": sweep_pictures(contents),
+        "headers": headers(contents),
+        "rows": sweep_rows(contents),
+        "sentences": sentences(contents),
+        "about": about(contents),
+        "config": contents.config_text,
+    }

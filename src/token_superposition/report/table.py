@@ -1,7 +1,8 @@
-"""The table of a comparison on the terminal."""
+"""The table of a comparison or a sweep on the terminal."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from rich import box
@@ -9,9 +10,20 @@ from rich.console import Console
 from rich.table import Table
 
 from token_superposition.report.contents import HEADERS, INTERVAL_HEADERS, interval_rows, read, rows, verdicts
+from token_superposition.report.page import is_sweep
+
+TOP = 20  # settings of a sweep; the report has all
 
 
 def print_table(directory: Path, console: Console) -> None:
+    """Raises ``TokenSuperpositionError`` if ``directory`` holds no finished comparison or sweep."""
+    if is_sweep(directory):
+        _print_sweep(directory, console)
+    else:
+        _print_comparison(directory, console)
+
+
+def _print_comparison(directory: Path, console: Console) -> None:
     contents = read(directory)
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
     shown = [i for i, h in enumerate(HEADERS) if h != "seed" or len({r["seed"] for r in contents.runs}) > 1]
@@ -20,18 +32,35 @@ def print_table(directory: Path, console: Console) -> None:
     for row in rows(contents):
         table.add_row(*(row[i] for i in shown))
     console.print(table)
-    console.print(_intervals(interval_rows(contents)))
-    for accounting, sentence in verdicts(contents):
-        console.print(f"[bold]{accounting}[/bold]: {sentence}", highlight=False, soft_wrap=True)
+    console.print(_table(INTERVAL_HEADERS, interval_rows(contents), "variant"))
+    _sentences(verdicts(contents), console)
     for sample in contents.summary.get("samples", []):
         console.print(f"\n[bold]{sample['name']}[/bold], prompt and continuation:", highlight=False)
         console.print(sample["prompt"] + sample["text"], highlight=False, markup=False)
 
 
-def _intervals(rows: list[tuple[str, ...]]) -> Table:
+def _print_sweep(directory: Path, console: Console) -> None:
+    from token_superposition.report.sweep import headers, read_sweep, sentences, sweep_rows
+
+    contents = read_sweep(directory)
+    rows = sweep_rows(contents)
+    shown = [row for i, row in enumerate(rows) if i < TOP or row[0]]
+    names = [h.removesuffix(" tokens") for h in headers(contents)]
+    console.print(_table(names, shown, names[0]))
+    if len(shown) < len(rows):
+        console.print(f"and {len(rows) - len(shown)} more settings in the report")
+    _sentences(sentences(contents), console)
+
+
+def _table(headers: Sequence[str], rows: Sequence[Sequence[str]], left: str) -> Table:
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    for header in INTERVAL_HEADERS:
-        table.add_column(header, justify="left" if header == "variant" else "right", no_wrap=True)
+    for header in headers:
+        table.add_column(header, justify="left" if header == left else "right", no_wrap=True)
     for row in rows:
         table.add_row(*row)
     return table
+
+
+def _sentences(sentences: Sequence[tuple[str, str]], console: Console) -> None:
+    for label, sentence in sentences:
+        console.print(f"[bold]{label}[/bold]: {sentence}", highlight=False, soft_wrap=True)
