@@ -57,7 +57,7 @@ def ragged_fold(
     begins: Tensor,  # the same shape, bool: a bag must begin at this token
     input_bag: int = 1,
     output_bag: int = 1,
-) -> tuple[Tensor, Tensor]:  # ids (..., L) or (..., L, input_bag); targets (..., L) or (..., L, output_bag)
+) -> tuple[Tensor, Tensor]:  # int64 ids (..., L) or (..., L, input_bag), targets (..., L) or (..., L, output_bag)
     """``fold`` with bags that end early, so that none reaches over a boundary.
 
     A bag has up to ``input_bag`` tokens and ends where the next one must begin; bags follow each other without gaps.
@@ -84,6 +84,7 @@ def ragged_fold(
     starts = torch.searchsorted(bags_so_far, wanted.contiguous())  # (..., L + 1)
     first, following = starts[..., :-1, None], starts[..., 1:, None]
     read, predicted = first + place[:a], following + place[:b]
+    tokens = tokens.long()  # a type that has -1
     ids = _take(tokens, read).where(read < following, -1)
     segment = begins.cumsum(-1)
     targets = _take(tokens, predicted).where(_take(segment, predicted) == _take(segment, following), -100)

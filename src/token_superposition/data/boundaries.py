@@ -43,7 +43,7 @@ def find_boundaries(tokenizer: PreTrainedTokenizerBase, kind: BoundaryKind) -> B
     - ``word``: before a token that begins with white space, and after one that ends with it (and has more in it).
 
     A token's text is what it adds behind another one, so that the space which some tokenizers take off the beginning of
-    a text is seen. Half a second for a vocabulary of 150,000. Writing without spaces has one word a sentence.
+    a text is seen. Text that is written without spaces has no words to find.
     """
     if kind == "none":
         return None
