@@ -97,8 +97,10 @@ def bag_mean_backward(
     count = _places(ids)[1]
     if grad.device.type == "cpu":
         total = torch.zeros_like(weight)
-        for tokens, sums in _sums_by_token(grad, count, local.where(inside, weight.shape[0]), weight.shape[0], acc):
-            total[tokens] = sums.to(weight.dtype)
+        s, v = ids.shape[1], weight.shape[0]
+        full = bool((count == s).all())  # then sums are divided, which are fewer than rows
+        for tokens, sums in _sums_by_token(grad, None if full else count, local.where(inside, v), v, acc):
+            total[tokens] = (sums / s if full else sums).to(weight.dtype)
     else:  # in float32 for the whole vocabulary: tokens cannot be counted without waiting for the device
         share = grad.to(acc) / count
         summed = torch.zeros_like(weight, dtype=acc)
@@ -115,7 +117,7 @@ ROWS = 128  # tokens, and places, that are summed at a time
 
 def _sums_by_token(
     grad: Tensor,  # (N, d)
-    count: Tensor,  # (N, 1) by which it is divided
+    count: Tensor | None,  # (N, 1) by which it is divided, if at all
     ids: Tensor,  # (N, s); those from v on are left out
     v: int,
     dtype: torch.dtype,
@@ -133,8 +135,8 @@ def _sums_by_token(
         begin, end = ends[first - 1] if first else 0, ends[stop - 1]
         for i in range(begin, end, ROWS):
             some = slice(i, min(i + ROWS, end))
-            rows = bags[some]
-            part.index_add_(0, token_of[some] - first, grad[rows].to(dtype) / count[rows])
+            rows = grad[bags[some]].to(dtype)
+            part.index_add_(0, token_of[some] - first, rows if count is None else rows / count[bags[some]])
         yield tokens[first:stop], part
 
 
