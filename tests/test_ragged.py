@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import PreTrainedTokenizerFast, default_data_collator
 
-from tests.conftest import VOCAB, text, tiny
+from tests.conftest import VOCAB, text, tiny, toml
 from tests.test_trainer import Spy, arguments, losses
 from token_superposition import (
     Phase,
@@ -328,16 +328,18 @@ def run(write_config: Callable[..., Path], tmp_path: Path) -> Run:
     def go(
         name: str, data: str = "", resume_from: Path | None = None, save_at: tuple[int, ...] = (), **settings: Any
     ) -> list[dict[str, Any]]:
-        config = load_config(write_config())
+        path = write_config()
+        lines = "".join(f"{key} = {toml(value)}\n" for key, value in settings.items())
+        path.write_text(path.read_text().replace("[superposition]\n", f"[superposition]\n{lines}"))
+        config = load_config(path)
         config = replace(
             config,
             data=replace(config.data, path=data or config.data.path),
-            superposition=replace(config.superposition, **settings),
             train=replace(config.train, save_at=save_at),
         )
         train(config, tmp_path / name, resume_from=resume_from)
-        lines = read_metrics(tmp_path / name / "metrics.jsonl")
-        return [{k: v for k, v in m.items() if k != "seconds"} for m in lines]
+        metrics = read_metrics(tmp_path / name / "metrics.jsonl")
+        return [{k: v for k, v in m.items() if k != "seconds"} for m in metrics]
 
     return go
 
@@ -357,7 +359,7 @@ def test_one_long_document_is_the_plain_method(run: Run, tmp_path: Path) -> None
 
 def test_a_run_on_ragged_bags_resumes_as_itself(run: Run, tmp_path: Path) -> None:
     """With a bag size and a shift that change by step and by sample."""
-    settings: dict[str, Any] = {"boundaries": "word", "anneal": (6, 3), "mixture": 1.0, "shift": True}
+    settings: dict[str, Any] = {"boundaries": "word", "anneal": [6, 3], "mixture": 1.0, "shift": True}
     saves = (4, 6)
     whole = run("whole", save_at=saves, **settings)
     trained = [m for m in whole if "loss" in m]

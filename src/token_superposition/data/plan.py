@@ -127,11 +127,17 @@ class PlannedDataset(Dataset[Sample]):
         return {"input_ids": ids, "shift_labels": targets.clone(memory_format=torch.contiguous_format)}
 
     def tokens_per_bag(self, step: int) -> float:
-        """Mean number of tokens in an input bag of a step (0-based): less than the bag size where bags are ragged."""
-        if self.boundaries is None or self.schedule.at(step).input_bag == 1:
-            return self.schedule.at(step).input_bag
-        samples = [self[i]["input_ids"] for i in range(step * self.batch_size, (step + 1) * self.batch_size)]
-        return sum(int((ids >= 0).sum()) for ids in samples) / (self.batch_size * self.sequence_length)
+        """Mean number of tokens in an input bag of a step (0-based), less than the bag size where bags are ragged.
+
+        Taken over at most the first 64 samples of the step.
+        """
+        bag = self.schedule.at(step).input_bag
+        if self.boundaries is None or bag == 1:
+            return bag
+        first = step * self.batch_size
+        samples = range(first, first + min(self.batch_size, 64))
+        tokens = sum(int((self[i]["input_ids"] >= 0).sum()) for i in samples)
+        return tokens / (len(samples) * self.sequence_length)
 
     def start_of(self, index: int) -> int:
         """Index in the token stream of the first token of a sample."""
