@@ -58,6 +58,7 @@ def present(bags: Tensor) -> list[list[int]]:  # (L, s) -> the tokens of each ba
 SIZE, SEED = st.integers(1, 6), st.integers(0, 99)
 
 
+@settings(deadline=None)
 @given(st.integers(1, 9), SIZE, SIZE, st.sampled_from([0.0, 0.1, 0.5, 1.0]), SEED)
 def test_ragged_fold_is_the_reference(length: int, a: int, b: int, share: float, seed: int) -> None:
     g = torch.Generator().manual_seed(seed)
@@ -72,6 +73,7 @@ def test_ragged_fold_is_the_reference(length: int, a: int, b: int, share: float,
         assert t.reshape(length, b).tolist() == [bag + [-100] * (b - len(bag)) for bag in outputs]
 
 
+@settings(deadline=None)
 @given(st.integers(1, 9), SIZE, st.sampled_from([0.05, 0.3, 0.9]), SEED)
 def test_no_bag_crosses_a_boundary_and_none_leaves_a_gap(length: int, s: int, share: float, seed: int) -> None:
     """Tokens are their own places, so a bag tells where it came from; every bag is there, whatever the boundaries."""
@@ -88,6 +90,7 @@ def test_no_bag_crosses_a_boundary_and_none_leaves_a_gap(length: int, s: int, sh
         assert len(bag) == s or begins[after[0]]
 
 
+@settings(deadline=None)
 @given(st.integers(1, 9), SIZE, SIZE)
 def test_without_boundaries_it_is_fold(length: int, a: int, b: int) -> None:
     tokens = torch.randint(1000, (2, span(length, a, b)))
