@@ -10,7 +10,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from token_superposition.bags import fold, span
+    from token_superposition.bags import fold, ragged_fold, span
     from token_superposition.embedding import bag_embedding, superpose, unsuperpose
     from token_superposition.errors import TokenSuperpositionError
     from token_superposition.loss import linear_multi_hot_cross_entropy, multi_hot_cross_entropy
@@ -29,13 +29,14 @@ __all__ = [
     "linear_multi_hot_cross_entropy",
     "multi_hot_cross_entropy",
     "place_weights",
+    "ragged_fold",
     "span",
     "superpose",
     "unsuperpose",
 ]
 
 _HOME = {
-    "bags": ("fold", "span"),
+    "bags": ("fold", "ragged_fold", "span"),
     "embedding": ("bag_embedding", "superpose", "unsuperpose"),
     "errors": ("TokenSuperpositionError",),
     "loss": ("linear_multi_hot_cross_entropy", "multi_hot_cross_entropy"),

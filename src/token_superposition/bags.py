@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from token_superposition.errors import TokenSuperpositionError, require_int
@@ -41,12 +42,7 @@ def fold(
     ([0, 1, 2], [1, 2, 3])
     """
     a, b = require_int("input_bag", input_bag, 1), require_int("output_bag", output_bag, 1)
-    length, rest = divmod(tokens.shape[-1] - b, a)
-    if length < 1 or rest:
-        raise TokenSuperpositionError(
-            f"cannot fold {tokens.shape[-1]} tokens into input bags of {a} and output bags of {b}; "
-            f"give L * {a} + {b} tokens, for example {span(max(length, 1), a, b)}"
-        )
+    length = _positions(tokens.shape[-1], a, b)
     ids = tokens[..., : length * a]
     targets = (tokens if labels is None else labels)[..., a:]
     if a > 1:
@@ -54,3 +50,57 @@ def fold(
     if b > 1 or a > 1:
         targets = targets.unfold(-1, b, a)
     return ids, targets if b > 1 else targets.reshape(ids.shape[: tokens.dim()])
+
+
+def ragged_fold(
+    tokens: Tensor,  # (..., L * input_bag + output_bag) contiguous raw tokens
+    begins: Tensor,  # the same shape, bool: a bag must begin at this token
+    input_bag: int = 1,
+    output_bag: int = 1,
+) -> tuple[Tensor, Tensor]:  # int64 ids (..., L) or (..., L, input_bag), targets (..., L) or (..., L, output_bag)
+    """``fold`` with bags that end early, so that none reaches over a boundary.
+
+    A bag has up to ``input_bag`` tokens and ends where the next one must begin; bags follow each other without gaps.
+    Position ``j`` reads bag ``j`` and predicts the tokens after it, up to ``output_bag`` of them and not past the
+    boundary after the first: with ``input_bag = output_bag`` that is bag ``j + 1``. Empty places are -1 in ids, which
+    the embedding of a superposed model leaves out of the mean, and -100 in targets. Ragged bags hold fewer tokens than
+    there is room for, so the last tokens may go unread. Without boundaries it is ``fold``.
+
+    Raises ``TokenSuperpositionError`` unless the length of ``tokens`` is ``L * a + b`` for a whole ``L >= 1``.
+
+    >>> begins = torch.tensor([0, 0, 0, 1, 0, 1, 0, 0], dtype=torch.bool)
+    >>> ids, targets = ragged_fold(torch.arange(8), begins, 2, 2)
+    >>> ids.tolist(), targets.tolist()
+    ([[0, 1], [2, -1], [3, 4]], [[2, -100], [3, 4], [5, 6]])
+    """
+    a, b = require_int("input_bag", input_bag, 1), require_int("output_bag", output_bag, 1)
+    n = tokens.shape[-1]
+    length = _positions(n, a, b)
+    place = torch.arange(n, device=tokens.device)
+    begins = begins | (place == 0)
+    segment_start = torch.where(begins, place, 0).cummax(-1).values
+    bags_so_far = ((place - segment_start) % a == 0).cumsum(-1)
+    wanted = torch.arange(1, length + 2, device=tokens.device).expand(*tokens.shape[:-1], -1)
+    starts = torch.searchsorted(bags_so_far, wanted.contiguous())  # (..., L + 1)
+    first, following = starts[..., :-1, None], starts[..., 1:, None]
+    read, predicted = first + place[:a], following + place[:b]
+    tokens = tokens.long()  # a type that has -1
+    ids = _take(tokens, read).where(read < following, -1)
+    segment = begins.cumsum(-1)
+    targets = _take(tokens, predicted).where(_take(segment, predicted) == _take(segment, following), -100)
+    return ids if a > 1 else ids.squeeze(-1), targets if b > 1 else targets.squeeze(-1)
+
+
+def _take(values: Tensor, places: Tensor) -> Tensor:  # (..., n), (..., L, k) -> (..., L, k)
+    return values.gather(-1, places.flatten(-2)).view_as(places)
+
+
+def _positions(n: int, a: int, b: int) -> int:
+    """How many positions ``n`` tokens are for."""
+    length, rest = divmod(n - b, a)
+    if length < 1 or rest:
+        raise TokenSuperpositionError(
+            f"cannot fold {n} tokens into input bags of {a} and output bags of {b}; "
+            f"give L * {a} + {b} tokens, for example {span(max(length, 1), a, b)}"
+        )
+    return length

@@ -18,6 +18,8 @@ M = TypeVar("M", bound=nn.Module)
 def bag_embedding(embedding: nn.Module, ids: Tensor) -> Tensor:  # (..., s) -> (..., d)
     """Mean over the last axis of what ``embedding`` gives for each id, accumulated in float32.
 
+    A place whose id is below 0 is not there: the mean is over the others, and 0 where there are none.
+
     An ``nn.Embedding``, also one with a padding row, an ``embed_scale`` (Gemma) or a DTensor weight sharded over the
     vocabulary or replicated, never holds (..., s, d), forward or backward. Any other one (quantised, adapted) is asked
     for the s rows and these are averaged. From a sharded weight comes a DTensor with the placement ``Partial``, as
@@ -26,37 +28,55 @@ def bag_embedding(embedding: nn.Module, ids: Tensor) -> Tensor:  # (..., s) -> (
     e = cast(Any, embedding)
     base = _stock_class(type(embedding))
     if not isinstance(embedding, nn.Embedding) or e.max_norm is not None or e.sparse or e.scale_grad_by_freq:
-        return _mean_of_rows(base.forward(e, ids))
+        return _mean_of_rows(base, e, ids)
     scale: float | Tensor = 1.0
     if base.forward is not nn.Embedding.forward:
         if not hasattr(e, "embed_scale"):
-            return _mean_of_rows(base.forward(e, ids))
+            return _mean_of_rows(base, e, ids)
         scale = e.embed_scale
     pad = -1 if e.padding_idx is None else int(e.padding_idx)
     if hasattr(e.weight, "device_mesh"):
         out = _dtensor_bag_mean(e.weight, ids, pad)
     elif pad < 0 and (e.weight.is_cuda or e.weight.dtype in (torch.float32, torch.float64)):
-        out = F.embedding_bag(ids.reshape(-1, ids.shape[-1]), e.weight).unflatten(0, ids.shape[:-1])
+        out = _embedding_bag(e.weight, ids.reshape(-1, ids.shape[-1])).unflatten(0, ids.shape[:-1])
     else:
         out = bag_mean(e.weight, ids.reshape(-1, ids.shape[-1]), 0, pad).unflatten(0, ids.shape[:-1])
     return out if isinstance(scale, float) and scale == 1 else out * torch.as_tensor(scale).to(out.device, out.dtype)
 
 
-def _mean_of_rows(rows: Tensor) -> Tensor:  # (..., s, d) -> (..., d)
-    return rows.to(torch.promote_types(rows.dtype, torch.float32)).mean(-2).to(rows.dtype)
+def _mean_of_rows(stock: Any, embedding: Any, ids: Tensor) -> Tensor:  # (..., s) -> (..., d)
+    there, count = _places(ids)
+    rows: Tensor = stock.forward(embedding, ids.where(there, ids[..., :1].clamp(min=0)))  # (..., s, d)
+    rows = rows.where(there.unsqueeze(-1), 0)
+    return (rows.to(torch.promote_types(rows.dtype, torch.float32)).sum(-2) / count).to(rows.dtype)
+
+
+def _embedding_bag(weight: Tensor, ids: Tensor) -> Tensor:  # (V, d), (N, s) -> (N, d)
+    """Torch's, with a weight for every place: no value is looked at, so nothing waits for the device."""
+    there, count = _places(ids)
+    share, exact = there.to(weight.dtype), weight.dtype in (torch.float32, torch.float64)
+    if exact:  # in lower precision a third is too far from a third
+        share = share / count
+    total = F.embedding_bag(ids.clamp(min=0), weight, mode="sum", per_sample_weights=share)
+    return total if exact else total / count
+
+
+def _places(ids: Tensor) -> tuple[Tensor, Tensor]:  # (..., s) -> which are there (..., s), how many (..., 1)
+    there = ids >= 0
+    return there, there.sum(-1, keepdim=True).clamp(min=1)
 
 
 @torch.library.custom_op("token_superposition::bag_mean", mutates_args=())
 def bag_mean(
     weight: Tensor,  # (V, d), or the rows of tokens start .. start + V
-    ids: Tensor,  # (N, s)
+    ids: Tensor,  # (N, s); a place below 0 is not there
     start: int,
     padding_idx: int,  # this row gets no gradient; -1 for none
-) -> Tensor:  # (N, d) sum over the ids whose row is here, over s
+) -> Tensor:  # (N, d) sum over the ids whose row is here, over the number of places that are there
     """``embedding_bag`` with the gradient summed in float32, for part of a vocabulary too."""
     inside, local = _local_ids(weight, ids, start)
     total = F.embedding_bag(local, weight, mode="sum", per_sample_weights=inside.to(weight.dtype))
-    return total / ids.shape[1]
+    return total / _places(ids)[1]
 
 
 @bag_mean.register_fake
@@ -74,12 +94,15 @@ def bag_mean_backward(
 ) -> Tensor:  # (V, d)
     inside, local = _local_ids(weight, ids, start)
     acc = torch.promote_types(grad.dtype, torch.float32)
+    count = _places(ids)[1]
     if grad.device.type == "cpu":
         total = torch.zeros_like(weight)
-        for tokens, sums in _sums_by_token(grad, local.where(inside, weight.shape[0]), weight.shape[0], acc):
-            total[tokens] = (sums / ids.shape[1]).to(weight.dtype)
+        s, v = ids.shape[1], weight.shape[0]
+        full = bool((count == s).all())  # then sums are divided, which are fewer than rows
+        for tokens, sums in _sums_by_token(grad, None if full else count, local.where(inside, v), v, acc):
+            total[tokens] = (sums / s if full else sums).to(weight.dtype)
     else:  # in float32 for the whole vocabulary: tokens cannot be counted without waiting for the device
-        share = grad.to(acc) / ids.shape[1]
+        share = grad.to(acc) / count
         summed = torch.zeros_like(weight, dtype=acc)
         for place in range(ids.shape[1]):  # never (N, s, d)
             summed.index_add_(0, local[:, place], share * inside[:, place : place + 1])
@@ -94,6 +117,7 @@ ROWS = 128  # tokens, and places, that are summed at a time
 
 def _sums_by_token(
     grad: Tensor,  # (N, d)
+    count: Tensor | None,  # (N, 1) by which it is divided, if at all
     ids: Tensor,  # (N, s); those from v on are left out
     v: int,
     dtype: torch.dtype,
@@ -111,7 +135,8 @@ def _sums_by_token(
         begin, end = ends[first - 1] if first else 0, ends[stop - 1]
         for i in range(begin, end, ROWS):
             some = slice(i, min(i + ROWS, end))
-            part.index_add_(0, token_of[some] - first, grad[bags[some]].to(dtype))
+            rows = grad[bags[some]].to(dtype)
+            part.index_add_(0, token_of[some] - first, rows if count is None else rows / count[bags[some]])
         yield tokens[first:stop], part
 
 

@@ -44,10 +44,10 @@ def sum_to_one_cross_entropy(
 
 def bag_embedding(
     weight: Tensor,  # (V, d)
-    ids: Tensor,  # (B, L, s)
+    ids: Tensor,  # (B, L, s); a place below 0 is not there
 ) -> Tensor:  # (B, L, d)
     """Mean of the rows of ``weight`` that each bag names."""
-    return torch.stack([torch.stack([weight[bag].mean(0) for bag in row]) for row in ids])
+    return torch.stack([torch.stack([weight[bag[bag >= 0]].mean(0) for bag in row]) for row in ids])
 
 
 def fold(
@@ -58,3 +58,22 @@ def fold(
     inputs = [tokens[j * a : (j + 1) * a] for j in range(length)]
     targets = [tokens[(j + 1) * a : (j + 1) * a + b] for j in range(length)]
     return inputs, targets
+
+
+def ragged_fold(
+    tokens: list[int], begins: list[bool], length: int, input_bag: int, output_bag: int
+) -> tuple[list[list[int]], list[list[int]]]:  # L bags of inputs, L bags of targets
+    """Bags of at most ``input_bag`` tokens, a new one wherever ``begins``; each predicts up to ``output_bag`` tokens
+    after it, as far as the next boundary beyond the first of them."""
+    bags: list[list[int]] = []  # of places
+    for i in range(len(tokens)):
+        if not bags or begins[i] or len(bags[-1]) == input_bag:
+            bags.append([])
+        bags[-1].append(i)
+    targets: list[list[int]] = []
+    for bag in bags[1 : length + 1]:
+        ends = bag[0] + 1
+        while ends < bag[0] + output_bag and not begins[ends]:
+            ends += 1
+        targets.append(tokens[bag[0] : ends])
+    return [[tokens[i] for i in bag] for bag in bags[:length]], targets

@@ -20,7 +20,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from token_superposition.bags import fold, span
+from token_superposition.bags import fold, ragged_fold, span
+from token_superposition.data.boundaries import Boundaries
 from token_superposition.errors import TokenSuperpositionError, require_int
 from token_superposition.permutation import draw, permute
 from token_superposition.schedule import Phase, Schedule
@@ -56,6 +57,10 @@ class PlannedDataset(Dataset[Sample]):
     that the boundaries of bags fall anywhere: neighbours then overlap or leave out up to a - 1 tokens. For bags of one
     token it changes nothing.
 
+    ``boundaries`` ends bags early, so that none reaches over a boundary (``ragged_fold``: empty places are -1 in
+    input_ids, -100 in shift_labels). A sample begins where it would begin without them and has the same tokens at its
+    disposal; those that its L ragged bags do not come to are passed over. For bags of one token it changes nothing.
+
     Raises ``TokenSuperpositionError`` if the stream is shorter than one block; warns if it is read more than once.
     """
 
@@ -68,7 +73,9 @@ class PlannedDataset(Dataset[Sample]):
         seed: int = 0,
         common_bag: int = 1,
         shift: bool = False,
+        boundaries: Boundaries | None = None,
     ):
+        self.boundaries = boundaries
         self.shift = shift
         self.tokens = tokens
         self.schedule = schedule
@@ -112,8 +119,25 @@ class PlannedDataset(Dataset[Sample]):
         plan, start = self._locate(index)
         a, b = plan.phase.input_bag, plan.phase.output_bag
         raw = np.asarray(self.tokens[start : start + span(self.sequence_length, a, b)])
-        ids, targets = fold(torch.from_numpy(raw.astype(np.int64)), a, b)
+        tokens = torch.from_numpy(raw.astype(np.int64))
+        if self.boundaries is None or not plan.phase.is_superposed:
+            ids, targets = fold(tokens, a, b)
+        else:
+            ids, targets = ragged_fold(tokens, torch.from_numpy(self.boundaries.begins(raw)), a, b)
         return {"input_ids": ids, "shift_labels": targets.clone(memory_format=torch.contiguous_format)}
+
+    def tokens_per_bag(self, step: int) -> float:
+        """Mean number of tokens in an input bag of a step (0-based), less than the bag size where bags are ragged.
+
+        Taken over at most the first 64 samples of the step.
+        """
+        bag = self.schedule.at(step).input_bag
+        if self.boundaries is None or bag == 1:
+            return bag
+        first = step * self.batch_size
+        samples = range(first, first + min(self.batch_size, 64))
+        tokens = sum(int((self[i]["input_ids"] >= 0).sum()) for i in samples)
+        return tokens / (len(samples) * self.sequence_length)
 
     def start_of(self, index: int) -> int:
         """Index in the token stream of the first token of a sample."""

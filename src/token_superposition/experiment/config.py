@@ -12,6 +12,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any, Literal, TypeVar, cast
 
+from token_superposition.data.boundaries import BoundaryKind
 from token_superposition.errors import TokenSuperpositionError, require_int
 from token_superposition.loss.targets import BagLoss
 from token_superposition.schedule import WSD, Phase, Schedule
@@ -69,6 +70,8 @@ class SuperpositionConfig:
     """How far the steps of the sizes in anneal are mixed: 0 in turn, 1 at random; between, each fades into the next."""
     shift: bool = False
     """Start each sample 0 to s - 1 tokens later, drawn for it, so that the boundaries of bags fall anywhere."""
+    boundaries: BoundaryKind = "none"
+    """What no bag reaches over: documents; lines (and documents); words. Bags end early there and hold less text."""
     reset_optimizer: bool = False
     """Forget the optimizer's state at the switch to bag size 1 and warm up again. Expected to hurt."""
     reset_embeddings: bool = False
@@ -105,7 +108,7 @@ class SuperpositionConfig:
         return (s if self.sides != "output" else 1, s if self.sides != "input" else 1)
 
 
-VARIANTS = ("loss", "shift", "mixture", "reset_optimizer", "reset_embeddings")
+VARIANTS = ("loss", "shift", "boundaries", "mixture", "reset_optimizer", "reset_embeddings")
 """Settings that change more than the bag sizes and their weights; the transformers engine has all of them."""
 _PRESETS = files("token_superposition") / "presets"
 BASELINE = SuperpositionConfig(bag_size=1, ratio=0.0)

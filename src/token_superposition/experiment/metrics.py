@@ -87,8 +87,8 @@ class MetricsWriter(TrainerCallback):
             "seconds": round(self.seconds, 3),
             "flops": self.step_flops * state.global_step,
         }
-        names = ("loss", "grad_norm", "learning_rate", "input_bag", "output_bag", "latent_tokens", "raw_tokens")
-        line |= {k: logs[k] for k in names if k in logs}
+        names = ("loss", "grad_norm", "learning_rate", "input_bag", "output_bag", "tokens_per_bag")
+        line |= {k: logs[k] for k in (*names, "latent_tokens", "raw_tokens") if k in logs}
         if "eval_loss" in logs:
             line |= {"val_loss": logs["eval_loss"], "val_bpb": logs["eval_loss"] * self.bits_per_byte}
         with self.path.open("a") as f:

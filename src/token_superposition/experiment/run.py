@@ -24,6 +24,7 @@ from transformers import (
     set_seed,
 )
 
+from token_superposition.data.boundaries import find_boundaries
 from token_superposition.data.plan import PlannedDataset, ValidationSet
 from token_superposition.data.store import TokenStore
 from token_superposition.data.tokenizer import load_tokenizer
@@ -135,7 +136,8 @@ def train(
     model = build_model(config, store.meta)
     tokenizer = load_tokenizer(str(store.directory / "tokenizer"))
     data = (config.data.sequence_length, config.train.batch_size, config.train.seed, config.data.common_bag)
-    plan = PlannedDataset(store, schedule, *data, shift=config.superposition.shift)
+    boundaries = find_boundaries(tokenizer, config.superposition.boundaries)
+    plan = PlannedDataset(store, schedule, *data, shift=config.superposition.shift, boundaries=boundaries)
     held_out = ValidationSet(validation, config.data.sequence_length, config.data.eval_tokens)
     final = ValidationSet(validation, config.data.sequence_length, config.data.final_eval_tokens)
     bits_per_byte = 1 / math.log(2) / validation.split.bytes_per_token

@@ -169,7 +169,7 @@ class TSTTrainer(Trainer):
         return super().create_scheduler(num_training_steps, optimizer)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Adds the bag sizes and the latent and raw tokens read so far."""
+        """Adds the bag sizes and the latent and raw tokens so far; with ragged bags, how full this step's were."""
         plan, step = self.train_dataset, self.state.global_step
         if isinstance(plan, PlannedDataset):
             phase = plan.schedule.at(max(step - 1, 0))
@@ -180,6 +180,8 @@ class TSTTrainer(Trainer):
                 "latent_tokens": plan.schedule.latent_tokens(*counts),
                 "raw_tokens": plan.schedule.raw_tokens(*counts),
             }
+            if plan.boundaries is not None and "loss" in logs:
+                logs["tokens_per_bag"] = plan.tokens_per_bag(max(step - 1, 0))
         super().log(logs, start_time)
 
     def floating_point_ops(self, inputs: Mapping[str, Any]) -> int:
