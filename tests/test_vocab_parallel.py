@@ -15,9 +15,10 @@ from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tenso
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.profiler import ProfilerActivity, profile
 
-from token_superposition import TokenSuperpositionError, superpose
+from token_superposition import TokenSuperpositionError, superpose, unsuperpose
 from token_superposition import linear_multi_hot_cross_entropy as linear
 from token_superposition.loss.vocab_parallel import VocabParallel
+from token_superposition.place_signal import place_factors
 
 V, D, N, S = 11, 4, 9, 3  # 11 rows on two processes: 6 and 5
 
@@ -80,6 +81,8 @@ def check_dtensors(rank: int) -> None:
     for p in (*table.parameters(), *out.parameters()):
         p.data.copy_(torch.randn(p.shape, generator=g))
     ids, targets = torch.randint(V, (2, 5, S), generator=g), torch.randint(V, (2, 5, S), generator=g)
+    marked = (table.weight[ids] * place_factors(S, D, 0.5, table.weight)).mean(2)
+    (want_marked,) = torch.autograd.grad(marked.square().sum(), table.weight)
     hidden = torch.tanh(table.weight[ids].mean(2))
     expected = linear(hidden, out.weight, targets, bias=out.bias, impl="reference")
     want = torch.autograd.grad(expected, (table.weight, out.weight, out.bias))  # pyright: ignore
@@ -106,6 +109,10 @@ def check_dtensors(rank: int) -> None:
         linear(hidden, distribute_tensor(whole, mesh, [Shard(1)]), targets)
     with pytest.raises(TokenSuperpositionError, match="choose 'chunked'"):
         linear(hidden, weight, targets, impl="triton")
+    superpose(unsuperpose(model), table, place_signal=0.5)
+    got = table(ids)
+    close(got, marked)
+    close(torch.autograd.grad(got.square().sum(), table.weight)[0], want_marked)
 
 
 CHECKS = (check_loss_on_local_rows, check_number_of_collectives, check_dtensors)

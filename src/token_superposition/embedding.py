@@ -11,12 +11,16 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from token_superposition.errors import TokenSuperpositionError
+from token_superposition.place_signal import check_signal, place_factors, placed_bag_mean
 
 M = TypeVar("M", bound=nn.Module)
 
 
-def bag_embedding(embedding: nn.Module, ids: Tensor) -> Tensor:  # (..., s) -> (..., d)
+def bag_embedding(embedding: nn.Module, ids: Tensor, place_signal: float = 0.0) -> Tensor:  # (..., s) -> (..., d)
     """Mean over the last axis of what ``embedding`` gives for each id, accumulated in float32.
+
+    With a ``place_signal`` e, the embedding of the token at place i is first multiplied by ``1 + e * p_i``, where
+    p_i is a fixed vector of +1 and -1.
 
     An ``nn.Embedding``, also one with a padding row, an ``embed_scale`` (Gemma) or a DTensor weight sharded over the
     vocabulary or replicated, never holds (..., s, d), forward or backward. Any other one (quantised, adapted) is asked
@@ -26,24 +30,41 @@ def bag_embedding(embedding: nn.Module, ids: Tensor) -> Tensor:  # (..., s) -> (
     e = cast(Any, embedding)
     base = _stock_class(type(embedding))
     if not isinstance(embedding, nn.Embedding) or e.max_norm is not None or e.sparse or e.scale_grad_by_freq:
-        return _mean_of_rows(base.forward(e, ids))
+        return _mean_of_rows(base.forward, e, ids, place_signal)
     scale: float | Tensor = 1.0
     if base.forward is not nn.Embedding.forward:
         if not hasattr(e, "embed_scale"):
-            return _mean_of_rows(base.forward(e, ids))
+            return _mean_of_rows(base.forward, e, ids, place_signal)
         scale = e.embed_scale
     pad = -1 if e.padding_idx is None else int(e.padding_idx)
     if hasattr(e.weight, "device_mesh"):
-        out = _dtensor_bag_mean(e.weight, ids, pad)
+        out = _dtensor_bag_mean(e.weight, ids, pad, place_signal)
+    elif place_signal:
+        out = _local_mean(e.weight, ids, 0, pad, place_signal)
     elif pad < 0 and (e.weight.is_cuda or e.weight.dtype in (torch.float32, torch.float64)):
         out = F.embedding_bag(ids.reshape(-1, ids.shape[-1]), e.weight).unflatten(0, ids.shape[:-1])
     else:
-        out = bag_mean(e.weight, ids.reshape(-1, ids.shape[-1]), 0, pad).unflatten(0, ids.shape[:-1])
+        out = _local_mean(e.weight, ids, 0, pad, 0.0)
     return out if isinstance(scale, float) and scale == 1 else out * torch.as_tensor(scale).to(out.device, out.dtype)
 
 
-def _mean_of_rows(rows: Tensor) -> Tensor:  # (..., s, d) -> (..., d)
+def _mean_of_rows(look_up: Any, embedding: Any, ids: Tensor, place_signal: float) -> Tensor:  # (..., s) -> (..., d)
+    if place_signal:
+        first: Tensor = look_up(embedding, ids[..., 0])
+        factors = place_factors(ids.shape[-1], first.shape[-1], place_signal, first)
+        total = first * factors[0]
+        for place in range(1, len(factors)):
+            total = total + look_up(embedding, ids[..., place]) * factors[place]
+        return (total / len(factors)).to(first.dtype)
+    rows = look_up(embedding, ids)
     return rows.to(torch.promote_types(rows.dtype, torch.float32)).mean(-2).to(rows.dtype)
+
+
+def _local_mean(weight: Tensor, ids: Tensor, start: int, padding_idx: int, place_signal: float) -> Tensor:
+    rows = ids.reshape(-1, ids.shape[-1])
+    if place_signal:
+        return placed_bag_mean(weight, rows, start, padding_idx, place_signal).unflatten(0, ids.shape[:-1])
+    return bag_mean(weight, rows, start, padding_idx).unflatten(0, ids.shape[:-1])
 
 
 @torch.library.custom_op("token_superposition::bag_mean", mutates_args=())
@@ -138,7 +159,7 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 bag_mean.register_autograd(_backward, setup_context=_setup_context)
 
 
-def _dtensor_bag_mean(weight: Any, ids: Tensor, padding_idx: int) -> Tensor:
+def _dtensor_bag_mean(weight: Any, ids: Tensor, padding_idx: int, place_signal: float) -> Tensor:
     """The rows that this process holds; ``Partial`` sums them over the processes when it is redistributed."""
     from torch.distributed.tensor import DTensor, Partial, Replicate
 
@@ -146,11 +167,11 @@ def _dtensor_bag_mean(weight: Any, ids: Tensor, padding_idx: int) -> Tensor:
 
     rows, start, sharded = local_rows(weight)
     local = ids.to_local() if isinstance(ids, DTensor) else ids
-    out = bag_mean(rows, local.reshape(-1, local.shape[-1]), start, padding_idx).unflatten(0, local.shape[:-1])
+    out = _local_mean(rows, local, start, padding_idx, place_signal)
     return DTensor.from_local(out, weight.device_mesh, [Partial() if sharded else Replicate()], run_check=False)
 
 
-def superpose(model: M, embedding: nn.Module | None = None) -> M:
+def superpose(model: M, embedding: nn.Module | None = None, *, place_signal: float = 0.0) -> M:
     """Make ``model`` accept ids of shape (B, L, s) beside (B, L); returns the same object.
 
     The input embedding (``model.get_input_embeddings()``, or ``embedding``, or the model's only ``nn.Embedding``)
@@ -158,12 +179,21 @@ def superpose(model: M, embedding: nn.Module | None = None) -> M:
     shape of ``input_ids`` never sees a third axis. Parameters, buffers, their names and the state dict are untouched,
     and ordinary ids take the path they took before. Doing it twice changes nothing; ``unsuperpose`` undoes it.
 
-    Raises ``TokenSuperpositionError`` if the input embedding cannot be found.
+    ``place_signal``, in [0, 1], lets a bag tell the places of its tokens (see ``bag_embedding``); it means nothing for
+    ordinary ids and is not in the state dict.
+
+    Raises ``TokenSuperpositionError`` if the input embedding cannot be found, or has another place signal already.
     """
+    check_signal("place_signal", place_signal)
     embedding = embedding if embedding is not None else find_embedding(model)
     if not is_superposed(embedding):
         stock = type(embedding)
-        embedding.__class__ = type(f"Bag{stock.__name__}", (_BagMixin, stock), {"__module__": __name__})
+        members = {"__module__": __name__, "place_signal": place_signal}
+        embedding.__class__ = type(f"Bag{stock.__name__}", (_BagMixin, stock), members)
+    elif (present := cast(Any, embedding).place_signal) != place_signal:
+        raise TokenSuperpositionError(
+            f"the model reads bags with place_signal {present} already, not {place_signal}; unsuperpose it first"
+        )
     if "inputs_embeds" in inspect.signature(model.forward).parameters and not _feeders(model):
         model.register_forward_pre_hook(_FeedEmbeddings(embedding), with_kwargs=True)
     return model
@@ -202,10 +232,12 @@ def find_embedding(model: nn.Module) -> nn.Module:
 class _BagMixin:
     """Mixed into the class of an embedding: ids of rank 3 are bags."""
 
+    place_signal: float
+
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         ids = args[0] if args else next(iter(kwargs.values()))
         if ids.dim() == 3:
-            return bag_embedding(cast(nn.Module, self), ids)
+            return bag_embedding(cast(nn.Module, self), ids, self.place_signal)
         stock: Any = super()  # the stock class, next in line
         return stock.forward(*args, **kwargs)
 

@@ -14,6 +14,7 @@ from typing import Any, Literal, TypeVar, cast
 
 from token_superposition.errors import TokenSuperpositionError, require_int
 from token_superposition.loss.targets import BagLoss
+from token_superposition.place_signal import check_signal
 from token_superposition.schedule import WSD, Phase, Schedule
 from token_superposition.weights import Weighting
 
@@ -69,6 +70,8 @@ class SuperpositionConfig:
     """How far the steps of the sizes in anneal are mixed: 0 in turn, 1 at random; between, each fades into the next."""
     shift: bool = False
     """Start each sample 0 to s - 1 tokens later, drawn for it, so that the boundaries of bags fall anywhere."""
+    place_signal: float = 0.0
+    """How strongly a bag that is read tells the places of its tokens, in [0, 1]; it leaves nothing in the model."""
     reset_optimizer: bool = False
     """Forget the optimizer's state at the switch to bag size 1 and warm up again. Expected to hurt."""
     reset_embeddings: bool = False
@@ -85,6 +88,7 @@ class SuperpositionConfig:
             raise TokenSuperpositionError(
                 f"superposition.mixture is {self.mixture}, but there are no bag sizes to mix; set superposition.anneal"
             )
+        check_signal("superposition.place_signal", self.place_signal)
 
     def refuse_variants(self, engine: str) -> None:
         """Raise ``TokenSuperpositionError`` for a variant that only tst train has."""
@@ -105,7 +109,7 @@ class SuperpositionConfig:
         return (s if self.sides != "output" else 1, s if self.sides != "input" else 1)
 
 
-VARIANTS = ("loss", "shift", "mixture", "reset_optimizer", "reset_embeddings")
+VARIANTS = ("loss", "shift", "mixture", "place_signal", "reset_optimizer", "reset_embeddings")
 """Settings that change more than the bag sizes and their weights; the transformers engine has all of them."""
 _PRESETS = files("token_superposition") / "presets"
 BASELINE = SuperpositionConfig(bag_size=1, ratio=0.0)

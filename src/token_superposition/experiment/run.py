@@ -161,6 +161,7 @@ def train(
         processing_class=tokenizer,
         weighting=config.superposition.weighting,
         bag_loss=config.superposition.loss,
+        place_signal=config.superposition.place_signal,
         lr_factor=config.wsd,
         optimizers=(muon(config, model), None),
         callbacks=[metrics, *at_switch(config)],

@@ -31,9 +31,10 @@ class TSTTrainer(Trainer):
     have a target. A batch with ``labels`` alone goes the stock way. A ``PlannedDataset`` is read in its own order and
     decides the number of steps; it must agree with the arguments about the batch size.
 
-    ``weighting`` weighs the places in a bag; ``bag_loss`` "sum-to-one" takes the bag as one label. ``lr_factor`` maps a
-    0-based step to a learning-rate factor (``WSD``); without it the arguments' own scheduler is used. Checkpoints,
-    resume and the saved model are the stock ones.
+    ``weighting`` weighs the places in a bag; ``bag_loss`` "sum-to-one" takes the bag as one label;
+    ``place_signal`` marks the places of a bag that is read (``superpose``). ``lr_factor`` maps a 0-based step to a
+    learning-rate factor (``WSD``); without it the arguments' own scheduler is used. Checkpoints, resume and the saved
+    model are the stock ones.
 
     Raises ``TokenSuperpositionError`` where plan and arguments disagree.
     """
@@ -45,10 +46,11 @@ class TSTTrainer(Trainer):
         *,
         weighting: Weighting = "uniform",
         bag_loss: BagLoss = "multi-hot",
+        place_signal: float = 0.0,
         lr_factor: Callable[[int], float] | None = None,
         **kwargs: Any,
     ):
-        superpose(model)
+        superpose(model, place_signal=place_signal)
         head = read_head(model)
         if isinstance(head, str):
             logger.warning("%s computes whole logits in training: %s", type(model).__name__, head)
