@@ -33,7 +33,8 @@ class JobCost:
     flops: float
     """By the formula of ``tst plan``."""
     step_equivalents: float
-    """Steps and validation together: a validated token takes a third of the time of a trained one."""
+    """Ordinary steps and validation together: a validated token takes a third of the time of a trained one, and a
+    step with heads for further tokens longer by its FLOPs."""
     trunk: str | None
 
 
@@ -58,9 +59,12 @@ def dry_run(config: Config, out: str | Path) -> DryRun:
     shape = shape_of(config, Meta.load(Path(config.data.path)).vocab_size)
     waiting = unfinished(jobs, out)
     names = {j.directory for j in waiting}
-    flops = float(shape.flops_per_token(config.data.sequence_length))
+    flops = [
+        float(shape.flops_per_token(config.data.sequence_length, j.config.superposition.trained_heads)) for j in jobs
+    ]
+    plain = float(shape.flops_per_token(config.data.sequence_length))
     left = [_left(j, out, j.trunk in names) if j in waiting else 0 for j in jobs]
-    costs = [cost_of_job(j, steps, flops) for j, steps in zip(jobs, left, strict=True)]
+    costs = [cost_of_job(j, steps, f, f / plain) for j, steps, f in zip(jobs, left, flops, strict=True)]
     parallel = config.compare.parallel or default_parallel(len(startable(waiting, out)))
     local = 1 if torch.accelerator.is_available() else parallel
     Launch(local_processes=local, device_memory=Launch.from_environment().device_memory).check_memory(shape.parameters)
@@ -69,8 +73,8 @@ def dry_run(config: Config, out: str | Path) -> DryRun:
     return DryRun(costs, shape.parameters, step, parallel, makespan(unfinished_costs, parallel, step))
 
 
-def cost_of_job(job: Job, steps: int, flops_per_token: float) -> JobCost:
-    """Of the last ``steps`` steps of a run."""
+def cost_of_job(job: Job, steps: int, flops_per_token: float, step: float = 1.0) -> JobCost:
+    """Of the last ``steps`` steps of a run, each of which takes the time of ``step`` ordinary ones."""
     config, schedule = job.config, job.config.schedule
     total, batch, length = config.train.steps, config.train.batch_size, config.data.sequence_length
     before = total - steps
@@ -86,7 +90,7 @@ def cost_of_job(job: Job, steps: int, flops_per_token: float) -> JobCost:
         latent_tokens=latent,
         raw_tokens=schedule.raw_tokens(batch, length) - schedule.raw_tokens(batch, length, before),
         flops=flops_per_token * latent,
-        step_equivalents=steps + validated / (3 * batch * length),
+        step_equivalents=steps * step + validated / (3 * batch * length),
         trunk=job.trunk,
     )
 
