@@ -90,7 +90,8 @@ def test_all_variants_at_once_on_two_processes(write_config: Callable[..., Path]
     """By the command's flags; the second process must throw away the same things and draw the same weights."""
     flags = (
         "--superposition.loss sum-to-one --superposition.anneal 4 2 --superposition.mixture 0.7 --superposition.shift "
-        "--superposition.reset-optimizer --superposition.reset-embeddings --train.optimizer muon"
+        "--superposition.reset-optimizer --superposition.reset-embeddings --train.optimizer muon "
+        "--superposition.place-signal 0.5 --superposition.mtp-heads 2"
     )
     curves: list[list[float]] = []
     for processes in (1, 2):

@@ -16,9 +16,10 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, 
 from torch.profiler import ProfilerActivity, profile
 
 from tests.processes import spawn
-from token_superposition import TokenSuperpositionError, reference, superpose
+from token_superposition import TokenSuperpositionError, reference, superpose, unsuperpose
 from token_superposition import linear_multi_hot_cross_entropy as linear
 from token_superposition.loss.vocab_parallel import VocabParallel
+from token_superposition.place_signal import place_factors
 
 V, D, N, S = 11, 4, 9, 3  # 11 rows on two processes: 6 and 5
 
@@ -81,8 +82,11 @@ def check_dtensors(rank: int) -> None:
     for p in (*table.parameters(), *out.parameters()):
         p.data.copy_(torch.randn(p.shape, generator=g))
     ids, targets = torch.randint(V, (2, 5, S), generator=g), torch.randint(V, (2, 5, S), generator=g)
-    ids[0, 1, 1:] = -1  # a ragged bag
-    hidden = torch.tanh(reference.bag_embedding(table.weight, ids))
+    marked = (table.weight[ids] * place_factors(S, D, 0.5, table.weight)).mean(2)
+    (want_marked,) = torch.autograd.grad(marked.square().sum(), table.weight)
+    ragged = ids.clone()
+    ragged[0, 1, 1:] = -1
+    hidden = torch.tanh(reference.bag_embedding(table.weight, ragged))
     expected = linear(hidden, out.weight, targets, bias=out.bias, impl="reference")
     want = torch.autograd.grad(expected, (table.weight, out.weight, out.bias))  # pyright: ignore
 
@@ -93,7 +97,7 @@ def check_dtensors(rank: int) -> None:
     }
     parallelize_module(model, mesh, plan)
     superpose(model, table)
-    hidden = torch.tanh(table(ids))
+    hidden = torch.tanh(table(ragged))
     weight, bias = out.weight, out.bias
     assert isinstance(weight, DTensor) and weight.placements == (Shard(0),)
     for state in (hidden, DTensor.from_local(hidden, mesh, [Replicate()])):
@@ -108,6 +112,10 @@ def check_dtensors(rank: int) -> None:
         linear(hidden, distribute_tensor(whole, mesh, [Shard(1)]), targets)
     with pytest.raises(TokenSuperpositionError, match="choose 'chunked'"):
         linear(hidden, weight, targets, impl="triton")
+    superpose(unsuperpose(model), table, place_signal=0.5)
+    got = table(ids)
+    close(got, marked)
+    close(torch.autograd.grad(got.square().sum(), table.weight)[0], want_marked)
 
 
 CHECKS = (check_loss_on_local_rows, check_number_of_collectives, check_dtensors)

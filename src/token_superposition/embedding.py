@@ -11,14 +11,17 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from token_superposition.errors import TokenSuperpositionError
+from token_superposition.place_signal import check_signal, place_factors, placed_bag_mean, places
 
 M = TypeVar("M", bound=nn.Module)
 
 
-def bag_embedding(embedding: nn.Module, ids: Tensor) -> Tensor:  # (..., s) -> (..., d)
+def bag_embedding(embedding: nn.Module, ids: Tensor, place_signal: float = 0.0) -> Tensor:  # (..., s) -> (..., d)
     """Mean over the last axis of what ``embedding`` gives for each id, accumulated in float32.
 
-    A place whose id is below 0 is not there: the mean is over the others, and 0 where there are none.
+    A place whose id is below 0 is not there: the mean is over the others, and 0 where there are none. With a
+    ``place_signal`` e, the embedding of the token at place i is first multiplied by ``1 + e * p_i``, where p_i is a
+    fixed vector of +1 and -1.
 
     An ``nn.Embedding``, also one with a padding row, an ``embed_scale`` (Gemma) or a DTensor weight sharded over the
     vocabulary or replicated, never holds (..., s, d), forward or backward. Any other one (quantised, adapted) is asked
@@ -28,32 +31,42 @@ def bag_embedding(embedding: nn.Module, ids: Tensor) -> Tensor:  # (..., s) -> (
     e = cast(Any, embedding)
     base = _stock_class(type(embedding))
     if not isinstance(embedding, nn.Embedding) or e.max_norm is not None or e.sparse or e.scale_grad_by_freq:
-        return _mean_of_rows(base, e, ids)
+        return _mean_of_rows(base, e, ids, place_signal)
     scale: float | Tensor = 1.0
     if base.forward is not nn.Embedding.forward:
         if not hasattr(e, "embed_scale"):
-            return _mean_of_rows(base, e, ids)
+            return _mean_of_rows(base, e, ids, place_signal)
         scale = e.embed_scale
     pad = -1 if e.padding_idx is None else int(e.padding_idx)
     if hasattr(e.weight, "device_mesh"):
-        out = _dtensor_bag_mean(e.weight, ids, pad)
+        out = _dtensor_bag_mean(e.weight, ids, pad, place_signal)
+    elif place_signal:
+        out = _local_mean(e.weight, ids, 0, pad, place_signal)
     elif pad < 0 and (e.weight.is_cuda or e.weight.dtype in (torch.float32, torch.float64)):
         out = _embedding_bag(e.weight, ids.reshape(-1, ids.shape[-1])).unflatten(0, ids.shape[:-1])
     else:
-        out = bag_mean(e.weight, ids.reshape(-1, ids.shape[-1]), 0, pad).unflatten(0, ids.shape[:-1])
+        out = _local_mean(e.weight, ids, 0, pad, 0.0)
     return out if isinstance(scale, float) and scale == 1 else out * torch.as_tensor(scale).to(out.device, out.dtype)
 
 
-def _mean_of_rows(stock: Any, embedding: Any, ids: Tensor) -> Tensor:  # (..., s) -> (..., d)
-    there, count = _places(ids)
-    rows: Tensor = stock.forward(embedding, ids.where(there, ids[..., :1].clamp(min=0)))  # (..., s, d)
+def _mean_of_rows(stock: Any, embedding: Any, ids: Tensor, place_signal: float) -> Tensor:  # (..., s) -> (..., d)
+    there, count = places(ids)
+    known = ids.where(there, ids[..., :1].clamp(min=0))
+    if place_signal:
+        first: Tensor = stock.forward(embedding, known[..., 0])
+        factors = place_factors(ids.shape[-1], first.shape[-1], place_signal, first)
+        total = first * factors[0] * there[..., :1]
+        for place in range(1, len(factors)):
+            total = total + stock.forward(embedding, known[..., place]) * factors[place] * there[..., place, None]
+        return (total / count).to(first.dtype)
+    rows: Tensor = stock.forward(embedding, known)  # (..., s, d)
     rows = rows.where(there.unsqueeze(-1), 0)
     return (rows.to(torch.promote_types(rows.dtype, torch.float32)).sum(-2) / count).to(rows.dtype)
 
 
 def _embedding_bag(weight: Tensor, ids: Tensor) -> Tensor:  # (V, d), (N, s) -> (N, d)
     """Torch's, with a weight for every place: no value is looked at, so nothing waits for the device."""
-    there, count = _places(ids)
+    there, count = places(ids)
     share, exact = there.to(weight.dtype), weight.dtype in (torch.float32, torch.float64)
     if exact:  # in lower precision a third is too far from a third
         share = share / count
@@ -61,9 +74,11 @@ def _embedding_bag(weight: Tensor, ids: Tensor) -> Tensor:  # (V, d), (N, s) -> 
     return total if exact else total / count
 
 
-def _places(ids: Tensor) -> tuple[Tensor, Tensor]:  # (..., s) -> which are there (..., s), how many (..., 1)
-    there = ids >= 0
-    return there, there.sum(-1, keepdim=True).clamp(min=1)
+def _local_mean(weight: Tensor, ids: Tensor, start: int, padding_idx: int, place_signal: float) -> Tensor:
+    rows = ids.reshape(-1, ids.shape[-1])
+    if place_signal:
+        return placed_bag_mean(weight, rows, start, padding_idx, place_signal).unflatten(0, ids.shape[:-1])
+    return bag_mean(weight, rows, start, padding_idx).unflatten(0, ids.shape[:-1])
 
 
 @torch.library.custom_op("token_superposition::bag_mean", mutates_args=())
@@ -76,7 +91,7 @@ def bag_mean(
     """``embedding_bag`` with the gradient summed in float32, for part of a vocabulary too."""
     inside, local = _local_ids(weight, ids, start)
     total = F.embedding_bag(local, weight, mode="sum", per_sample_weights=inside.to(weight.dtype))
-    return total / _places(ids)[1]
+    return total / places(ids)[1]
 
 
 @bag_mean.register_fake
@@ -94,7 +109,7 @@ def bag_mean_backward(
 ) -> Tensor:  # (V, d)
     inside, local = _local_ids(weight, ids, start)
     acc = torch.promote_types(grad.dtype, torch.float32)
-    count = _places(ids)[1]
+    count = places(ids)[1]
     if grad.device.type == "cpu":
         total = torch.zeros_like(weight)
         s, v = ids.shape[1], weight.shape[0]
@@ -163,7 +178,7 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 bag_mean.register_autograd(_backward, setup_context=_setup_context)
 
 
-def _dtensor_bag_mean(weight: Any, ids: Tensor, padding_idx: int) -> Tensor:
+def _dtensor_bag_mean(weight: Any, ids: Tensor, padding_idx: int, place_signal: float) -> Tensor:
     """The rows that this process holds; ``Partial`` sums them over the processes when it is redistributed."""
     from torch.distributed.tensor import DTensor, Partial, Replicate
 
@@ -171,11 +186,11 @@ def _dtensor_bag_mean(weight: Any, ids: Tensor, padding_idx: int) -> Tensor:
 
     rows, start, sharded = local_rows(weight)
     local = ids.to_local() if isinstance(ids, DTensor) else ids
-    out = bag_mean(rows, local.reshape(-1, local.shape[-1]), start, padding_idx).unflatten(0, local.shape[:-1])
+    out = _local_mean(rows, local, start, padding_idx, place_signal)
     return DTensor.from_local(out, weight.device_mesh, [Partial() if sharded else Replicate()], run_check=False)
 
 
-def superpose(model: M, embedding: nn.Module | None = None) -> M:
+def superpose(model: M, embedding: nn.Module | None = None, *, place_signal: float = 0.0) -> M:
     """Make ``model`` accept ids of shape (B, L, s) beside (B, L); returns the same object.
 
     The input embedding (``model.get_input_embeddings()``, or ``embedding``, or the model's only ``nn.Embedding``)
@@ -183,12 +198,21 @@ def superpose(model: M, embedding: nn.Module | None = None) -> M:
     shape of ``input_ids`` never sees a third axis. Parameters, buffers, their names and the state dict are untouched,
     and ordinary ids take the path they took before. Doing it twice changes nothing; ``unsuperpose`` undoes it.
 
-    Raises ``TokenSuperpositionError`` if the input embedding cannot be found.
+    ``place_signal``, in [0, 1], lets a bag tell the places of its tokens (see ``bag_embedding``); it means nothing for
+    ordinary ids and is not in the state dict.
+
+    Raises ``TokenSuperpositionError`` if the input embedding cannot be found, or has another place signal already.
     """
+    check_signal("place_signal", place_signal)
     embedding = embedding if embedding is not None else find_embedding(model)
     if not is_superposed(embedding):
         stock = type(embedding)
-        embedding.__class__ = type(f"Bag{stock.__name__}", (_BagMixin, stock), {"__module__": __name__})
+        members = {"__module__": __name__, "place_signal": place_signal}
+        embedding.__class__ = type(f"Bag{stock.__name__}", (_BagMixin, stock), members)
+    elif (present := cast(Any, embedding).place_signal) != place_signal:
+        raise TokenSuperpositionError(
+            f"the model reads bags with place_signal {present} already, not {place_signal}; unsuperpose it first"
+        )
     if "inputs_embeds" in inspect.signature(model.forward).parameters and not _feeders(model):
         model.register_forward_pre_hook(_FeedEmbeddings(embedding), with_kwargs=True)
     return model
@@ -227,10 +251,12 @@ def find_embedding(model: nn.Module) -> nn.Module:
 class _BagMixin:
     """Mixed into the class of an embedding: ids of rank 3 are bags."""
 
+    place_signal: float
+
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         ids = args[0] if args else next(iter(kwargs.values()))
         if ids.dim() == 3:
-            return bag_embedding(cast(nn.Module, self), ids)
+            return bag_embedding(cast(nn.Module, self), ids, self.place_signal)
         stock: Any = super()  # the stock class, next in line
         return stock.forward(*args, **kwargs)
 

@@ -62,13 +62,14 @@ class Shape:
         """Active parameters without embedding and head."""
         return self.active_parameters - self.embedding_parameters
 
-    def flops_per_token(self, sequence_length: int) -> int:
+    def flops_per_token(self, sequence_length: int, mtp_heads: int = 0) -> int:
         """FLOPs of training on one latent token: 6 per matrix weight, 12 per layer, attention width and position.
 
         The convention of PaLM (appendix B) and torchtitan: forward and backward, no recomputation, attention as if
-        it were not causal.
+        it were not causal. ``mtp_heads`` are the heads for further tokens, each with one unembedding more.
         """
-        return 6 * self.matrix_parameters + 12 * self.layers * self.attention_width * sequence_length
+        matrices = self.matrix_parameters + mtp_parameters(mtp_heads, self.hidden_size, self.vocab_size)
+        return 6 * matrices + 12 * self.layers * self.attention_width * sequence_length
 
     def activation_bytes(self) -> int:
         """Bytes that autograd keeps for one latent token in one layer, bfloat16 with fused attention.
@@ -80,6 +81,11 @@ class Shape:
         if self.normalizes_queries:
             attention += 6 * (self.attention_width + self.key_value_width)
         return 16 * self.hidden_size + attention + 8 * self.mlp_width + 4 * self.experts_per_token * self.hidden_size
+
+
+def mtp_parameters(heads: int, hidden_size: int, vocab_size: int) -> int:
+    """Weights in the matrix products of the heads for further tokens: each its matrix and the shared unembedding."""
+    return heads * hidden_size * (hidden_size + vocab_size)
 
 
 def shape_of(config: Config, vocab_size: int) -> Shape:
@@ -200,7 +206,7 @@ def cost_of(config: Config, shape: Shape, gpus: int, gpu_type: GpuType, mfu: flo
         raise TokenSuperpositionError(f"mfu is {mfu}; give the share of the GPU's peak that is used, such as 0.4")
     schedule, batch, length = config.schedule, config.train.batch_size, config.data.sequence_length
     latent, raw = schedule.latent_tokens(batch, length), schedule.raw_tokens(batch, length)
-    flops = float(shape.flops_per_token(length)) * latent
+    flops = float(shape.flops_per_token(length, config.superposition.trained_heads)) * latent
     hours = flops / (GPUS[gpu_type].flops * mfu) / 3600
     return Cost(
         steps=schedule.total_steps,

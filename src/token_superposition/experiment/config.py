@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import math
 import tomllib
 import types
 import typing
@@ -15,6 +16,7 @@ from typing import Any, Literal, TypeVar, cast
 from token_superposition.data.boundaries import BoundaryKind
 from token_superposition.errors import TokenSuperpositionError, require_int
 from token_superposition.loss.targets import BagLoss
+from token_superposition.place_signal import check_signal
 from token_superposition.schedule import WSD, Phase, Schedule
 from token_superposition.weights import Weighting
 
@@ -72,6 +74,12 @@ class SuperpositionConfig:
     """Start each sample 0 to s - 1 tokens later, drawn for it, so that the boundaries of bags fall anywhere."""
     boundaries: BoundaryKind = "none"
     """What no bag reaches over: documents; lines (and documents); words. Bags end early there and hold less text."""
+    place_signal: float = 0.0
+    """How strongly a bag that is read tells the places of its tokens, in [0, 1]; it leaves nothing in the model."""
+    mtp_heads: int = 0
+    """Heads for further tokens (or bags) while training, in all phases; the finished model has none. They add FLOPs."""
+    mtp_weight: float = 0.3
+    """What the mean of their losses counts beside the model's own."""
     reset_optimizer: bool = False
     """Forget the optimizer's state at the switch to bag size 1 and warm up again. Expected to hurt."""
     reset_embeddings: bool = False
@@ -88,6 +96,10 @@ class SuperpositionConfig:
             raise TokenSuperpositionError(
                 f"superposition.mixture is {self.mixture}, but there are no bag sizes to mix; set superposition.anneal"
             )
+        check_signal("superposition.place_signal", self.place_signal)
+        require_int("superposition.mtp_heads", self.mtp_heads, 0)
+        if not 0 <= self.mtp_weight < math.inf:
+            raise TokenSuperpositionError(f"superposition.mtp_weight is {self.mtp_weight}; give a number from 0 up")
 
     def refuse_variants(self, engine: str) -> None:
         """Raise ``TokenSuperpositionError`` for a variant that only tst train has."""
@@ -96,6 +108,11 @@ class SuperpositionConfig:
                 raise TokenSuperpositionError(
                     f"superposition.{name} is {value!r}; the {engine} engine does not have it, so use tst train"
                 )
+
+    @property
+    def trained_heads(self) -> int:
+        """Heads for further tokens whose loss counts."""
+        return self.mtp_heads if self.mtp_weight else 0
 
     def schedule(self, steps: int) -> Schedule:
         if self.anneal:
@@ -108,7 +125,7 @@ class SuperpositionConfig:
         return (s if self.sides != "output" else 1, s if self.sides != "input" else 1)
 
 
-VARIANTS = ("loss", "shift", "boundaries", "mixture", "reset_optimizer", "reset_embeddings")
+VARIANTS = ("loss", "shift", "boundaries", "mixture", "place_signal", "mtp_heads", "reset_optimizer", "reset_embeddings")
 """Settings that change more than the bag sizes and their weights; the transformers engine has all of them."""
 _PRESETS = files("token_superposition") / "presets"
 BASELINE = SuperpositionConfig(bag_size=1, ratio=0.0)
@@ -268,6 +285,11 @@ class Config:
             )
         for superposition in (self.superposition, *(v.superposition for v in self.compare.variants)):
             superposition.check()
+            if superposition.mtp_heads >= self.data.sequence_length:
+                raise TokenSuperpositionError(
+                    f"superposition.mtp_heads {superposition.mtp_heads} look past the sequence; give less than "
+                    f"data.sequence_length {self.data.sequence_length}"
+                )
             superposition.schedule(t.steps)
         _ = self.wsd
 

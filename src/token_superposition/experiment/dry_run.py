@@ -34,7 +34,8 @@ class JobCost:
     flops: float
     """By the formula of ``tst plan``."""
     step_equivalents: float
-    """Steps and validation together: a validated token takes a third of the time of a trained one."""
+    """Ordinary steps and validation together: a validated token takes a third of the time of a trained one, and a
+    step with heads for further tokens longer by its FLOPs."""
     trunk: str | None
 
 
@@ -65,7 +66,8 @@ def dry_run(config: Config, out: str | Path) -> DryRun:
 def cost_of_rounds(config: Config, rounds: list[list[Job]], out: Path) -> DryRun:
     """Of runs with the model and batch of ``config``; a round begins when the one before is done."""
     shape = shape_of(config, Meta.load(Path(config.data.path)).vocab_size)
-    flops = float(shape.flops_per_token(config.data.sequence_length))
+    length = config.data.sequence_length
+    plain = float(shape.flops_per_token(length))
     waiting = [unfinished(jobs, out) for jobs in rounds]
     parallel = config.compare.parallel or default_parallel(max(len(startable(jobs, out)) for jobs in waiting))
     local = 1 if torch.accelerator.is_available() else parallel
@@ -76,13 +78,14 @@ def cost_of_rounds(config: Config, rounds: list[list[Job]], out: Path) -> DryRun
     for jobs, unfinished_jobs in zip(rounds, waiting, strict=True):
         names = {j.directory for j in unfinished_jobs}
         left = [_left(j, out, j.trunk in names) if j.directory in names else 0 for j in jobs]
-        costs.append([cost_of_job(j, steps, flops) for j, steps in zip(jobs, left, strict=True)])
+        flops = [float(shape.flops_per_token(length, j.config.superposition.trained_heads)) for j in jobs]
+        costs.append([cost_of_job(j, steps, f, f / plain) for j, steps, f in zip(jobs, left, flops, strict=True)])
         seconds += makespan([c for c in costs[-1] if c.directory in names], parallel, step)
     return DryRun(costs, shape.parameters, step, parallel, seconds)
 
 
-def cost_of_job(job: Job, steps: int, flops_per_token: float) -> JobCost:
-    """Of the last ``steps`` steps of a run."""
+def cost_of_job(job: Job, steps: int, flops_per_token: float, step: float = 1.0) -> JobCost:
+    """Of the last ``steps`` steps of a run, each of which takes the time of ``step`` ordinary ones."""
     config, schedule = job.config, job.config.schedule
     total, batch, length = config.train.steps, config.train.batch_size, config.data.sequence_length
     before = total - steps
@@ -98,7 +101,7 @@ def cost_of_job(job: Job, steps: int, flops_per_token: float) -> JobCost:
         latent_tokens=latent,
         raw_tokens=schedule.raw_tokens(batch, length) - schedule.raw_tokens(batch, length, before),
         flops=flops_per_token * latent,
-        step_equivalents=steps + validated / (3 * batch * length),
+        step_equivalents=steps * step + validated / (3 * batch * length),
         trunk=job.trunk,
     )
 

@@ -76,6 +76,10 @@ class Launch:
                 raise TokenSuperpositionError(
                     f"superposition.{name} is true, which was not made for FSDP; launch with ddp.yaml"
                 )
+        if self.sharded and (heads := config.superposition.trained_heads):
+            raise TokenSuperpositionError(
+                f"superposition.mtp_heads is {heads}, which was not made for FSDP; launch with ddp.yaml"
+            )
         if self.mixed_precision not in ("no", "bf16"):
             raise TokenSuperpositionError(
                 f"the launch file asks for mixed_precision {self.mixed_precision}; set it to bf16 or no "

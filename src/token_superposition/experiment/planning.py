@@ -131,7 +131,7 @@ def plan(
         vocab_source=source,
         shape=shape,
         latent_tokens_per_step=per_step,
-        flops_per_step=float(shape.flops_per_token(length)) * per_step,
+        flops_per_step=float(shape.flops_per_token(length, config.superposition.trained_heads)) * per_step,
         run=run,
         baseline=baseline,
         gpus=gpus,

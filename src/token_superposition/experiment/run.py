@@ -29,6 +29,7 @@ from token_superposition.data.plan import PlannedDataset, ValidationSet
 from token_superposition.data.store import TokenStore
 from token_superposition.data.tokenizer import load_tokenizer
 from token_superposition.engines.transformers import TSTTrainer
+from token_superposition.engines.transformers.mtp import MTPHeads, check_checkpoint
 from token_superposition.engines.transformers.muon import MuonAdamW, split_parameters
 from token_superposition.engines.transformers.switch import AtSwitch
 from token_superposition.errors import TokenSuperpositionError
@@ -58,7 +59,10 @@ class RunResult:
     epochs: float
     """How often the text was read."""
     flops: float
-    """3 x the matrix-product FLOPs of a forward pass over one sequence, counted by torch, x sequences."""
+    """3 x the matrix-product FLOPs of a forward pass over one sequence, counted by torch, x sequences.
+
+    With those of the heads for further tokens, if the run had any.
+    """
     train_seconds: float
     """Time in training steps, without validation and saving."""
     phase_step_seconds: list[float]
@@ -68,6 +72,7 @@ class RunResult:
     val_bpb: float
     """The same in bits per byte of text."""
     parameters: int
+    """Of the finished model."""
     hardware: str
     versions: dict[str, str]
 
@@ -127,13 +132,17 @@ def train(
     validation = TokenStore(config.data.path, "validation")
     schedule = config.schedule
     empty = empty_model(config, store.meta.vocab_size)
+    parameters = sum(p.numel() for p in empty.parameters())
+    mtp_heads(config, empty)
     launch.check_memory(sum(p.numel() for p in empty.parameters()))
     checkpoint = newest_checkpoint(out / "checkpoints")
     start = checkpoint or resume_from
     if start is not None:
         launch.check_checkpoint(start)
+        check_checkpoint(start, config.superposition.trained_heads)
     set_seed(config.train.seed)
     model = build_model(config, store.meta)
+    mtp = mtp_heads(config, model)
     tokenizer = load_tokenizer(str(store.directory / "tokenizer"))
     data = (config.data.sequence_length, config.train.batch_size, config.train.seed, config.data.common_bag)
     boundaries = find_boundaries(tokenizer, config.superposition.boundaries)
@@ -153,6 +162,8 @@ def train(
         step = int(resume_from.name.rpartition("-")[2])
         before = [m for m in read_metrics(resume_from.parent.parent / METRICS) if m["step"] <= step]
         (out / METRICS).write_text("".join(json.dumps(m) + "\n" for m in before))
+    if mtp is not None:
+        sequence_flops += mtp.flops_per_token * config.data.sequence_length
     step_flops = sequence_flops * config.train.batch_size
     metrics = MetricsWriter(out / METRICS, bits_per_byte, step_flops, config.train.save_at, report)
     trainer = TSTTrainer(
@@ -163,6 +174,8 @@ def train(
         processing_class=tokenizer,
         weighting=config.superposition.weighting,
         bag_loss=config.superposition.loss,
+        place_signal=config.superposition.place_signal,
+        mtp=mtp,
         lr_factor=config.wsd,
         optimizers=(muon(config, model), None),
         callbacks=[metrics, *at_switch(config)],
@@ -181,11 +194,17 @@ def train(
         ),
         val_loss=val_loss,
         bits_per_byte=bits_per_byte,
-        parameters=sum(p.numel() for p in model.parameters()),
+        parameters=parameters,
     )
     if trainer.is_world_process_zero():
         write_json(out / RESULT, asdict(result))
     return result
+
+
+def mtp_heads(config: Config, model: PreTrainedModel) -> MTPHeads | None:
+    """The heads for further tokens that the configuration trains, added to the model."""
+    heads = config.superposition.trained_heads
+    return MTPHeads(model, heads, config.superposition.mtp_weight) if heads else None
 
 
 def muon(config: Config, model: PreTrainedModel) -> MuonAdamW | None:

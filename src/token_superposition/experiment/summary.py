@@ -30,7 +30,7 @@ class EqualLoss:
 
     baseline_steps: int
     speedup: float
-    """baseline_steps / steps of the variant, hence also the ratio of FLOPs."""
+    """baseline_steps / steps of the variant; also the ratio of FLOPs, unless the variant has heads of its own."""
     how: str
     """interpolated (between baselines that were run), at least (the longest was still above), or extrapolated."""
 
@@ -64,6 +64,8 @@ def compare_variant(runs: Sequence[Run], name: str) -> dict[str, Any]:
     raw, per_step = next(iter(ours.values())).raw_tokens, next(iter(baseline.values())).raw_tokens / steps
     data_steps = round(raw / per_step)
     data_loss, data_how = loss_at(curve, data_steps)
+    flops_ratio = next(iter(ours.values())).flops / next(iter(baseline.values())).flops
+    flops_loss, flops_how = loss_at(curve, round(flops_ratio * steps))
     ratios = [
         r.phase_step_seconds[0] / r.phase_step_seconds[-1] for r in ours.values() if len(r.phase_step_seconds) > 1
     ]
@@ -78,6 +80,13 @@ def compare_variant(runs: Sequence[Run], name: str) -> dict[str, Any]:
         "equal_loss": asdict(equal) if equal is not None else None,
         "speedup": asdict(over_seeds) if over_seeds is not None else None,
         "speedup_per_seed": [asdict(s) for s in per_seed],
+        "flops_ratio": flops_ratio,
+        "equal_flops": {
+            "baseline_steps": round(flops_ratio * steps),
+            "baseline_val_loss": flops_loss,
+            "val_loss": loss,
+            "how": flops_how,
+        },
         "equal_data": {"baseline_steps": data_steps, "baseline_val_loss": data_loss, "val_loss": loss, "how": data_how},
         "equal_time": equal_time(list(ours.values()), list(baseline.values()), curve),
         "phase_step_time_ratio": mean(finite) if finite else None,

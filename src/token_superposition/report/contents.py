@@ -115,7 +115,10 @@ def verdicts(contents: Contents) -> list[tuple[str, str]]:
     for name, c in variants.items():
         label = f"{name}: " if len(variants) > 1 else ""
         several = len(c["speedup_per_seed"]) > 1
-        result.append((f"{label}equal FLOPs", equal_flops(name, c)))
+        more = c.get("flops_ratio", 1.0) != 1  # heads for further tokens
+        result.append((f"{label}equal {'steps' if more else 'FLOPs'}", equal_steps(name, c)))
+        if more:
+            result.append((f"{label}equal FLOPs", equal_flops(c)))
         loss = speedup(c) if several else equal_loss(name, c["equal_loss"], contents.steps)
         result.append((f"{label}equal loss", loss))
         result.append((f"{label}equal data", equal_data(c["equal_data"])))
@@ -127,7 +130,14 @@ def verdicts(contents: Contents) -> list[tuple[str, str]]:
     return result
 
 
-def equal_flops(name: str, c: dict[str, Any]) -> str:
+def equal_flops(c: dict[str, Any]) -> str:
+    """Of a variant whose step costs more than the baseline's."""
+    equal, ratio = c["equal_flops"], c["flops_ratio"]
+    text = f"its steps take {ratio:.2f} x the FLOPs of the baseline's, which in as many takes "
+    return text + against(equal)
+
+
+def equal_steps(name: str, c: dict[str, Any]) -> str:
     delta, seeds = c["delta_val_loss"], len(c["delta_val_loss_per_seed"])
     ends = c["delta_val_loss_interval"]
     known = (
@@ -190,12 +200,16 @@ def equal_time(equal: dict[str, Any]) -> str:
 
 
 def equal_data(equal: dict[str, Any]) -> str:
+    return f"a baseline that reads as much text takes {against(equal)}"
+
+
+def against(equal: dict[str, Any]) -> str:
+    """Where the baseline of another length ends."""
     n, loss = equal["baseline_steps"], equal["baseline_val_loss"]
     if loss is None:
-        return f"a baseline that reads as much text takes {n:,} steps; it was not run"
+        return f"{n:,} steps; it was not run"
     how = "" if equal["how"] == "measured" else f" ({equal['how']})"
-    ours = equal["val_loss"]
-    return f"a baseline that reads as much text takes {n:,} steps and ends at {loss:.4f}{how}, against {ours:.4f}"
+    return f"{n:,} steps and ends at {loss:.4f}{how}, against {equal['val_loss']:.4f}"
 
 
 def short(n: float) -> str:

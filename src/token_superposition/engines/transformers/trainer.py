@@ -5,6 +5,8 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import partial
+from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -15,6 +17,7 @@ from transformers import Trainer, TrainingArguments, default_data_collator
 from token_superposition.data.plan import PlannedDataset
 from token_superposition.embedding import superpose
 from token_superposition.engines.transformers.head import HiddenStates, read_head, whole_head
+from token_superposition.engines.transformers.mtp import MTPHeads
 from token_superposition.errors import TokenSuperpositionError
 from token_superposition.loss import linear_multi_hot_cross_entropy, multi_hot_cross_entropy
 from token_superposition.loss.targets import BagLoss
@@ -31,11 +34,13 @@ class TSTTrainer(Trainer):
     have a target. A batch with ``labels`` alone goes the stock way. A ``PlannedDataset`` is read in its own order and
     decides the number of steps; it must agree with the arguments about the batch size.
 
-    ``weighting`` weighs the places in a bag; ``bag_loss`` "sum-to-one" takes the bag as one label. ``lr_factor`` maps a
-    0-based step to a learning-rate factor (``WSD``); without it the arguments' own scheduler is used. Checkpoints,
-    resume and the saved model are the stock ones.
+    ``weighting`` weighs the places in a bag; ``bag_loss`` "sum-to-one" takes the bag as one label;
+    ``place_signal`` marks the places of a bag that is read (``superpose``); ``mtp``, heads that were added to the
+    model, are trained with it and their loss joins the training loss. ``lr_factor`` maps a 0-based step to a
+    learning-rate factor (``WSD``); without it the arguments' own scheduler is used. Checkpoints, resume and the saved
+    model are the stock ones.
 
-    Raises ``TokenSuperpositionError`` where plan and arguments disagree.
+    Raises ``TokenSuperpositionError`` where plan and arguments disagree, and for ``mtp`` where the head is not known.
     """
 
     def __init__(
@@ -45,11 +50,21 @@ class TSTTrainer(Trainer):
         *,
         weighting: Weighting = "uniform",
         bag_loss: BagLoss = "multi-hot",
+        place_signal: float = 0.0,
+        mtp: MTPHeads | None = None,
         lr_factor: Callable[[int], float] | None = None,
         **kwargs: Any,
     ):
-        superpose(model)
+        superpose(model, place_signal=place_signal)
         head = read_head(model)
+        if mtp is not None:
+            if isinstance(head, str):
+                raise TokenSuperpositionError(
+                    f"superposition.mtp_heads is {mtp.heads}, but {type(model).__name__} shows no hidden states for "
+                    f"them ({head}); set it to 0"
+                )
+            if args.ddp_find_unused_parameters is None:  # DDP would take them for unused: they come after the forward
+                args.ddp_find_unused_parameters = False
         if isinstance(head, str):
             logger.warning("%s computes whole logits in training: %s", type(model).__name__, head)
         if isinstance(kwargs.get("train_dataset"), PlannedDataset) and kwargs.get("data_collator") is None:
@@ -63,6 +78,7 @@ class TSTTrainer(Trainer):
         self.bag_loss: BagLoss = bag_loss
         self._weights: dict[tuple[int, torch.device], Tensor] = {}
         self.lr_factor = lr_factor
+        self.mtp = mtp
         self.head = None if isinstance(head, str) else head
         self._hidden = HiddenStates(cast(Any, model).get_decoder()) if self.head else None
         if isinstance(self.train_dataset, PlannedDataset):
@@ -108,17 +124,21 @@ class TSTTrainer(Trainer):
             outputs = model(**inputs, logits_to_keep=1)
             head = whole_head(self.accelerator.unwrap_model(model))
             with self.accelerator.autocast():
-                loss = linear_multi_hot_cross_entropy(
-                    self._hidden.take(),
-                    head.weight,
-                    targets,
-                    weights,
+                score = partial(
+                    linear_multi_hot_cross_entropy,
+                    weight=head.weight,
+                    place_weights=weights,
                     bias=head.bias,
                     softcap=self.head.softcap,
                     logit_scale=self.head.logit_scale,
                     loss=self.bag_loss,
-                    reduction=reduction,
                 )
+                hidden = self._hidden.take()
+                loss = score(hidden, targets=targets, reduction=reduction)
+                if self.mtp is not None and model.training:  # over as many rows, so that accumulation changes nothing
+                    further = score(self.mtp(hidden), targets=self.mtp.targets(targets), reduction="sum")
+                    rows = (any_target(targets) != -100).sum().clamp(min=1) if reduction == "mean" else 1
+                    loss = loss + further * (self.mtp.weight / self.mtp.heads) / rows
         else:
             outputs = model(**inputs)
             loss = multi_hot_cross_entropy(outputs.logits, targets, weights, loss=self.bag_loss, reduction=reduction)
@@ -201,14 +221,28 @@ class TSTTrainer(Trainer):
         def rows(batch: Any) -> Any:
             if "shift_labels" not in batch:
                 return batch
-            targets: Tensor = batch["shift_labels"]
-            valid = targets.amax(-1) if targets.dim() > 2 else targets
+            valid = any_target(batch["shift_labels"])
             return {"labels": valid, "shift_labels": valid}
 
         return super()._get_num_items_in_batch([rows(b) for b in batch_samples], device)
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """A checkpoint, which is written by an internal call, has the heads for further tokens beside the model."""
+        super().save_model(output_dir, _internal_call)
+        if self.mtp is not None and _internal_call and output_dir is not None and self.args.should_save:
+            self.mtp.save(Path(output_dir))
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        if self.mtp is not None:
+            self.mtp.load(Path(resume_from_checkpoint))
 
     def _set_signature_columns_if_needed(self) -> None:
         super()._set_signature_columns_if_needed()
         assert self._signature_columns is not None
         if "shift_labels" not in self._signature_columns:
             self._signature_columns.append("shift_labels")
+
+
+def any_target(targets: Tensor) -> Tensor:  # (B, L, s) or (B, L) -> (B, L), -100 where there is none
+    return targets.amax(-1) if targets.dim() > 2 else targets

@@ -1,0 +1,107 @@
+"""A signal of a token's place in its bag: each place has fixed signs, with which its embedding is stretched."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from token_superposition.errors import TokenSuperpositionError
+
+SEED = 0x9E3779B9
+
+
+def check_signal(name: str, signal: float) -> None:
+    if not 0 <= signal <= 1:
+        raise TokenSuperpositionError(f"{name} is {signal}; give a number in [0, 1]: 0 for none")
+
+
+def place_factors(bag_size: int, width: int, signal: float, like: Tensor) -> Tensor:  # (s, d)
+    """``1 + signal * p_i`` with the signs ``p_i`` (+1 or -1 for each of d) of place i, on ``like``'s device.
+
+    An added vector would be the same in the mean of every bag; a product is not.
+    """
+    signs = _signs(bag_size, width, like.device)
+    return 1 + signal * signs.to(torch.promote_types(like.dtype, torch.float32))
+
+
+@lru_cache
+def _signs(bag_size: int, width: int, device: torch.device) -> Tensor:  # (s, d)
+    """Drawn for each place from its own seed, so a place keeps its signs in bags of another size."""
+    seeds = (torch.Generator().manual_seed(SEED + place) for place in range(bag_size))
+    rows = [torch.randint(2, (width,), generator=g) * 2 - 1 for g in seeds]
+    return torch.stack(rows).to(device)
+
+
+@torch.library.custom_op("token_superposition::placed_bag_mean", mutates_args=())
+def placed_bag_mean(
+    weight: Tensor,  # (V, d), or the rows of tokens start .. start + V
+    ids: Tensor,  # (N, s); a place below 0 is not there
+    start: int,
+    padding_idx: int,  # this row gets no gradient; -1 for none
+    signal: float,
+) -> Tensor:  # (N, d) mean over the places that are there of weight[id] * (1 + signal * p_place)
+    """Place by place, (N, d) at a time; sums and gradients are accumulated in float32 (float64 for float64)."""
+    factors = place_factors(ids.shape[1], weight.shape[1], signal, weight)
+    total = torch.zeros(ids.shape[0], weight.shape[1], dtype=factors.dtype, device=weight.device)
+    for place, factor in enumerate(factors):
+        inside, local = _local(ids[:, place], start, weight.shape[0])
+        total.addcmul_(F.embedding(local, weight).to(total.dtype), factor * inside)
+    return total.div_(places(ids)[1]).to(weight.dtype)
+
+
+@placed_bag_mean.register_fake
+def _(weight: Tensor, ids: Tensor, start: int, padding_idx: int, signal: float) -> Tensor:
+    return weight.new_empty(ids.shape[0], weight.shape[1])
+
+
+@torch.library.custom_op("token_superposition::placed_bag_mean_backward", mutates_args=())
+def placed_bag_mean_backward(
+    grad: Tensor,  # (N, d)
+    weight: Tensor,  # (V, d)
+    ids: Tensor,  # (N, s)
+    start: int,
+    padding_idx: int,
+    signal: float,
+) -> Tensor:  # (V, d)
+    factors = place_factors(ids.shape[1], weight.shape[1], signal, weight)
+    share = grad.to(factors.dtype) / places(ids)[1]
+    total = torch.zeros_like(weight, dtype=factors.dtype)
+    for place, factor in enumerate(factors):
+        inside, local = _local(ids[:, place], start, weight.shape[0])
+        total.index_add_(0, local, share * (factor * inside))
+    if start <= padding_idx < start + weight.shape[0]:
+        total[padding_idx - start] = 0
+    return total.to(weight.dtype)
+
+
+@placed_bag_mean_backward.register_fake
+def _(grad: Tensor, weight: Tensor, ids: Tensor, start: int, padding_idx: int, signal: float) -> Tensor:
+    return torch.empty_like(weight)
+
+
+def places(ids: Tensor) -> tuple[Tensor, Tensor]:  # (..., s) -> which are there (..., s), how many (..., 1)
+    """Places of a ragged bag: an id below 0 is none. A bag without any counts as one, so that its mean is 0."""
+    there = ids >= 0
+    return there, there.sum(-1, keepdim=True).clamp(min=1)
+
+
+def _local(ids: Tensor, start: int, rows: int) -> tuple[Tensor, Tensor]:  # (N,) -> (N, 1) bool, (N,)
+    local = ids - start
+    inside = (local >= 0) & (local < rows)
+    return inside.unsqueeze(1), torch.where(inside, local, 0)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, int, int, float], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs[:2])
+    ctx.settings = inputs[2:]
+
+
+def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    return placed_bag_mean_backward(grad, *ctx.saved_tensors, *ctx.settings), None, None, None, None
+
+
+placed_bag_mean.register_autograd(_backward, setup_context=_setup_context)

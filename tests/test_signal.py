@@ -1,0 +1,174 @@
+"""The place-in-bag signal against lookups in float64, its limit cases, and that it leaves nothing in the model."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM
+
+from benchmarks.measure import peak_bytes
+from tests.conftest import TINY, VOCAB, tiny
+from tests.test_variants import changed
+from token_superposition import TokenSuperpositionError, bag_embedding, superpose, unsuperpose
+from token_superposition.experiment.config import Config, SuperpositionConfig, load_config
+from token_superposition.experiment.metrics import read_metrics
+from token_superposition.experiment.run import train
+from token_superposition.place_signal import place_factors, placed_bag_mean
+
+IDS = torch.randint(VOCAB, (2, 6, 3), generator=torch.Generator().manual_seed(1))
+SIGNAL = 0.5
+
+
+def signs(bag_size: int, width: int) -> Tensor:
+    return place_factors(bag_size, width, 1.0, torch.empty(0, dtype=torch.float64)) - 1
+
+
+def by_hand(rows: Tensor, signal: float = SIGNAL) -> Tensor:  # (..., s, d) -> (..., d)
+    return (rows * (1 + signal * signs(*rows.shape[-2:]))).mean(-2)
+
+
+def lines_of(config: Config, out: Path, resume_from: Path | None = None) -> list[dict[str, Any]]:
+    train(config, out, resume_from=resume_from)
+    return [{k: v for k, v in m.items() if k != "seconds"} for m in read_metrics(out / "metrics.jsonl")]
+
+
+def test_signs_are_of_a_place() -> None:
+    p = signs(16, 4096)
+    assert set(p.unique().tolist()) == {-1.0, 1.0}
+    assert torch.equal(signs(4, 4096), p[:4])  # whatever the bag size
+    similar = p @ p.T / 4096
+    assert (similar - torch.eye(16)).abs().max() < 0.1 and p.mean(1).abs().max() < 0.1
+    assert torch.equal(place_factors(2, 8, 0.25, torch.empty(0)), (1 + 0.25 * signs(2, 8)).float())
+
+
+@pytest.mark.parametrize("architecture", TINY)
+def test_bags_are_read_with_their_places(architecture: str) -> None:
+    """Against float64; the embedding is plain, tied, scaled inside (Gemma 3) or outside it (Gemma 1, 2)."""
+    model = tiny(architecture).double().eval()
+    if architecture == "qwen3_moe":
+        model.set_experts_implementation("eager")  # the grouped product has no float64
+    rows = model.get_input_embeddings()(IDS)
+    expected, plain = model(inputs_embeds=by_hand(rows)).logits, model(inputs_embeds=rows.mean(2)).logits
+    ordinary, names = model(IDS[..., 0]).logits, list(model.state_dict())
+    superpose(model, place_signal=SIGNAL)
+    torch.testing.assert_close(model(input_ids=IDS).logits, expected)
+    assert not torch.allclose(expected, plain)
+    assert not torch.allclose(model(input_ids=IDS.flip(2)).logits, expected)  # order is seen
+    assert torch.equal(model(IDS[..., 0]).logits, ordinary)  # dropped at the switch
+    assert list(model.state_dict()) == names
+    torch.testing.assert_close(superpose(unsuperpose(model))(input_ids=IDS).logits, plain)
+
+
+def test_without_a_signal_it_is_the_plain_embedding() -> None:
+    model, plain = superpose(tiny("llama"), place_signal=0.0).eval(), superpose(tiny("llama")).eval()
+    assert torch.equal(model(input_ids=IDS).logits, plain(input_ids=IDS).logits)
+    table = nn.Embedding(9, 4, padding_idx=2)
+    assert torch.equal(bag_embedding(table, IDS % 9, 0.0), bag_embedding(table, IDS % 9))
+
+
+def test_one_model_has_one_signal() -> None:
+    model = superpose(tiny("llama"), place_signal=SIGNAL).eval()
+    once = model(input_ids=IDS).logits
+    assert torch.equal(superpose(model, place_signal=SIGNAL)(input_ids=IDS).logits, once)
+    assert torch.equal(copy.deepcopy(model)(input_ids=IDS).logits, once)
+    with pytest.raises(TokenSuperpositionError, match=r"place_signal 0.5 already, not 0.0; unsuperpose it first"):
+        superpose(model)
+    assert type(unsuperpose(model).get_input_embeddings()) is nn.Embedding
+    assert not hasattr(model.get_input_embeddings(), "place_signal")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("padding", [None, 5])
+def test_value_and_gradient_are_those_of_lookups(dtype: torch.dtype, padding: int | None) -> None:
+    g = torch.Generator().manual_seed(2)
+    ids = torch.randint(12, (4, 7, 5), generator=g)
+    ids[0] = 5
+    table = nn.Embedding(12, 8, padding_idx=padding, dtype=dtype)
+    exact = table.weight.detach().double().requires_grad_()
+    weigh = torch.randn(4, 7, 8, generator=g, dtype=torch.float64)
+    expected, got = by_hand(exact[ids]), bag_embedding(table, ids, SIGNAL)
+    assert got.dtype == dtype
+    rounding = {torch.float32: 1e-6, torch.float64: 1e-14, torch.bfloat16: 2**-8}[dtype]  # once, of the result
+    torch.testing.assert_close(got.double(), expected, rtol=rounding, atol=rounding)
+    (want,) = torch.autograd.grad((expected * weigh.to(dtype)).sum(), exact)
+    if padding is not None:
+        want[padding] = 0
+    (grad,) = torch.autograd.grad((got * weigh.to(dtype)).sum(), table.weight)
+    torch.testing.assert_close(grad.double(), want, rtol=rounding, atol=10 * rounding)
+
+
+def test_an_embedding_that_is_not_stock_is_asked_for_rows() -> None:
+    table = nn.Embedding(12, 8, scale_grad_by_freq=True, dtype=torch.float64)
+    ids = IDS % 12
+    torch.testing.assert_close(bag_embedding(table, ids, SIGNAL), by_hand(table(ids)))
+
+
+def test_parts_of_a_vocabulary_sum_to_the_whole() -> None:
+    weight = torch.randn(11, 4, dtype=torch.float64, requires_grad=True)
+    ids = torch.randint(11, (9, 3))
+    whole = by_hand(weight[ids])
+    parts = [placed_bag_mean(weight[a:b], ids, a, 7, SIGNAL) for a, b in ((0, 6), (6, 11))]
+    torch.testing.assert_close(parts[0] + parts[1], whole)
+    (want,) = torch.autograd.grad(whole.square().sum(), weight)
+    want[7] = 0
+    torch.testing.assert_close(torch.autograd.grad((parts[0] + parts[1]).square().sum(), weight)[0], want)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rows_of_a_bag_are_never_made(dtype: torch.dtype) -> None:
+    table, ids = nn.Embedding(10, 256, dtype=dtype), torch.randint(10, (4, 100, 32))
+    grad = torch.ones(4, 100, 256, dtype=dtype)
+    peak = peak_bytes(lambda: bag_embedding(table, ids, SIGNAL).backward(grad))
+    assert 0 < peak < ids.numel() * 256 * dtype.itemsize / 4  # a quarter of (B, L, s, d)
+
+
+def test_it_compiles_whole() -> None:
+    table = nn.Embedding(10, 8)
+    superpose(table, table, place_signal=SIGNAL)
+    compiled = torch.compile(table, backend="aot_eager", fullgraph=True)
+    torch.testing.assert_close(compiled(IDS % 10), by_hand(table.weight[IDS % 10].double()).float())
+    compiled(IDS % 10).sum().backward()
+    assert table.weight.grad is not None
+
+
+@pytest.mark.parametrize("settings", [{"bag_size": 1}, {"sides": "output"}])
+def test_where_no_bag_is_read_it_is_the_plain_method(
+    settings: dict[str, Any], write_config: Callable[..., Path], tmp_path: Path
+) -> None:
+    plain = changed(load_config(write_config()), settings)
+    assert lines_of(plain, tmp_path / "plain") == lines_of(changed(plain, {"place_signal": 0.5}), tmp_path / "signal")
+
+
+def test_a_run_with_the_signal_resumes_and_ends_as_a_stock_model(
+    write_config: Callable[..., Path], tmp_path: Path
+) -> None:
+    config = changed(load_config(write_config()), {"place_signal": SIGNAL}, save_at=(4, 6, 9))
+    plain = lines_of(changed(config, {"place_signal": 0.0}, save_at=()), tmp_path / "plain")
+    whole = lines_of(config, tmp_path / "whole")
+    losses = [[m["loss"] for m in lines if "loss" in m] for lines in (plain, whole)]
+    assert not set(losses[0]) & set(losses[1]) and all(abs(a - b) < 0.5 for a, b in zip(*losses, strict=True))
+    for step in (4, 6, 9):  # before, at and after the switch
+        checkpoint = tmp_path / f"whole/checkpoints/checkpoint-{step}"
+        assert lines_of(config, tmp_path / f"{step}", checkpoint) == whole
+    _, info = AutoModelForCausalLM.from_pretrained(tmp_path / "whole/model", output_loading_info=True)
+    assert not any(info.values())
+    assert [p.name for p in sorted((tmp_path / "whole/model").iterdir())] == [
+        p.name for p in sorted((tmp_path / "plain/model").iterdir())
+    ]
+    assert (tmp_path / "whole/model/config.json").read_text() == (tmp_path / "plain/model/config.json").read_text()
+
+
+def test_refusals() -> None:
+    with pytest.raises(TokenSuperpositionError, match=r"superposition.place_signal is 1.5; give a number in \[0, 1\]"):
+        changed(Config(), {"place_signal": 1.5}).check()
+    with pytest.raises(TokenSuperpositionError, match=r"place_signal is nan; give a number in \[0, 1\]"):
+        superpose(tiny("llama"), place_signal=float("nan"))
+    with pytest.raises(TokenSuperpositionError, match=r"superposition.place_signal is 0.5; the other engine does not"):
+        replace(SuperpositionConfig(), place_signal=0.5).refuse_variants("other")
