@@ -125,7 +125,16 @@ class SuperpositionConfig:
         return (s if self.sides != "output" else 1, s if self.sides != "input" else 1)
 
 
-VARIANTS = ("loss", "shift", "boundaries", "mixture", "place_signal", "mtp_heads", "reset_optimizer", "reset_embeddings")
+VARIANTS = (
+    "loss",
+    "shift",
+    "boundaries",
+    "mixture",
+    "place_signal",
+    "mtp_heads",
+    "reset_optimizer",
+    "reset_embeddings",
+)
 """Settings that change more than the bag sizes and their weights; the transformers engine has all of them."""
 _PRESETS = files("token_superposition") / "presets"
 BASELINE = SuperpositionConfig(bag_size=1, ratio=0.0)
