@@ -138,6 +138,25 @@ def write_config(tmp_path: Path, prepared: Path) -> Callable[..., Path]:
     return write
 
 
+@pytest.fixture(scope="session")
+def two_seeds(prepared: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, str]:
+    """Configuration, result and, from before it, the dry run of a real comparison."""
+    options = "\n".join(f"{k} = {toml(v)}" for k, v in TINY["llama"].items())
+    content = CONFIG.format(architecture="llama", options=options, data=prepared)
+    content += "[compare]\nbaseline_lengths = [1, 1.5]\nseeds = [3, 4]\n"
+
+    def make(root: Path) -> None:
+        config = root / "config.toml"
+        config.write_text(content)
+        dry = tst("compare", config, "--out", root / "out", "--dry-run", COLUMNS="120").stdout
+        assert sorted(root.iterdir()) == [config]  # it wrote nothing
+        (root / "dry.txt").write_text(dry)
+        tst("compare", config, "--out", root / "out")
+
+    root = once(tmp_path_factory, "two-seeds", make)
+    return root / "config.toml", root / "out", (root / "dry.txt").read_text()
+
+
 def toml(value: object) -> str:
     return str(value).lower() if isinstance(value, bool) else f'"{value}"' if isinstance(value, str) else str(value)
 

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from rich.console import Console
 from scipy import stats
 
-from tests.conftest import CONFIG, TINY, VOCAB, once, toml, tst
+from tests.conftest import VOCAB
 from token_superposition import TokenSuperpositionError
 from token_superposition.experiment.compare import jobs_of
 from token_superposition.experiment.config import CompareConfig, Config, load_config, save_config
@@ -207,25 +207,6 @@ def test_the_report_of_an_older_summary_says_what_to_do(tmp_path: Path) -> None:
     (out / "summary.json").write_text(json.dumps(summary))
     with pytest.raises(TokenSuperpositionError, match="make one with tst compare"):
         write_report(out)
-
-
-@pytest.fixture(scope="module")
-def two_seeds(prepared: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, str]:
-    """Configuration, result and, from before it, the dry run of a real comparison."""
-    options = "\n".join(f"{k} = {toml(v)}" for k, v in TINY["llama"].items())
-    content = CONFIG.format(architecture="llama", options=options, data=prepared)
-    content += "[compare]\nbaseline_lengths = [1, 1.5]\nseeds = [3, 4]\n"
-
-    def make(root: Path) -> None:
-        config = root / "config.toml"
-        config.write_text(content)
-        dry = tst("compare", config, "--out", root / "out", "--dry-run", COLUMNS="120").stdout
-        assert sorted(root.iterdir()) == [config]  # it wrote nothing
-        (root / "dry.txt").write_text(dry)
-        tst("compare", config, "--out", root / "out")
-
-    root = once(tmp_path_factory, "two-seeds", make)
-    return root / "config.toml", root / "out", (root / "dry.txt").read_text()
 
 
 def test_the_dry_run_counts_what_is_then_run(two_seeds: tuple[Path, Path, str]) -> None:

@@ -1,0 +1,56 @@
+"""Keep a finished comparison: ``python -m results.collect COMPARISON NAME QUESTION TEXT``.
+
+    python -m results.collect proof proof-cpu "Does TST win on two cores?" "python, 2,048 tokens"
+
+Writes results/NAME: config.toml (``tst compare results/NAME/config.toml`` does it again), summary.json without the
+samples of text, curves.csv with every logged loss, and about.toml with the question, the text and the command.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+import tomli_w
+
+HERE = Path(__file__).parent
+COLUMNS = ("step", "input_bag", "output_bag", "raw_tokens", "seconds", "loss", "val_loss")
+
+
+def collect(comparison: Path, name: str, question: str, text: str, into: Path = HERE) -> Path:
+    """Returns the new folder, which appears when it is whole."""
+    summary: dict[str, Any] = json.loads((comparison / "summary.json").read_text())
+    partial = into / f".{name}.partial"
+    partial.mkdir()
+    summary.pop("samples")
+    (partial / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
+    shutil.copyfile(comparison / "config.toml", partial / "config.toml")
+    (partial / "curves.csv").write_text(curves(comparison, summary["runs"]))
+    about = {"question": question, "text": text, "command": f"tst compare results/{name}/config.toml --out {name}"}
+    (partial / "about.toml").write_text(tomli_w.dumps(about))
+    shutil.rmtree(into / name, ignore_errors=True)
+    return partial.rename(into / name)
+
+
+def curves(comparison: Path, runs: list[dict[str, Any]]) -> str:
+    """Rows of all runs: name, seed, step, bags, raw tokens, seconds, and training or validation loss."""
+    out = io.StringIO()
+    writer = csv.writer(out, lineterminator="\n")
+    writer.writerow(("name", "seed", *COLUMNS))
+    for run in runs:
+        for line in (comparison / "runs" / run["directory"] / "metrics.jsonl").read_text().splitlines():
+            content = json.loads(line)
+            rounded = {k: round(v, 5) if k.endswith("loss") else v for k, v in content.items()}
+            writer.writerow((run["name"], run["seed"], *(rounded.get(c, "") for c in COLUMNS)))
+    return out.getvalue()
+
+
+if __name__ == "__main__":
+    if len(sys.argv) != 5:
+        sys.exit(__doc__)
+    print(collect(Path(sys.argv[1]), *sys.argv[2:]))

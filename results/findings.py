@@ -1,0 +1,221 @@
+"""Write docs/findings.md and its figures from the folders of results: ``python -m results.findings``."""
+
+from __future__ import annotations
+
+import csv
+import json
+import tomllib
+from collections import defaultdict
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from token_superposition.report.contents import interval, short
+from token_superposition.report.figures import COLOURS, svg
+
+
+@dataclass(frozen=True)
+class Result:
+    name: str
+    about: dict[str, str]
+    summary: dict[str, Any]
+    curves: list[dict[str, str]]
+    strings: list[dict[str, str]]
+    """What was memorised (results.memorisation), where that was measured."""
+
+    @property
+    def variants(self) -> dict[str, dict[str, Any]]:
+        return self.summary["comparison"]["variants"]
+
+    @property
+    def baseline(self) -> dict[str, Any]:
+        return next(r for r in self.summary["runs"] if r["name"] == "baseline")
+
+    @property
+    def setting(self) -> str:
+        """Model, batch and length in one line."""
+        c = self.summary["config"]
+        options = c["model"]["options"]
+        t = c["train"]
+        return (
+            f"{c['model']['architecture']} {options['num_hidden_layers']} x {options['hidden_size']}, "
+            f"{short(self.baseline['parameters'])} parameters, {t['batch_size']} x {c['data']['sequence_length']} "
+            f"tokens a step, {t['steps']:,} steps, {t['optimizer']} at {t['learning_rate']:g}"
+        )
+
+    @property
+    def seeds(self) -> list[int]:
+        return sorted({r["seed"] for r in self.summary["runs"]})
+
+
+def load(root: Path) -> list[Result]:
+    """In the order of their names, the shipped proof first."""
+    found: list[Result] = []
+    for folder in sorted(root.iterdir(), key=lambda p: (p.name != "proof-cpu", p.name)):
+        if (folder / "about.toml").is_file():
+            about = tomllib.loads((folder / "about.toml").read_text())
+            summary = json.loads((folder / "summary.json").read_text())
+            found.append(Result(folder.name, about, summary, rows(folder / "curves.csv"), rows(folder / "strings.csv")))
+    return found
+
+
+def rows(path: Path) -> list[dict[str, str]]:
+    """Of a CSV file; none if there is no such file."""
+    if not path.is_file():
+        return []
+    with path.open() as f:
+        return list(csv.DictReader(f))
+
+
+def verdict(c: dict[str, Any]) -> str:
+    """
+    >>> verdict({"delta_val_loss": -0.1, "delta_val_loss_interval": (-0.2, -0.05)})
+    'better'
+    """
+    ends = c["delta_val_loss_interval"]
+    if ends is None:
+        return "one seed: a lead"
+    return "better" if ends[1] < 0 else "worse" if ends[0] > 0 else "not told from chance"
+
+
+def table_row(name: str, c: dict[str, Any]) -> str:
+    s = c["speedup"]
+    marks = {"measured": "", "at least": "≥ ", "at most": "≤ ", "not comparable": "~ "}
+    speed = "not measured" if s is None else f"{marks[s['bound']]}{s['geometric_mean']:.2f}"
+    if s is not None and (s["low"] is not None or s["high"] is not None):
+        speed += f" ({interval((s['low'], s['high']), '.2f')})"
+    ends = c["delta_val_loss_interval"]
+    difference = f"{c['delta_val_loss']:+.3f}" + (f" ({interval(ends, '+.3f')})" if ends else "")
+    per_seed = ", ".join(f"{d:+.3f}" for d in c["delta_val_loss_per_seed"])
+    return f"| {name} | {difference} | {speed} | {per_seed} | {verdict(c)} |"
+
+
+def section(r: Result) -> str:
+    losses = [x["val_loss"] for x in r.summary["runs"] if x["name"] == "baseline"]
+    v = r.baseline["versions"]
+    lines = [
+        f"### {r.about['question']}",
+        "",
+        f"Text: {r.about['text']}. {r.setting}. Baseline {mean(losses):.4f}, seeds {', '.join(map(str, r.seeds))}.",
+        "",
+        "| variant | difference, nats (95%) | steps to equal loss (95%) | by seed | |",
+        "|---|---|---|---|---|",
+        *(table_row(name, c) for name, c in r.variants.items()),
+        "",
+        f"`{r.about['command']}`; {r.baseline['hardware']}; torch {v['torch']}, transformers {v['transformers']}; "
+        f"[results/{r.name}](../results/{r.name}).",
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def forest(found: list[Result]) -> str:
+    """Every difference with its interval, one line each."""
+    entries = [(f"{r.name}: {name}", c) for r in found for name, c in r.variants.items()][::-1]
+    figure = Figure(figsize=(7.6, 1.2 + 0.3 * len(entries)), layout="constrained")
+    axes = figure.subplots()
+    colours = {"better": COLOURS[1], "worse": COLOURS[2]}
+    for y, (_, c) in enumerate(entries):
+        colour = colours.get(verdict(c), COLOURS[0])
+        if ends := c["delta_val_loss_interval"]:
+            axes.plot(ends, (y, y), color=colour, lw=2)
+        axes.plot(c["delta_val_loss_per_seed"], [y] * len(c["delta_val_loss_per_seed"]), ".", color=colour, alpha=0.5)
+        axes.plot(c["delta_val_loss"], y, "o", color=colour, ms=6)
+    axes.axvline(0, color="#000000", lw=1)
+    axes.set_yticks(range(len(entries)), [name for name, _ in entries], fontsize=9)
+    axes.set_xlabel("validation loss minus the baseline's, nats per token (left is better)")
+    plain(axes)
+    return svg(figure)
+
+
+def after_switch(r: Result, steps: int = 150) -> tuple[str, str]:
+    """Training loss after the switch of the run tst and the baseline's at the same steps, means over seeds."""
+    c = r.summary["config"]
+    at = round(c["superposition"]["ratio"] * c["train"]["steps"])
+    longest = max((x for x in r.summary["runs"] if x["name"].startswith("baseline")), key=lambda x: x["steps"])["name"]
+    figure = Figure(figsize=(7.2, 3.6), layout="constrained")
+    axes = figure.subplots()
+    losses: dict[str, dict[int, float]] = {}
+    for name, colour in ((longest, COLOURS[0]), ("tst", COLOURS[1])):
+        shown: dict[int, list[float]] = defaultdict(list)
+        for x in r.curves:
+            if x["name"] == name and x["loss"] and at < int(x["step"]) <= at + steps:
+                shown[int(x["step"]) - at].append(float(x["loss"]))
+        losses[name] = {step: mean(values) for step, values in sorted(shown.items())}
+        axes.plot(list(losses[name]), list(losses[name].values()), ".-", color=colour, label=name)
+    axes.set_xlabel("steps after the switch")
+    axes.set_ylabel("training loss (nats per token)")
+    axes.legend(frameon=False)
+    plain(axes)
+    gaps = [(step, loss - losses[longest][step]) for step, loss in losses["tst"].items()]
+    told = ", ".join(f"{gap:+.2f} after {step} steps" for step, gap in (gaps[0], gaps[len(gaps) // 2], gaps[-1]))
+    return svg(figure), (
+        f"{r.name}, mean of {len(r.seeds)} seeds: training loss less the baseline's at the same step (each logged loss "
+        f"is the mean since the one before): {told}."
+    )
+
+
+def memorised(r: Result) -> str:
+    """A table of what the loss on repeated strings is below that on strings that were in no text."""
+    by: dict[str, dict[int, list[float]]] = defaultdict(lambda: defaultdict(list))
+    for x in r.strings:
+        by[x["name"]][int(x["repetitions"])].append(float(x["loss"]))
+    times = sorted({int(x["repetitions"]) for x in r.strings} - {0})
+    lines = [
+        f"From {r.name}: loss on random strings, by how often each is in the text, less the loss on such strings "
+        "that are in no text. More below 0 is more memorised; means over seeds.",
+        "",
+        f"| run | {' | '.join(f'{n} x' for n in times)} |",
+        f"|---|{'---|' * len(times)}",
+        *(
+            f"| {name} | {' | '.join(f'{mean(found[n]) - mean(found[0]):+.2f}' for n in times)} |"
+            for name, found in by.items()
+        ),
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def plain(axes: Axes) -> None:
+    axes.grid(alpha=0.25)
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+HEAD = """\
+# Findings
+
+Made by `python -m results.findings` from the folders in [results](../results), each of which holds the configuration,
+the seeds, the hardware and the versions; no number is typed in by hand. Small models on two CPU cores: they say what
+TST does there, not what it does at 3B. Loss is next-token cross-entropy on held-out text in nats per token; an interval
+is Student's t over paired seeds ([how to read a comparison](compare.md)). The texts come from
+`python -m results.corpora`. What is a lead of one seed, or was tried and left, is in the [log](../LOG.md).
+
+![Differences of all comparisons with their intervals](findings_forest.svg)
+
+"""
+
+
+def write(root: Path, docs: Path) -> None:
+    found = load(root)
+    docs.mkdir(exist_ok=True)
+    (docs / "findings_forest.svg").write_text(forest(found))
+    picture, sentence = after_switch(found[0])
+    (docs / "findings_switch.svg").write_text(picture)
+    parts = [
+        HEAD,
+        "## Comparisons\n",
+        *map(section, found),
+        "## What the switch does to the loss\n",
+        f"{sentence}\n\n![Training loss after the switch](findings_switch.svg)\n",
+    ]
+    if memories := [r for r in found if r.strings]:
+        parts += ["## Does the bag memorise less?\n", *map(memorised, memories)]
+    (docs / "findings.md").write_text("\n".join(parts))
+
+
+if __name__ == "__main__":
+    write(Path(__file__).parent, Path(__file__).parent.parent / "docs")

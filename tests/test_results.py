@@ -1,0 +1,97 @@
+"""What is kept of a comparison, the page that is made of it, and the texts that are made for it."""
+
+from __future__ import annotations
+
+import csv
+import json
+import shutil
+import xml.etree.ElementTree as ElementTree
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+import results
+from results.collect import collect
+from results.corpora import Language, invented, random_strings, with_strings, write
+from results.findings import write as write_findings
+from results.memorisation import losses
+from results.memorisation import main as memorisation
+from token_superposition.experiment.config import load_config
+from token_superposition.experiment.generate import load_model
+
+REPOSITORY = Path(results.__file__).parent.parent
+
+
+@pytest.fixture(scope="module")
+def kept(two_seeds: tuple[Path, Path, str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("results")
+    for _ in range(2):  # the second takes the place of the first
+        collect(two_seeds[1], "tiny", "Does it win?", "a few sentences", root)
+    memorisation(two_seeds[1], root / "tiny")
+    return root
+
+
+def test_a_comparison_is_kept_whole(kept: Path, two_seeds: tuple[Path, Path, str]) -> None:
+    path, out, _ = two_seeds
+    names = {p.name for p in kept.iterdir()}
+    assert names == {"tiny"}
+    assert load_config(kept / "tiny" / "config.toml") == load_config(path)
+    original = json.loads((out / "summary.json").read_text())
+    original.pop("samples")
+    assert json.loads((kept / "tiny" / "summary.json").read_text()) == original
+    with (kept / "tiny" / "curves.csv").open() as f:
+        rows = list(csv.DictReader(f))
+    lines = sum(len(p.read_text().splitlines()) for p in out.glob("runs/*/metrics.jsonl"))
+    assert len(rows) == lines and {r["seed"] for r in rows} == {"3", "4"}
+
+
+def test_the_page_says_what_was_measured(kept: Path, tmp_path: Path) -> None:
+    write_findings(kept, tmp_path)
+    page = (tmp_path / "findings.md").read_text()
+    summary = json.loads((kept / "tiny" / "summary.json").read_text())
+    tst = summary["comparison"]["variants"]["tst"]
+    low, high = tst["delta_val_loss_interval"]
+    assert f"| tst | {tst['delta_val_loss']:+.3f} ({low:+.3f} to {high:+.3f}) |" in page
+    assert "Does it win?" in page and "seeds 3, 4" in page and summary["runs"][0]["hardware"] in page
+    assert "tst compare results/tiny/config.toml --out tiny" in page
+    for name in ("findings_forest.svg", "findings_switch.svg"):
+        assert name in page and ElementTree.fromstring((tmp_path / name).read_text()).tag.endswith("svg")
+
+
+def test_the_page_of_the_project_is_that_of_its_results(tmp_path: Path) -> None:
+    write_findings(REPOSITORY / "results", tmp_path)
+    assert (tmp_path / "findings.md").read_text() == (REPOSITORY / "docs" / "findings.md").read_text()
+
+
+def test_a_loss_on_a_string_is_that_of_what_follows_its_beginning(two_seeds: tuple[Path, Path, str]) -> None:
+    directory = two_seeds[1] / "runs" / "tst-seed3" / "model"
+    model, tokenizer = load_model(directory)
+    given, rest = (tokenizer(x, add_special_tokens=False)["input_ids"] for x in ("01234567", "89abcdef0123"))
+    with torch.no_grad():
+        logits = model(input_ids=torch.tensor([given + rest])).logits[0]
+    expected = F.cross_entropy(logits[len(given) - 1 : -1], torch.tensor(rest))
+    assert losses(directory, {"0123456789abcdef0123": 4}) == {4: pytest.approx(float(expected), rel=1e-5)}
+
+
+def test_strings_are_in_the_text_as_often_as_they_should_be() -> None:
+    found = random_strings()
+    assert Counter(found.values()) == dict.fromkeys((0, 1, 4, 16, 64, 256), 32)
+    documents = with_strings([f"document {i}\n" for i in range(50)], found)
+    text = "".join(documents)
+    assert all(text.count(f"{string}\n") == times for string, times in found.items())
+    assert [d.splitlines()[0] for d in documents] == [f"document {i}" for i in range(50)]
+
+
+def test_an_invented_text_is_the_same_each_time_and_written_whole(tmp_path: Path) -> None:
+    documents = list(invented(seed=3, documents=1203))
+    assert documents == list(invented(seed=3, documents=1203)) != list(invented(seed=4, documents=1203))
+    language = Language(3)
+    assert len({*language.nouns, *language.verbs, *language.adjectives}) == 7000
+    write(documents, tmp_path / "text")
+    files = sorted((tmp_path / "text").iterdir())
+    assert [p.name for p in files] == ["0000.jsonl", "0001.jsonl"] and len(list(tmp_path.iterdir())) == 1
+    assert [json.loads(line)["text"] for p in files for line in p.read_text().splitlines()] == documents
+    shutil.rmtree(tmp_path / "text")
