@@ -3,7 +3,8 @@
     python -m results.collect proof proof-cpu "Does TST win on two cores?" "python, 2,048 tokens"
 
 Writes results/NAME: config.toml (``tst compare results/NAME/config.toml`` does it again), summary.json without the
-samples of text, curves.csv with every logged loss, and about.toml with the question, the text and the command.
+samples of text, curves.csv with every logged loss, and about.toml with the question, the text and the command; a
+``note`` added there by hand, such as what is to be mistrusted, stands below the table on the page.
 """
 
 from __future__ import annotations

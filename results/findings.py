@@ -109,6 +109,7 @@ def section(r: Result) -> str:
         f"`{r.about['command']}`; {r.baseline['hardware']}; torch {v['torch']}, transformers {v['transformers']}; "
         f"[results/{r.name}](../results/{r.name}).",
         "",
+        *((r.about["note"], "") if "note" in r.about else ()),
     ]
     return "\n".join(lines)
 
