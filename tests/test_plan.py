@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from tests.processes import server
 from token_superposition import Phase, Schedule, TokenSuperpositionError
-from token_superposition.data.plan import PlannedDataset, ValidationSet
+from token_superposition.data.plan import MIXED_BATCHES, PlannedDataset, ValidationSet
 from token_superposition.data.store import TokenStore
 from token_superposition.permutation import permute
 
@@ -84,6 +84,21 @@ def test_a_batch_mixes_far_apart_text_in_both_phases() -> None:
         assert np.median(np.diff(starts)) > 2**20 / 16 / 20
 
 
+def test_long_blocks_do_not_bring_neighbours_into_a_batch() -> None:
+    """An ordinary run whose blocks are 16 sequences long, as in a comparison with bags of 16, reads like a shuffled one.
+
+    Two sequences of one batch, and of 32 batches in a row, are hardly more often from one block than by chance.
+    """
+    length, batch, steps = 4, 8, 2048
+    plan = PlannedDataset(np.arange(length * 16 * 10_000 + 1), Schedule([Phase(steps)]), length, batch, common_bag=16)
+    blocks = np.array([plan.start_of(i) for i in range(len(plan))]) // plan.block_tokens
+    for near in (1, 32):
+        groups = blocks.reshape(-1, near * batch)
+        pairs = sum(int((n * (n - 1) // 2).sum()) for n in (np.unique(g, return_counts=True)[1] for g in groups))
+        possible = len(groups) * near * batch * (near * batch - 1) / 2
+        assert pairs / possible < 1.5 / MIXED_BATCHES / batch
+
+
 def test_seed_changes_the_order_and_nothing_else_does() -> None:
     tokens, schedule = np.arange(50_000), Schedule.two_phase(20, 4, 0.5)
     a, b, c = (PlannedDataset(tokens, schedule, 16, 4, seed) for seed in (1, 1, 2))
@@ -101,7 +116,7 @@ def test_waste_at_a_switch_is_less_than_one_window() -> None:
         used = schedule.raw_tokens(batch, length) / plan.block_tokens
         blocks = plan.epochs * plan.blocks
         assert plan.block_tokens == lcm(3, 4) * length
-        assert used <= blocks < used + batch * len(schedule.phases) and ceil(used) <= round(blocks)
+        assert used <= blocks < used + MIXED_BATCHES * batch * len(schedule.phases) and ceil(used) <= round(blocks)
 
 
 def test_too_little_text() -> None:

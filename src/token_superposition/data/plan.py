@@ -2,10 +2,12 @@
 
 The stream is cut into blocks of ``sequence_length * lcm(bag sizes)`` tokens. Every epoch visits the blocks in another
 seeded order, each once. A step of bag size ``a`` reads samples of ``sequence_length * a`` contiguous tokens out of a
-window of ``batch_size`` consecutive blocks of that order, and the samples of a window are shuffled, so that a batch
-mixes far-apart text in both phases. A switch starts a new window; steps that come back to an input bag size go on in
-the window that it left unfinished, so bag sizes may also change with every step. Resuming needs the step and nothing
-else.
+window of consecutive blocks of that order, and the samples of a window are shuffled. Where a block holds one sample, a
+window has ``batch_size`` blocks; where it holds several, ``MIXED_BATCHES`` times as many, so that pieces of one block
+are as far from each other, in batches and in steps, as the rest of the text: an ordinary run must not learn worse than
+from shuffled sequences only because its blocks are long enough for bags. A switch starts a new window; steps that come
+back to an input bag size go on in the window that it left unfinished, so bag sizes may also change with every step.
+Resuming needs the step and nothing else.
 """
 
 from __future__ import annotations
@@ -27,6 +29,8 @@ from token_superposition.permutation import draw, permute
 from token_superposition.schedule import Phase, Schedule
 
 Sample = dict[str, Tensor]
+MIXED_BATCHES = 32
+"""Blocks of a window for each sequence of a batch; fewer where that would be more than an eighth of the text."""
 
 
 @dataclass(frozen=True)
@@ -40,7 +44,11 @@ class _PhasePlan:
     first_block: int
     """First block of the windows that this phase opens."""
     per_block: int
-    """Samples in a block, which are as many as the steps of a window."""
+    """Samples in a block."""
+    window_blocks: int
+
+    def window_steps(self, batch_size: int) -> int:
+        return self.window_blocks * self.per_block // batch_size
 
 
 class PlannedDataset(Dataset[Sample]):
@@ -91,6 +99,7 @@ class PlannedDataset(Dataset[Sample]):
                 f"the text has {len(tokens)} tokens, one block needs {self.block_tokens + lookahead} "
                 f"(sequence length {sequence_length} x bag {self.block_bags}); prepare more text or a shorter sequence"
             )
+        mixed = batch_size * max(1, min(MIXED_BATCHES, self.blocks // (8 * batch_size)))
         self._phases: list[_PhasePlan] = []
         done: dict[int, int] = {}  # steps so far, by input bag
         unfinished: dict[int, int] = {}
@@ -98,11 +107,14 @@ class PlannedDataset(Dataset[Sample]):
         for first_step, phase in zip(schedule.starts, schedule.phases, strict=True):
             bag, per_block = phase.input_bag, self.block_bags // phase.input_bag
             before = done.get(bag, 0)
-            self._phases.append(_PhasePlan(phase, first_step, before, unfinished.get(bag, 0), block, per_block))
+            size = mixed if per_block > 1 else batch_size
+            plan = _PhasePlan(phase, first_step, before, unfinished.get(bag, 0), block, per_block, size)
+            self._phases.append(plan)
             done[bag] = before + phase.steps
-            if opened := ceil(done[bag] / per_block) - ceil(before / per_block):
-                block += opened * batch_size
-                unfinished[bag] = block - batch_size
+            steps = plan.window_steps(batch_size)
+            if opened := ceil(done[bag] / steps) - ceil(before / steps):
+                block += opened * size
+                unfinished[bag] = block - size
         self.epochs = block / self.blocks
         """How often the run reads the text; above 1, text is repeated."""
         if self.epochs > 1:
@@ -148,13 +160,13 @@ class PlannedDataset(Dataset[Sample]):
             raise IndexError(f"sample {index} of {len(self)}")
         step, place = divmod(index, self.batch_size)
         plan = self._phases[self.schedule.phase_index(step)]
-        window_size = self.batch_size * plan.per_block
-        window, step_in_window = divmod(plan.done + step - plan.first_step, plan.per_block)
-        window -= ceil(plan.done / plan.per_block)
-        first_block = plan.unfinished if window < 0 else plan.first_block + window * self.batch_size
+        steps = plan.window_steps(self.batch_size)
+        window, step_in_window = divmod(plan.done + step - plan.first_step, steps)
+        window -= ceil(plan.done / steps)
+        first_block = plan.unfinished if window < 0 else plan.first_block + window * plan.window_blocks
         place += step_in_window * self.batch_size
-        slot = permute(place, window_size, (self.seed, first_block))
-        block_in_window, place_in_block = slot % self.batch_size, slot // self.batch_size
+        slot = permute(place, steps * self.batch_size, (self.seed, first_block))
+        block_in_window, place_in_block = slot % plan.window_blocks, slot // plan.window_blocks
         epoch, block = divmod(first_block + block_in_window, self.blocks)
         block = permute(block, self.blocks, (self.seed, ~epoch))
         start = block * self.block_tokens + place_in_block * self.sequence_length * plan.phase.input_bag
