@@ -85,7 +85,7 @@ def test_a_batch_mixes_far_apart_text_in_both_phases() -> None:
 
 
 def test_long_blocks_do_not_bring_neighbours_into_a_batch() -> None:
-    """An ordinary run whose blocks are 16 sequences long, as in a comparison with bags of 16, reads like a shuffled one.
+    """An ordinary run whose blocks are 16 sequences long, as beside bags of 16, reads like a shuffled one.
 
     Two sequences of one batch, and of 32 batches in a row, are hardly more often from one block than by chance.
     """
