@@ -1,0 +1,124 @@
+"""Table and pictures of made-up sweeps."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from tests.sweep.settings import swept
+from token_superposition.experiment.config import Config, save_config
+from token_superposition.experiment.grid import Cell, Grid, grid_of
+from token_superposition.experiment.halving import Design
+from token_superposition.experiment.progress import RunProgress
+from token_superposition.experiment.published import tables
+from token_superposition.experiment.run import RunResult
+from token_superposition.experiment.sweep import (
+    write_sweep,
+)
+from token_superposition.report import print_table, write_report
+from token_superposition.report.sweep import read_sweep
+from token_superposition.report.sweep_figures import DIVERGING, colour_limit, sweep_pictures, text_colour
+
+
+def made_up(out: Path, config: Config, loss: Callable[[Cell, int], float]) -> Grid:
+    """The directory of a finished sweep without its runs."""
+    grid = grid_of(config)
+    design = Design.of(len(grid.candidates), grid.seeds, config.sweep.keep, config.sweep.selection_seeds)
+    found = {
+        (c, seed): RunResult(
+            seed=seed, bag_size=c.bag_size, ratio=c.ratio, steps=1000, latent_tokens=1000, raw_tokens=2000, epochs=0.5,
+            flops=1e9, train_seconds=60.0, phase_step_seconds=[1.0], val_loss=loss(c, seed), val_bpb=1.0,
+            parameters=1000, hardware="none", versions={"torch": "0"},
+        )
+        for c in (*grid.baselines, *grid.candidates)
+        for seed in grid.seeds
+    }  # fmt: skip
+    out.mkdir()
+    save_config(config, out / "config.toml")
+    write_sweep(out, grid, design, found, body_parameters=106_000_000)
+    return grid
+
+
+def shown(directory: Path) -> tuple[str, str]:
+    console = Console(record=True, width=100, file=(directory / "terminal.txt").open("w"))
+    print_table(directory, console)
+    return re.sub(r"\s+", " ", console.export_text()), write_report(directory).read_text()
+
+
+def test_table_and_report_say_what_is_to_be_believed(tmp_path: Path) -> None:
+    def loss(cell: Cell, seed: int) -> float:
+        gain = 0.0 if cell.is_baseline else 0.01 * cell.bag_size + 0.001 * seed * (cell.bag_size == 4)
+        return 3.0 + 0.01 * seed + (0.2 if cell.learning_rate == 2e-3 and cell.is_baseline else 0.0) - gain - (
+            0.01 if cell.learning_rate == 2e-3 else 0.0)  # fmt: skip
+
+    config = swept((0, 1, 2, 3), bag_sizes=(2, 4), ratios=(0.1, 0.3), learning_rates=(1e-3, 2e-3))
+    made_up(tmp_path / "full", config, loss)
+    for text in shown(tmp_path / "full"):
+        assert "s = 4, r = 0.1, learning rate 0.002" in text and "0.0525 nats below the baseline" in text
+        assert "seeds 2, 3, which took no part in choosing it" in text
+        assert "on seeds 0, 1, by which it was chosen out of 8" in text
+        assert "its own best learning rate, 0.001 of 0.001, 0.002" in text and "a mistuned baseline as a gain" in text
+        assert "s = 4 is the largest that was tried; r = 0.1 is the smallest that was tried" in text
+        assert "the difference would be -0.2425 (seeds 2, 3)" in text  # beside the baseline of its own rate
+    page = (tmp_path / "full/report.html").read_text()
+    assert page.count("<svg") == 2 * 3 and page.count("</html>") == 1 and "<script" not in page
+    assert "270M, 20,000 steps, uniform weights" in page and page.count("stroke-dasharray") >= 2 * (2 + 2)
+    one = swept((5,), bag_sizes=(2, 4), keep=0.5)
+    made_up(tmp_path / "one", one, loss)
+    for text in shown(tmp_path / "one"):
+        assert "on seed 5, by which it was chosen" in text and "there is no interval" in text
+        assert "the only one swept" in text
+
+
+def test_pictures_show_each_cell_once_and_the_published_curve(tmp_path: Path) -> None:
+    config = swept((0, 1, 2, 3), bag_sizes=(2, 4, 8), ratios=(0.1, 0.3), schedules=("switch", "halving"), keep=0.4)
+
+    def loss(cell: Cell, seed: int) -> float:
+        return math.nan if cell.bag_size == 8 and cell.ratio == 0.3 else 3.0 - 0.0123 * cell.bag_size * cell.ratio
+
+    grid = made_up(tmp_path / "s", config, loss)
+    contents = read_sweep(tmp_path / "s")
+    heat, over_s, over_r, *rest = sweep_pictures(contents)
+    assert len(rest) == 3 and "(switch)" in heat.title and "(halving)" in rest[0].title
+    texts = re.findall(r">([^<>]+)</text>", heat.svg)
+    numbers = [t for t in texts if re.fullmatch(r"[+-]0\.0\d\d|diverged", t)]
+    expected = ["diverged", *(f"{-0.0123 * s * r:+.3f}" for s in (2, 4, 8) for r in (0.1, 0.3) if (s, r) != (8, 0.3))]
+    assert sorted(numbers) == sorted(expected) and len(grid.run_of) == 12
+    assert "4 seeds" in "".join(texts) and "1 seed" in texts  # the best, and what was dropped
+    table = next(t for t in tables() if (t.model, t.steps, t.weighting) == ("270M", 20000, "uniform"))
+    assert contents.published(contents.facets[0]) == table
+    assert "r = 0.1" in over_s.svg and "s = 8" in over_r.svg and over_s.svg.count("stroke-dasharray: 3.7") == 2 + 1
+
+
+def test_text_on_every_colour_is_readable() -> None:
+    for i in range(101):
+        background = DIVERGING(i / 100)
+        colours = [tuple(int(c[k : k + 2], 16) / 255 for k in (1, 3, 5)) for c in (text_colour(background),)]
+        assert contrast(background[:3], colours[0]) >= 4.5  # WCAG 2, level AA
+    assert colour_limit([-0.1, 0.05, 0.05, 0.05, 5.0]) == 0.1 and colour_limit([math.nan, -0.2]) == 0.2
+
+
+def contrast(a: Any, b: Any) -> float:
+    def luminance(colour: Any) -> float:
+        r, g, blue = (c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in colour)
+        return 0.2126 * r + 0.7152 * g + 0.0722 * blue
+
+    low, high = sorted((luminance(a), luminance(b)))
+    return (high + 0.05) / (low + 0.05)
+
+
+def test_many_runs_are_counted_in_one_bar(tmp_path: Path) -> None:
+    with (tmp_path / "terminal.txt").open("w") as file, RunProgress(Console(file=file), 9) as progress:
+        for i in range(9):
+            progress.update(f"run{i}", 10, [])
+        for i in range(8):
+            progress.finish(f"run{i}")
+        assert [(t.description, t.completed, t.total) for t in progress.bars.tasks] == [
+            ("all runs", 8, 9),
+            ("run8", 0, 10),
+        ]
