@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Callable
-from dataclasses import replace
 from itertools import chain, pairwise
 from pathlib import Path
 from typing import Any
@@ -15,34 +12,23 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
-from transformers import PreTrainedTokenizerFast, default_data_collator
+from torch import Tensor
+from transformers import PreTrainedTokenizerFast
 
-from tests.conftest import VOCAB, text, tiny, toml
-from tests.test_trainer import Spy, arguments, losses
+from tests.conftest import VOCAB, text
 from token_superposition import (
     Phase,
     Schedule,
     TokenSuperpositionError,
-    bag_embedding,
     fold,
-    place_weights,
     ragged_fold,
     reference,
     span,
-    superpose,
 )
 from token_superposition.data.boundaries import Boundaries, BoundaryKind, find_boundaries
 from token_superposition.data.plan import PlannedDataset
-from token_superposition.data.prepare import PrepareOptions, prepare
-from token_superposition.data.store import Meta, TokenStore
+from token_superposition.data.store import TokenStore
 from token_superposition.data.tokenizer import load_tokenizer
-from token_superposition.embedding import bag_mean
-from token_superposition.engines.transformers import TSTTrainer
-from token_superposition.experiment.config import SuperpositionConfig, load_config
-from token_superposition.experiment.metrics import read_metrics
-from token_superposition.experiment.run import train
 
 KINDS: tuple[BoundaryKind, ...] = ("document", "line", "word")
 NOWHERE = Boundaries(np.zeros(VOCAB, bool), np.zeros(VOCAB, bool))
@@ -203,184 +189,3 @@ def test_boundaries_of_a_real_tokenizer(kind: BoundaryKind, which: str, prepared
     else:
         assert [w for p in half for w in p.split()] == document.split()  # no word is cut
         assert all(len(p.split()) <= 1 for p in half)
-
-
-# The embedding
-
-RAGGED = torch.tensor([[[3, 5, 3], [4, -1, -1], [0, 6, -1]], [[6, 6, 6], [0, -1, -1], [1, 2, 3]]])
-
-
-class Doubled(nn.Embedding):
-    """One that we do not know."""
-
-    def forward(self, input: Tensor) -> Tensor:
-        return 2 * super().forward(input)
-
-
-def test_gradcheck_against_the_reference() -> None:
-    weight = torch.randn(7, 4, dtype=torch.float64, requires_grad=True)
-
-    def ours(w: Tensor) -> Tensor:
-        return bag_mean(w, RAGGED.reshape(-1, 3), 0, -1).unflatten(0, RAGGED.shape[:2])
-
-    torch.testing.assert_close(ours(weight), reference.bag_embedding(weight, RAGGED))
-    assert torch.autograd.gradcheck(ours, (weight,))
-
-
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("kind", ["plain", "padding row", "unknown"])
-@pytest.mark.parametrize("compiled", [False, True])
-def test_absent_places_are_not_in_the_mean(kind: str, dtype: torch.dtype, compiled: bool) -> None:
-    table = (Doubled if kind == "unknown" else nn.Embedding)(7, 4, padding_idx=5 if kind == "padding row" else None)
-    table = table.to(dtype)
-    weight = table.weight.detach().double().requires_grad_()
-    want = reference.bag_embedding(weight, RAGGED) * (2 if kind == "unknown" else 1)
-    grad = torch.randn(want.shape)
-    superpose(table, table)
-    torch._dynamo.reset()
-    got = torch.compile(table, backend="aot_eager", fullgraph=True)(RAGGED) if compiled else table(RAGGED)
-    rounding: dict[str, float] = {"rtol": 1e-6, "atol": 1e-6}
-    if dtype == torch.bfloat16:
-        rounding = {"rtol": 2**-7, "atol": 2**-6}
-    torch.testing.assert_close(got.double(), want, **rounding)
-    got.backward(grad.to(dtype))
-    want.backward(grad.to(dtype).double())
-    assert weight.grad is not None and table.weight.grad is not None
-    if kind == "padding row":
-        weight.grad[5] = 0
-    torch.testing.assert_close(table.weight.grad.double(), weight.grad, **rounding)
-
-
-@settings(deadline=None, max_examples=30)
-@given(st.integers(1, 300), st.integers(1, 5), st.sampled_from([0, 3]), st.sampled_from([-1, 3, 5]), st.integers(0, 99))
-def test_a_part_of_a_vocabulary(n: int, s: int, start: int, padding: int, seed: int) -> None:
-    """The parts that two processes hold add up to the mean, and so do their gradients, on any order of absence."""
-    g = torch.Generator().manual_seed(seed)
-    ids = torch.randint(-2, 9, (n, s), generator=g)
-    ids[:, 0].clamp_(min=0)
-    whole = torch.randn(9, 3, generator=g).double().requires_grad_()
-    want = reference.bag_embedding(whole, ids.unsqueeze(0))[0]
-    parts = [whole.detach()[:4].requires_grad_(), whole.detach()[4:].requires_grad_()]
-    got = bag_mean(parts[0], ids, 0, -1) + bag_mean(parts[1], ids, 4, -1)
-    torch.testing.assert_close(got, want)
-    grad = torch.randn(want.shape, generator=g).double()
-    (expected,) = torch.autograd.grad(want, whole, grad)
-    torch.testing.assert_close(torch.cat(torch.autograd.grad(got, parts, grad)), expected)
-
-
-def test_the_operator_as_torch_asks_and_without_memory() -> None:
-    weight = torch.randn(7, 4, requires_grad=True)
-    torch.library.opcheck(bag_mean, (weight, RAGGED.reshape(-1, 3), 0, 3))
-    for device in (torch.device("meta"), FakeTensorMode()):
-        with device:
-            for dtype in (torch.float32, torch.bfloat16):
-                ids = torch.zeros(2, 3, 4, dtype=torch.long)
-                assert bag_embedding(nn.Embedding(7, 5, dtype=dtype), ids).shape == (2, 3, 5)
-
-
-def test_a_scaled_embedding_scales_what_is_there() -> None:
-    embedding = tiny("gemma3_text").get_input_embeddings()
-    want = reference.bag_embedding(embedding.weight, RAGGED) * 32**0.5  # pyright: ignore
-    torch.testing.assert_close(bag_embedding(embedding, RAGGED), want, rtol=1e-4, atol=1e-5)
-
-
-# Training
-
-
-@pytest.mark.parametrize("bags", [(4, 4), (4, 1), (1, 4)])
-@pytest.mark.parametrize("options", [{}, {"weighting": "power"}, {"bag_loss": "sum-to-one"}])
-def test_first_step_on_ragged_bags_is_the_reference(
-    options: dict[str, Any], bags: tuple[int, int], prepared: Path, tmp_path: Path
-) -> None:
-    """Loss and gradients of one step against float64 arithmetic on hand-averaged embeddings and whole logits."""
-    boundaries = find_boundaries(load_tokenizer(str(prepared / "tokenizer")), "word")
-    plan = PlannedDataset(TokenStore(prepared), Schedule([Phase(1, *bags)]), 16, 4, seed=1, boundaries=boundaries)
-    batch, spy = default_data_collator([plan[i] for i in range(4)]), Spy()
-    for key, bag, absent in zip(("input_ids", "shift_labels"), bags, (-1, -100), strict=True):
-        empty = (batch[key].reshape(-1, bag) == absent).sum(1)
-        assert set(empty.tolist()) >= {0, bag - 1}
-    tied = bags == (4, 4)
-    args = arguments(tmp_path, max_steps=1, max_grad_norm=0.0)
-    trainer = TSTTrainer(
-        tiny("llama", tie_word_embeddings=tied), args, train_dataset=plan, callbacks=[spy], **options
-    )  # fmt: skip
-    trainer.train()
-    model = tiny("llama", tie_word_embeddings=tied).double()
-    weight = model.get_input_embeddings().weight
-    embeds = reference.bag_embedding(weight, batch["input_ids"].reshape(4, 16, -1))  # pyright: ignore
-    logits, targets = model(inputs_embeds=embeds).logits.flatten(0, 1), batch["shift_labels"].reshape(64, -1)
-    if "bag_loss" in options:
-        loss = reference.sum_to_one_cross_entropy(logits, targets)
-    else:
-        w = place_weights(options.get("weighting", "uniform"), bags[1]).double()
-        loss = reference.multi_hot_cross_entropy(logits, targets, w)
-    assert losses(trainer)[0] == pytest.approx(loss.item(), rel=1e-4)
-    loss.backward()
-    for name, p in model.named_parameters():
-        assert p.grad is not None
-        torch.testing.assert_close(spy.grads[name].double(), p.grad, rtol=2e-3, atol=2e-6, msg=name)
-
-
-Run = Callable[..., list[dict[str, Any]]]
-
-
-@pytest.fixture
-def run(write_config: Callable[..., Path], tmp_path: Path) -> Run:
-    """``tst train`` in this process: the lines of the metrics without times."""
-
-    def go(
-        name: str, data: str = "", resume_from: Path | None = None, save_at: tuple[int, ...] = (), **settings: Any
-    ) -> list[dict[str, Any]]:
-        path = write_config()
-        lines = "".join(f"{key} = {toml(value)}\n" for key, value in settings.items())
-        path.write_text(path.read_text().replace("[superposition]\n", f"[superposition]\n{lines}"))
-        config = load_config(path)
-        config = replace(
-            config,
-            data=replace(config.data, path=data or config.data.path),
-            train=replace(config.train, save_at=save_at),
-        )
-        train(config, tmp_path / name, resume_from=resume_from)
-        metrics = read_metrics(tmp_path / name / "metrics.jsonl")
-        return [{k: v for k, v in m.items() if k != "seconds"} for m in metrics]
-
-    return go
-
-
-def test_one_long_document_is_the_plain_method(run: Run, tmp_path: Path) -> None:
-    """Every loss and every validation, bit for bit: a sample that meets no boundary is the plain one."""
-    (tmp_path / "text").mkdir()
-    for i in range(2):
-        (tmp_path / f"text/{i}.txt").write_text("\n".join(text(200 + i)))
-    data = tmp_path / "data"
-    prepare([str(tmp_path / "text")], data, PrepareOptions(vocab_size=VOCAB, validation_share=0.5, seed=0))
-    assert Meta.load(data).train.documents == 1
-    plain, ragged = run("plain", str(data)), run("ragged", str(data), boundaries="document")
-    assert [m["tokens_per_bag"] for m in ragged if "loss" in m] == [4] * 6 + [1] * 6
-    assert [{k: v for k, v in m.items() if k != "tokens_per_bag"} for m in ragged] == plain
-
-
-def test_a_run_on_ragged_bags_resumes_as_itself(run: Run, tmp_path: Path) -> None:
-    """With a bag size and a shift that change by step and by sample."""
-    settings: dict[str, Any] = {"boundaries": "word", "anneal": [6, 3], "mixture": 1.0, "shift": True}
-    saves = (4, 6)
-    whole = run("whole", save_at=saves, **settings)
-    trained = [m for m in whole if "loss" in m]
-    for m in trained:
-        assert 1 < m["tokens_per_bag"] < m["input_bag"] or m["tokens_per_bag"] == m["input_bag"] == 1
-    assert Counter(m["input_bag"] for m in trained) == {6: 3, 3: 3, 1: 6}
-    plain = [m for m in run("plain", **(settings | {"boundaries": "none"})) if "loss" in m]
-    assert [m["raw_tokens"] for m in trained] == [m["raw_tokens"] for m in plain]  # passed over, but used up
-    assert [m["loss"] for m in trained] != [m["loss"] for m in plain]
-    for step in saves:
-        checkpoint = tmp_path / f"whole/checkpoints/checkpoint-{step}"
-        assert run(f"resumed{step}", resume_from=checkpoint, save_at=saves, **settings) == whole
-
-
-def test_a_random_bag_size_for_every_step() -> None:
-    """``mixture = 1``: as many steps of each size, and what a step has says nothing of the next."""
-    schedule = SuperpositionConfig(anneal=(8, 4, 2), mixture=1.0, ratio=0.75).schedule(4000)
-    sizes = [schedule.at(step).input_bag for step in range(3000)]
-    assert Counter(sizes) == {8: 1000, 4: 1000, 2: 1000}
-    pairs = Counter(pairwise(sizes))
-    assert len(pairs) == 9 and all(abs(n - 333) < 60 for n in pairs.values())
