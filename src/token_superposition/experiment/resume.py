@@ -18,6 +18,7 @@ from token_superposition.experiment.checkpoints import (
     step_of,
 )
 from token_superposition.experiment.config import Config, from_dict, without_none
+from token_superposition.experiment.shards import check_shards
 
 Resume = Literal["auto", "never"] | Path
 MAY_CHANGE = (
@@ -129,6 +130,7 @@ def check_start(checkpoint: Path, config: Config, meta: Meta) -> None:
             f"{checkpoint} was written by another run ({'; '.join(differences)}); give what it was trained with, or "
             "choose another --out"
         )
+    check_shards(checkpoint)
 
 
 def _bags(schedule: Any, step: int) -> tuple[int, int]:

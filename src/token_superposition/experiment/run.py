@@ -15,6 +15,7 @@ from dataclasses import asdict, dataclass
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any, cast
 
 import torch
@@ -209,7 +210,10 @@ def train(
             before = [m for m in lines if m["step"] <= step_of(checkpoint)]
             (out / METRICS).write_text("".join(json.dumps(m) + "\n" for m in before))
     with preemption, watchdog, lost_processes(launch):
-        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint is not None else None)
+        try:
+            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint is not None else None)
+        except UnpicklingError as e:  # of weights_only
+            raise TokenSuperpositionError(f"{checkpoint} holds more than tensors ({str(e).splitlines()[0]})") from None
         if preemption.stopped:
             if first:
                 print(f"tst: terminated after step {trainer.state.global_step}, saved in {out}", file=sys.stderr)

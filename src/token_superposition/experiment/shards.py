@@ -1,0 +1,48 @@
+"""The pickle in torch's sharded checkpoints, looked at before torch loads it without a look."""
+
+from __future__ import annotations
+
+import pickle
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from token_superposition.errors import TokenSuperpositionError
+
+ALLOWED = {
+    "torch.distributed.checkpoint.metadata": {
+        "BytesStorageMetadata",
+        "ChunkStorageMetadata",
+        "Metadata",
+        "MetadataIndex",
+        "StorageMeta",
+        "TensorProperties",
+        "TensorStorageMetadata",
+        "_MEM_FORMAT_ENCODING",
+    },
+    "torch.distributed.checkpoint.filesystem": {"_StorageInfo"},
+    "torch.serialization": {"_get_layout"},
+    "torch": {"Size", *(name for name in dir(torch) if isinstance(getattr(torch, name), torch.dtype))},
+    "pathlib": {"PosixPath", "WindowsPath"},
+}
+
+
+class _Metadata(pickle.Unpickler):
+    def find_class(self, module_name: str, global_name: str) -> Any:
+        if global_name not in ALLOWED.get(module_name, ()):
+            raise pickle.UnpicklingError(f"{module_name}.{global_name}")
+        return super().find_class(module_name, global_name)
+
+
+def check_shards(checkpoint: Path) -> None:
+    """Raises ``TokenSuperpositionError`` for metadata of shards that name anything but torch's own descriptions.
+
+    torch reads them with ``pickle.load``, which would run what they name.
+    """
+    for path in checkpoint.rglob(".metadata"):
+        with path.open("rb") as f:
+            try:
+                _Metadata(f).load()
+            except Exception as e:  # whatever a forged pickle makes of its own classes
+                raise TokenSuperpositionError(f"{path} is not what torch writes ({e}); nothing of it was run") from None
