@@ -43,7 +43,7 @@ def poisoned(write_config: Write, tmp_path: Path, **changes: Any) -> tuple[Confi
         samples = (plan[i]["input_ids"] for i in range(len(plan)))
         return sorted({i // 4 + 1 for i, ids in enumerate(samples) if (ids == token).any()})
 
-    token = next(t for t in range(320) if 3 <= len(readers(t)) <= 5 and min(readers(t)) > 2 and max(readers(t)) > 6)
+    token = next(t for t in range(320) if len(readers(t)) > 1 and readers(t)[0] > 4)
     model = tiny("llama")
     with torch.no_grad():
         model.get_input_embeddings().weight[token] = torch.inf
@@ -149,7 +149,7 @@ def hang(config: str, out: str) -> None:
         return read(self, index)
 
     PlannedDataset.__getitem__ = slow
-    command("train", config, "--out", out, "--train.timeout-minutes", "0.05")
+    command("train", config, "--out", out, "--train.timeout-minutes", "0.15")
 
 
 def test_a_stalled_loader_ends_the_run(write_config: Write, tmp_path: Path) -> None:
@@ -157,7 +157,7 @@ def test_a_stalled_loader_ends_the_run(write_config: Write, tmp_path: Path) -> N
     done = call(hang, str(write_config(save_every=4)), str(tmp_path / "run"))
     assert done.returncode == 1, done.stderr
     (error,) = [line for line in done.stderr.splitlines() if line.startswith("tst: error")]
-    assert "nothing was done for 0.05 minutes after step 5" in error
+    assert "nothing was done for 0.15 minutes after step 5" in error
     assert "in slow" in (tmp_path / "run/stalled.txt").read_text()
     assert time.monotonic() - start < 120
     assert not damage(tmp_path / "run/checkpoints/checkpoint-4")

@@ -16,6 +16,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from token_superposition.errors import TokenSuperpositionError
 
 WINDOW, ENOUGH, DEVIATIONS = 50, 20, 6.0
+NORMAL = 1.4826  # standard deviations in a median deviation of normal noise
 
 
 class GradientGuard(TrainerCallback):
@@ -73,7 +74,9 @@ class GradientGuard(TrainerCallback):
 
 
 def is_spike(lines: Sequence[dict[str, Any]], line: dict[str, Any]) -> bool:
-    """Whether a logged loss is more than 6 standard deviations above the mean of those before it.
+    """Whether a logged loss is more than 6 standard deviations above the median of those before it.
+
+    The standard deviation is taken from the median deviation, which earlier jumps do not widen.
 
     The last 50 with the same bag sizes count, for a loss on bags is no measure for one on tokens; of less than 20
     nothing is said. A function of the lines alone, so a resumed run marks the same ones.
@@ -83,4 +86,5 @@ def is_spike(lines: Sequence[dict[str, Any]], line: dict[str, Any]) -> bool:
     same = [loss for loss in same[-WINDOW:] if math.isfinite(loss)]
     if len(same) < ENOUGH:
         return False
-    return line["loss"] > statistics.fmean(same) + DEVIATIONS * statistics.stdev(same)
+    middle = statistics.median(same)
+    return line["loss"] > middle + DEVIATIONS * NORMAL * statistics.median(abs(loss - middle) for loss in same)

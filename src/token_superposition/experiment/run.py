@@ -47,6 +47,7 @@ from token_superposition.experiment.metrics import MetricsWriter, Report, read_m
 from token_superposition.experiment.model import build_model, empty_model
 from token_superposition.experiment.preempt import TERMINATED, Preemption
 from token_superposition.experiment.resume import MAY_CHANGE, Resume, Start, check_start, facts
+from token_superposition.experiment.shards import weights_only
 from token_superposition.experiment.trainer import RunTrainer
 from token_superposition.experiment.watchdog import Watchdog
 
@@ -141,7 +142,6 @@ def train(
     checkpoint is saved, and with status 1 where another process is gone.
     """
     config.check()
-    os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = "1"  # torch's sharded checkpoints would do without
     launch = Launch.from_environment()
     launch.micro_batch(config)
     out = Path(out)
@@ -209,11 +209,13 @@ def train(
             lines = read_metrics(checkpoint.parent.parent / METRICS)
             before = [m for m in lines if m["step"] <= step_of(checkpoint)]
             (out / METRICS).write_text("".join(json.dumps(m) + "\n" for m in before))
-    with preemption, watchdog, lost_processes(launch):
+    with preemption, watchdog, lost_processes(launch), weights_only():
         try:
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint is not None else None)
-        except UnpicklingError as e:  # of weights_only
-            raise TokenSuperpositionError(f"{checkpoint} holds more than tensors ({str(e).splitlines()[0]})") from None
+        except UnpicklingError:
+            raise TokenSuperpositionError(
+                f"{checkpoint} holds more than tensors and plain values, which is not loaded; take another checkpoint"
+            ) from None
         if preemption.stopped:
             if first:
                 print(f"tst: terminated after step {trainer.state.global_step}, saved in {out}", file=sys.stderr)

@@ -1,8 +1,11 @@
-"""The pickle in torch's sharded checkpoints, looked at before torch loads it without a look."""
+"""The pickles in torch's checkpoints: data is read, code is not, also where torch itself would not look."""
 
 from __future__ import annotations
 
+import os
 import pickle
+from collections.abc import Generator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +29,26 @@ ALLOWED = {
     "torch": {"Size", *(name for name in dir(torch) if isinstance(getattr(torch, name), torch.dtype))},
     "pathlib": {"PosixPath", "WindowsPath"},
 }
+
+
+FORCE = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
+
+
+@contextmanager
+def weights_only() -> Generator[None, None, None]:
+    """Every ``torch.load`` inside is one of tensors and plain values, whatever it was told.
+
+    That of torch's sharded checkpoints is told to load anything.
+    """
+    before = os.environ.get(FORCE)
+    os.environ[FORCE] = "1"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[FORCE]
+        else:
+            os.environ[FORCE] = before
 
 
 class _Metadata(pickle.Unpickler):
