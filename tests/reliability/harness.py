@@ -85,7 +85,7 @@ class Runs:
         self.directory = directory
         self.config = write_config(directory / "config.toml", data)
         self.whole = directory / "whole"
-        process = self.begin(self.whole)
+        process = self.begin(self.whole, "--train.keep", "0")
         assert self.wait(process) == 0, self.errors(self.whole)
         self.expected = outcome(self.whole)
 

@@ -39,7 +39,7 @@ class Watchdog(TrainerCallback):
     def _watch(self) -> None:
         while not self._done.wait(min(self.seconds / 5, 10)):
             if time.monotonic() - self._mark > self.seconds:
-                where = self.out / f"{os.getpid()}.{STACKS}" if "RANK" in os.environ else self.out / STACKS
+                where = self.out / STACKS
                 print(
                     f"tst: error: nothing was done for {self.seconds / 60:g} minutes after step {self.step} "
                     f"(train.timeout_minutes); where it hung is in {where}, and the same command goes on from the "
@@ -48,7 +48,7 @@ class Watchdog(TrainerCallback):
                     flush=True,
                 )
                 try:
-                    with where.open("w") as f:
+                    with where.open("a") as f:  # each process of a run
                         faulthandler.dump_traceback(f)
                 finally:
                     os._exit(1)  # whatever hangs cannot be asked to end
