@@ -12,12 +12,13 @@ from typing import Any
 
 import pytest
 
-from tests.processes import call, command
+from tests.processes import begin, call, command
 from tests.reliability.harness import EVERY, FAULTS, STEPS, Runs, outcome, pair, steps_done, until
 from token_superposition.data.plan import PlannedDataset
 from token_superposition.data.store import TokenStore
 from token_superposition.experiment.checkpoints import checkpoints_in, damage, step_of
 from token_superposition.experiment.config import load_config
+from token_superposition.experiment.preempt import SIGNALS, Preemption
 
 KILLS = [name for name in FAULTS if name.startswith("killed")]
 ROUNDS, LONG = 1, 5
@@ -148,3 +149,29 @@ def test_a_log_that_spans_a_checkpoint_is_whole(runs: Runs, tmp_path: Path) -> N
                 shutil.rmtree(out / f"checkpoints/checkpoint-{step}")
     assert outcome(out) == outcome(tmp_path / "first")
     assert [m["step"] for m in numbers(outcome(out).metrics) if "loss" in m] == [5, 10, 15, 20]
+
+
+def command_in_a_group(*args: str) -> None:
+    os.setsid()
+    command(*args)
+
+
+def test_a_signal_for_the_whole_group_leaves_the_loader_to_the_run(runs: Runs, tmp_path: Path) -> None:
+    """torchrun and SLURM send SIGTERM also to the processes that read data."""
+    out = tmp_path / "run"
+    options = ("--train.loader-workers", "1", "--out", str(out))
+    process = begin(tmp_path / "log", command_in_a_group, "train", str(runs.config), *options)
+    until(process, lambda: steps_done(out) >= 3)
+    os.killpg(process.pid, signal.SIGTERM)
+    assert runs.wait(process) == 143, (tmp_path / "log.err").read_text()
+    newest = checkpoints_in(out / "checkpoints")[-1]
+    assert step_of(newest) == steps_done(out) and damage(newest) is None
+
+
+def test_both_signals_are_caught_only_while_training() -> None:
+    before = [signal.getsignal(s) for s in SIGNALS]
+    for s in SIGNALS:
+        with Preemption() as preemption:
+            os.kill(os.getpid(), s)
+            assert preemption.signalled and not preemption.stopped
+    assert [signal.getsignal(s) for s in SIGNALS] == before

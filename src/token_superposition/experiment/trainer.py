@@ -22,6 +22,7 @@ from token_superposition.engines.transformers import TSTTrainer
 from token_superposition.errors import TokenSuperpositionError
 from token_superposition.experiment.checkpoints import ASIDE, checkpoints_in, checksums, commit, damage, rotate
 from token_superposition.experiment.health import GradientGuard
+from token_superposition.experiment.preempt import SIGNALS
 
 T = TypeVar("T")
 PENDING = "pending_loss.json"
@@ -129,15 +130,17 @@ class RunTrainer(TSTTrainer):
         return norm
 
     def get_train_dataloader(self) -> DataLoader[Any]:
-        """Its processes leave SIGTERM to this one, which may get it for the whole group."""
+        """Its processes leave SIGTERM to this one, where the whole group gets it."""
         loader: Any = super().get_train_dataloader()
-        if loader.num_workers:
-            loader.worker_init_fn = partial(_ignore_termination, loader.worker_init_fn)
+        if self.args.dataloader_num_workers:
+            base = getattr(loader, "base_dataloader", loader)  # of which accelerate's is a shell
+            base.worker_init_fn = partial(_ignore_termination, base.worker_init_fn)
         return loader
 
 
 def _ignore_termination(then: Callable[[int], None], worker: int) -> None:
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    for s in SIGNALS:
+        signal.signal(s, signal.SIG_IGN)
     then(worker)
 
 
