@@ -55,6 +55,11 @@ def _call(log: str, environment: dict[str, str], directory: str, target: Callabl
     target(*args)
 
 
+def begin(log: Path, target: Callable[..., None], *args: Any, **environment: str) -> Any:
+    """``target(*args)`` in a process of its own that prints to ``log``.out and .err; it is not waited for."""
+    return start(_call, str(log), os.environ | environment, str(Path.cwd()), target, args)
+
+
 def call(target: Callable[..., None], *args: Any, **environment: str) -> subprocess.CompletedProcess[str]:
     """``target(*args)`` in a process of its own, with what it printed."""
     with tempfile.TemporaryDirectory() as logs:

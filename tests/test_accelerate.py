@@ -31,10 +31,11 @@ from token_superposition.data.plan import PlannedDataset
 from token_superposition.data.store import TokenStore
 from token_superposition.engines.transformers import TSTTrainer
 from token_superposition.engines.transformers.head import HiddenStates, whole_head
+from token_superposition.experiment.checkpoints import newest_whole
 from token_superposition.experiment.config import load_config
 from token_superposition.experiment.launch import Launch
 from token_superposition.experiment.metrics import read_metrics
-from token_superposition.experiment.run import newest_checkpoint, training_arguments
+from token_superposition.experiment.run import training_arguments
 
 LAUNCH = Path(str(files("token_superposition") / "engines/transformers/launch"))
 ACCELERATE = [sys.executable, "-m", "accelerate.commands.launch"]
@@ -132,7 +133,7 @@ def test_ddp_killed_in_the_first_phase_ends_as_one_process(config: Path, one: Pa
     run = tmp_path / "run"
     start = launch_command("ddp.yaml", "token_superposition", "train", config, "--out", run)
     with subprocess.Popen(start, env=environment(), stderr=subprocess.DEVNULL) as process:
-        while newest_checkpoint(run / "checkpoints") is None:
+        while newest_whole(run / "checkpoints") is None:
             assert process.poll() is None
             time.sleep(0.005)
         tree = [*psutil.Process(process.pid).children(recursive=True), psutil.Process(process.pid)]
@@ -336,15 +337,6 @@ def test_checkpoints_of_the_other_kind_are_refused(tmp_path: Path) -> None:
         Launch().check_checkpoint(tmp_path / "shards")
     with pytest.raises(TokenSuperpositionError, match=r"written without FSDP .* launched with FSDP"):
         Launch(sharded=True).check_checkpoint(tmp_path / "whole")
-
-
-def test_a_checkpoint_counts_when_it_is_complete(tmp_path: Path) -> None:
-    for step in (4, 8, 12):
-        (tmp_path / f"checkpoint-{step}").mkdir()
-    assert newest_checkpoint(tmp_path) is None
-    for step in (4, 8):
-        (tmp_path / f"checkpoint-{step}/trainer_state.json").write_text("{}")
-    assert newest_checkpoint(tmp_path) == tmp_path / "checkpoint-8"
 
 
 @pytest.mark.parametrize(

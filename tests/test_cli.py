@@ -21,7 +21,9 @@ from tests.conftest import CONFIG, TINY, once, tiny, toml, tst
 from tests.processes import call, command_on_a_full_disk
 from token_superposition import TokenSuperpositionError
 from token_superposition.cli import COMMANDS, main
+from token_superposition.experiment.checkpoints import newest_whole
 from token_superposition.experiment.config import Config, from_dict, load_config, save_config
+from token_superposition.experiment.metrics import read_metrics
 from token_superposition.experiment.summary import equal_loss, loss_at
 
 
@@ -264,6 +266,7 @@ def test_generate_continues_the_prompt_and_repeats_itself(comparison: Path) -> N
 
 
 def test_a_terminated_comparison_leaves_no_run_behind(write_config: Callable[..., Path], tmp_path: Path) -> None:
+    """The runs are told, save a checkpoint each, also without save_every, and end."""
     out = tmp_path / "terminated"
     command = [sys.executable, "-m", "token_superposition", "compare", write_config(steps=100_000), "--out", out]
 
@@ -273,10 +276,13 @@ def test_a_terminated_comparison_leaves_no_run_behind(write_config: Callable[...
         return [p for p in lines if p.exists() and str(out).encode() in p.read_bytes()]
 
     process = subprocess.Popen(list(map(str, command)), stdout=subprocess.DEVNULL)
-    wait_for(lambda: len(training()) >= 2)
+    wait_for(lambda: any(read_metrics(p) for p in out.glob("runs/*/metrics.jsonl")))
+    assert len(training()) >= 2
     process.terminate()
-    assert process.wait(60) == 143
+    assert process.wait(120) == 143
     wait_for(lambda: not training())
+    begun = [p.parent for p in out.glob("runs/*/metrics.jsonl") if read_metrics(p)]
+    assert begun and all(newest_whole(run / "checkpoints") for run in begun)
 
 
 def wait_for(condition: Callable[[], bool], seconds: float = 120) -> None:

@@ -27,11 +27,11 @@ from token_superposition.engines.transformers import TSTTrainer
 from token_superposition.engines.transformers.mtp import FILE, MTPHeads, check_checkpoint
 from token_superposition.engines.transformers.muon import split_parameters
 from token_superposition.experiment.budget import shape_of
+from token_superposition.experiment.checkpoints import newest_whole
 from token_superposition.experiment.compare import jobs_of
 from token_superposition.experiment.config import Config, SuperpositionConfig, load_config
 from token_superposition.experiment.dry_run import cost_of_job
 from token_superposition.experiment.launch import Launch
-from token_superposition.experiment.run import newest_checkpoint
 from token_superposition.experiment.summary import comparison
 
 HEADS, WEIGHT = 2, 0.3
@@ -245,7 +245,7 @@ def test_a_checkpoint_of_other_heads_is_refused(tmp_path: Path, write_config: Ca
         check_checkpoint(tmp_path, 3)
     config = changed(load_config(write_config(steps=2)), {"mtp_heads": 1}, save_at=(1,))
     lines_of(config, tmp_path / "one")
-    checkpoint = newest_checkpoint(tmp_path / "one/checkpoints")
+    checkpoint = newest_whole(tmp_path / "one/checkpoints")
     assert checkpoint is not None
     with pytest.raises(TokenSuperpositionError, match="with 1 heads"):
         lines_of(changed(config, {"mtp_heads": 2}), tmp_path / "two", checkpoint)

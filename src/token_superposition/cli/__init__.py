@@ -47,7 +47,7 @@ tst COMMAND --help explains every option.
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command. Exit status: 0 done, 1 failed, 2 unusable input (one line says what to do), 130 interrupted,
-    143 terminated."""
+    143 terminated (tst train has saved a checkpoint)."""
     args = list(sys.argv[1:] if argv is None else argv)
     if not args or args[0] in ("-h", "--help", "help"):
         print(HELP, end="")

@@ -19,7 +19,9 @@ class TrainCommand:
 
     Presets: 270m, 600m, 3b, 10b-a1b (the paper's), demo. Options override the file. The directory --out holds the
     configuration, metrics.jsonl, checkpoints/, and, when it is done, model/ (an ordinary transformers model) and
-    run.json. Calling it again continues from the newest checkpoint.
+    run.json. Calling it again continues from the newest checkpoint that is whole.
+    SIGTERM (or SIGUSR1) finishes the step, saves a checkpoint and exits with status 143: start it again. 1: a process
+    died or hung, start it again. 2: one line says what to change first.
     Several processes: torchrun --nproc-per-node 2 -m token_superposition train CONFIG.toml
     DDP or FSDP2: accelerate launch --config_file FILE -m token_superposition train CONFIG.toml
 
@@ -29,8 +31,10 @@ class TrainCommand:
     config: Annotated[Config, tyro.conf.arg(name="")] = field(default_factory=Config)
     out: Path = Path("run")
     """Directory of the run."""
+    resume: str = "auto"
+    """auto: from the newest whole checkpoint in --out, if any; never: refuse an --out with some; or a checkpoint."""
     branch_from: Path | None = None
-    """Checkpoint of another run to start from; its metrics up to there are taken over."""
+    """Checkpoint of another run to start from if --out has none; its metrics up to there are taken over."""
 
 
 def run(args: Sequence[str]) -> None:
@@ -52,6 +56,7 @@ def run(args: Sequence[str]) -> None:
         result = train(
             options.config,
             options.out,
+            resume=options.resume if options.resume in ("auto", "never") else Path(options.resume),
             resume_from=options.branch_from,
             report=lambda lines: progress.update(options.out.name, steps, lines),
         )

@@ -181,7 +181,13 @@ class TrainConfig:
     save_every: int = 0
     """Steps between checkpoints; 0 for none but the finished model."""
     save_at: tuple[int, ...] = ()
-    """Steps at which a checkpoint is written as well."""
+    """Steps at which a checkpoint is written as well; these stay."""
+    keep: int = 3
+    """Newest checkpoints that stay (tst train), beside those of save_at and of the switches; 0 keeps all."""
+    on_nonfinite: Literal["stop", "skip"] = "stop"
+    """A gradient that is not finite never reaches the weights (tst train): the run stops, or it skips that step."""
+    timeout_minutes: float = 30.0
+    """A run that does not come on for so long ends with an error (tst train): a stalled loader, a dead process."""
     loader_workers: int = 0
     """Processes that read data ahead."""
 
@@ -260,6 +266,12 @@ class Config:
         return self.superposition.schedule(self.train.steps)
 
     @property
+    def kept_steps(self) -> tuple[int, ...]:
+        """Steps whose checkpoints are written and stay: save_at and, with save_every, the switches (mixed: last)."""
+        switches = self.schedule.switches[-1:] if self.superposition.mixture else self.schedule.switches
+        return (*self.train.save_at, *(switches if self.train.save_every else ()))
+
+    @property
     def wsd(self) -> WSD:
         switch = self.schedule.switches[-1:] if self.superposition.reset_optimizer else []
         return WSD(self.train.steps, self.train.warmup_steps, self.train.decay_ratio, *switch)
@@ -269,7 +281,7 @@ class Config:
         t = self.train
         for name in ("steps", "batch_size", "log_every", "eval_every"):
             require_int(f"train.{name}", getattr(t, name), 1)
-        for name in ("seed", "warmup_steps", "save_every", "loader_workers"):
+        for name in ("seed", "warmup_steps", "save_every", "keep", "loader_workers"):
             require_int(f"train.{name}", getattr(t, name), 0)
         require_int("data.sequence_length", self.data.sequence_length, 2)
         if t.micro_batch_size is not None:
@@ -281,6 +293,8 @@ class Config:
                 )
         if not t.learning_rate > 0:
             raise TokenSuperpositionError(f"train.learning_rate is {t.learning_rate}; give a number above 0")
+        if not 0 < t.timeout_minutes < math.inf:
+            raise TokenSuperpositionError(f"train.timeout_minutes is {t.timeout_minutes}; give a number above 0")
         for seed in self.compare.seeds:
             require_int("compare.seeds", seed, 0)
         if any(x <= 0 for x in self.compare.baseline_lengths):
@@ -343,7 +357,7 @@ def _parse(content: str, where: str) -> Config:
 def save_config(config: Config, path: Path) -> None:
     import tomli_w
 
-    path.write_text(tomli_w.dumps(_without_none(dataclasses.asdict(config))))
+    path.write_text(tomli_w.dumps(without_none(dataclasses.asdict(config))))
 
 
 def from_dict(cls: type[T], content: Any, where: str) -> T:
@@ -388,9 +402,9 @@ def _convert(kind: Any, value: Any, where: str) -> Any:
     raise TokenSuperpositionError(f"{where} is {value!r}; give {wanted}")
 
 
-def _without_none(tree: Any) -> Any:
+def without_none(tree: Any) -> Any:
     if isinstance(tree, dict):
-        return {k: _without_none(v) for k, v in cast(dict[str, Any], tree).items() if v is not None}
+        return {k: without_none(v) for k, v in cast(dict[str, Any], tree).items() if v is not None}
     if isinstance(tree, (list, tuple)):
-        return [_without_none(v) for v in cast(list[Any], tree)]
+        return [without_none(v) for v in cast(list[Any], tree)]
     return tree

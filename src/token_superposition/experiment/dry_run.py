@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
 
 from token_superposition.data.store import Meta
 from token_superposition.experiment.budget import shape_of
+from token_superposition.experiment.checkpoints import damage, newest_whole, step_of
 from token_superposition.experiment.compare import checked_jobs
 from token_superposition.experiment.config import Config
 from token_superposition.experiment.jobs import Job, branch_checkpoint, startable, unfinished
 from token_superposition.experiment.launch import Launch
-from token_superposition.experiment.run import newest_checkpoint
 from token_superposition.experiment.speed import default_parallel, seconds_per_step
 
 START_SECONDS = 10.0  # of a run's process: importing, building the model, writing the result
@@ -108,8 +109,9 @@ def cost_of_job(job: Job, steps: int, flops_per_token: float, step: float = 1.0)
 
 def _left(job: Job, out: Path, trunk_unfinished: bool) -> int:
     """Steps from its newest checkpoint, from where it branches off, or all of them."""
-    if checkpoint := newest_checkpoint(out / "runs" / job.directory / "checkpoints"):
-        return job.config.train.steps - int(checkpoint.name.rpartition("-")[2])
+    directory = out / "runs" / job.directory / "checkpoints"
+    if checkpoint := newest_whole(directory, check=partial(damage, content=False)):
+        return job.config.train.steps - step_of(checkpoint)
     trunk = branch_checkpoint(job, out)
     branches = trunk is not None and (trunk_unfinished or trunk.exists())
     return job.config.train.steps - (job.branch_step if branches else 0)

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import json
 import time
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from token_superposition.errors import TokenSuperpositionError
+from token_superposition.experiment.health import is_spike
 
 Report = Callable[[list[dict[str, Any]]], None]
 
@@ -30,7 +34,10 @@ class MetricsWriter(TrainerCallback):
     """Writes one line per log and per validation; on resume, lines after the checkpoint are dropped.
 
     ``seconds`` is the time in training steps, without validation and saving. ``save_at`` asks for checkpoints,
-    ``report`` is given all lines after each new one.
+    ``report`` is given all lines after each new one. A line has ``spike`` where the loss jumped, and the steps that
+    were left out since the last one, which are taken off ``skipped``.
+
+    Raises ``TokenSuperpositionError`` where a line cannot be written.
     """
 
     def __init__(
@@ -40,7 +47,9 @@ class MetricsWriter(TrainerCallback):
         step_flops: float,
         save_at: tuple[int, ...] = (),
         report: Report = lambda lines: None,
+        skipped: list[int] | None = None,
     ):
+        self.skipped = [] if skipped is None else skipped
         self.path, self.bits_per_byte, self.step_flops, self.save_at = path, bits_per_byte, step_flops, save_at
         self.report = report
         self.lines: list[dict[str, Any]] = []
@@ -50,6 +59,7 @@ class MetricsWriter(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
+        state.compute_steps(args, state.max_steps)  # a checkpoint has those of its run; they may have been changed
         self.lines = kept = [m for m in read_metrics(self.path) if m["step"] <= state.global_step]
         if state.is_world_process_zero:
             partial = self.path.with_name(f".{self.path.name}.partial")
@@ -91,7 +101,19 @@ class MetricsWriter(TrainerCallback):
         line |= {k: logs[k] for k in (*names, "latent_tokens", "raw_tokens") if k in logs}
         if "eval_loss" in logs:
             line |= {"val_loss": logs["eval_loss"], "val_bpb": logs["eval_loss"] * self.bits_per_byte}
-        with self.path.open("a") as f:
-            f.write(json.dumps(line) + "\n")
+        if "loss" in line and is_spike(self.lines, line):
+            line["spike"] = True
+            warnings.warn(f"the loss jumped to {line['loss']:.3f} at step {state.global_step}", stacklevel=1)
+        if "loss" in line and self.skipped:
+            line["skipped"] = list(self.skipped)
+            self.skipped.clear()
+        try:
+            with self.path.open("a") as f:
+                f.write(json.dumps(line) + "\n")
+        except OSError as e:
+            raise TokenSuperpositionError(
+                f"cannot write {self.path} ({e.strerror}) after step {state.global_step}; make room there and give the "
+                "same command again: it goes on from the newest checkpoint"
+            ) from e
         self.lines.append(line)
         self.report(self.lines)

@@ -76,6 +76,8 @@ class Plan:
     """Bytes of a GPU that can be used."""
     checkpoint_bytes: int
     checkpoints: int
+    """That stay until the end."""
+    baseline_checkpoints: int
     tokens_available: int | None
     published: Published
     warnings: list[str]
@@ -125,7 +127,6 @@ def plan(
     limit = int(USABLE * GPUS[gpu_type].memory)
     published = _published(config, shape, run, tokens_available)
     per_step = config.train.batch_size * length
-    every = config.train.save_every
     return Plan(
         vocab_size=shape.vocab_size,
         vocab_source=source,
@@ -141,7 +142,8 @@ def plan(
         memory=memory,
         memory_limit=limit,
         checkpoint_bytes=12 * shape.parameters,
-        checkpoints=run.steps // every if every else 0,
+        checkpoints=_checkpoints(config),
+        baseline_checkpoints=_checkpoints(replace(config, superposition=BASELINE)),
         tokens_available=tokens_available,
         published=published,
         warnings=[
@@ -153,6 +155,13 @@ def plan(
         ],
         advice=_advice(run, per_step, tokens_available, published),
     )
+
+
+def _checkpoints(config: Config) -> int:
+    every, keep = config.train.save_every, config.train.keep
+    kept = {step for step in config.kept_steps if step <= config.train.steps}
+    ordinary = sum(step not in kept for step in range(every, config.train.steps + 1, every)) if every else 0
+    return len(kept) + (min(ordinary, keep) if keep else ordinary)
 
 
 def _published(config: Config, shape: Shape, run: Cost, tokens_available: int | None) -> Published:

@@ -7,12 +7,19 @@ import math
 import os
 import platform
 import shutil
+import sys
+import warnings
+from collections.abc import Generator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any, cast
 
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -28,15 +35,21 @@ from token_superposition.data.boundaries import find_boundaries
 from token_superposition.data.plan import PlannedDataset, ValidationSet
 from token_superposition.data.store import TokenStore
 from token_superposition.data.tokenizer import load_tokenizer
-from token_superposition.engines.transformers import TSTTrainer
 from token_superposition.engines.transformers.mtp import MTPHeads, check_checkpoint
 from token_superposition.engines.transformers.muon import MuonAdamW, split_parameters
 from token_superposition.engines.transformers.switch import AtSwitch
 from token_superposition.errors import TokenSuperpositionError
+from token_superposition.experiment.checkpoints import checkpoints_in, damage, step_of
 from token_superposition.experiment.config import Config, save_config
+from token_superposition.experiment.health import GradientGuard
 from token_superposition.experiment.launch import Launch
 from token_superposition.experiment.metrics import MetricsWriter, Report, read_metrics
 from token_superposition.experiment.model import build_model, empty_model
+from token_superposition.experiment.preempt import TERMINATED, Preemption
+from token_superposition.experiment.resume import MAY_CHANGE, Resume, Start, check_start, facts
+from token_superposition.experiment.shards import weights_only
+from token_superposition.experiment.trainer import RunTrainer
+from token_superposition.experiment.watchdog import Watchdog
 
 RESULT = "run.json"
 CONFIG = "config.toml"
@@ -116,13 +129,17 @@ def train(
     config: Config,
     out: str | Path,
     *,
+    resume: Resume = "auto",
     resume_from: Path | None = None,
     report: Report = lambda lines: None,
 ) -> RunResult:
-    """Train one run into ``out``; continues from its newest checkpoint, or from ``resume_from``, if there is one.
+    """Train one run into ``out``; continues from its newest whole checkpoint, or from ``resume_from``, if there is one.
 
-    ``run.json`` and ``model/`` appear when the run is finished.
-    Raises ``TokenSuperpositionError`` before any work for a configuration that cannot be trained.
+    ``resume`` "never" refuses a directory with checkpoints, a path is the checkpoint to go on from.
+    ``run.json`` and ``model/`` appear when the run is finished. No pickle is loaded but with ``weights_only``.
+    Raises ``TokenSuperpositionError`` before any work for a configuration that cannot be trained, and where a
+    checkpoint cannot be written or a gradient is not finite; ``SystemExit`` with status 143 after SIGTERM, for which a
+    checkpoint is saved, and with status 1 where another process is gone.
     """
     config.check()
     launch = Launch.from_environment()
@@ -135,11 +152,11 @@ def train(
     parameters = sum(p.numel() for p in empty.parameters())
     mtp_heads(config, empty)
     launch.check_memory(sum(p.numel() for p in empty.parameters()))
-    checkpoint = newest_checkpoint(out / "checkpoints")
-    start = checkpoint or resume_from
-    if start is not None:
-        launch.check_checkpoint(start)
-        check_checkpoint(start, config.superposition.trained_heads)
+    start = Start(out / "checkpoints", resume, resume_from)
+    if (candidate := start.find(check=partial(damage, content=False))) is not None:
+        launch.check_checkpoint(candidate)
+        check_checkpoint(candidate, config.superposition.trained_heads)
+        check_start(candidate, config, store.meta)
     set_seed(config.train.seed)
     model = build_model(config, store.meta)
     mtp = mtp_heads(config, model)
@@ -151,6 +168,7 @@ def train(
     final = ValidationSet(validation, config.data.sequence_length, config.data.final_eval_tokens)
     bits_per_byte = 1 / math.log(2) / validation.split.bytes_per_token
     prepare_directory(config, out)
+    start.checkpoints.mkdir(exist_ok=True)
     args = training_arguments(config, out, launch)  # starts the process group
     if launch.sharded:  # FSDP moves the model to the device part by part; the FLOPs are counted without computing
         with FakeTensorMode(allow_non_fake_inputs=True):
@@ -158,15 +176,13 @@ def train(
     else:
         nn.Module.to(model, args.device)
         sequence_flops = flops_per_sequence(model, config.data.sequence_length)
-    if checkpoint is None and resume_from is not None:
-        step = int(resume_from.name.rpartition("-")[2])
-        before = [m for m in read_metrics(resume_from.parent.parent / METRICS) if m["step"] <= step]
-        (out / METRICS).write_text("".join(json.dumps(m) + "\n" for m in before))
     if mtp is not None:
         sequence_flops += mtp.flops_per_token * config.data.sequence_length
     step_flops = sequence_flops * config.train.batch_size
-    metrics = MetricsWriter(out / METRICS, bits_per_byte, step_flops, config.train.save_at, report)
-    trainer = TSTTrainer(
+    guard = GradientGuard(config.train.on_nonfinite, partial(batch_of, plan, out))
+    metrics = MetricsWriter(out / METRICS, bits_per_byte, step_flops, config.kept_steps, report, guard.skipped)
+    preemption, watchdog = Preemption(launch.processes), Watchdog(60 * config.train.timeout_minutes, out)
+    trainer = RunTrainer(
         model,
         args,
         train_dataset=plan,
@@ -178,12 +194,34 @@ def train(
         mtp=mtp,
         lr_factor=config.wsd,
         optimizers=(muon(config, model), None),
-        callbacks=[metrics, *at_switch(config)],
+        callbacks=[metrics, *at_switch(config), preemption, watchdog, guard],
+        guard=guard,
+        facts=facts(config, store.meta),
+        keep=config.train.keep,
+        kept_steps=config.kept_steps,
     )
     trainer.remove_callback(PrinterCallback)
-    trainer.train(resume_from_checkpoint=str(start) if start is not None else None)
-    val_loss = trainer.evaluate(cast(Any, final))["eval_loss"]
-    save_model(trainer, out / MODEL)
+    first = trainer.is_world_process_zero()
+    checkpoint = start.find(warnings.warn if first else lambda line: None, trainer.check)
+    if checkpoint is not None:
+        check_start(checkpoint, config, store.meta)
+        if first and checkpoint.resolve().parent != (out / "checkpoints").resolve():
+            lines = read_metrics(checkpoint.parent.parent / METRICS)
+            before = [m for m in lines if m["step"] <= step_of(checkpoint)]
+            (out / METRICS).write_text("".join(json.dumps(m) + "\n" for m in before))
+    with preemption, watchdog, lost_processes(launch), weights_only():
+        try:
+            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint is not None else None)
+        except UnpicklingError:
+            raise TokenSuperpositionError(
+                f"{checkpoint} holds more than tensors and plain values, which is not loaded; take another checkpoint"
+            ) from None
+        if preemption.stopped:
+            if first:
+                print(f"tst: terminated after step {trainer.state.global_step}, saved in {out}", file=sys.stderr)
+            raise SystemExit(TERMINATED)
+        val_loss = trainer.evaluate(cast(Any, final))["eval_loss"]
+        save_model(trainer, out / MODEL)
     result = RunResult.of(
         config,
         plan,
@@ -199,6 +237,32 @@ def train(
     if trainer.is_world_process_zero():
         write_json(out / RESULT, asdict(result))
     return result
+
+
+def batch_of(plan: PlannedDataset, out: Path, step: int) -> str:
+    """What the step (1-based) read, and the command that trains it again."""
+    first = (step - 1) * plan.batch_size
+    whole = [c for c in checkpoints_in(out / "checkpoints") if step_of(c) < step]
+    resume = f" --resume {whole[-1]}" if whole else ""
+    return (
+        f"samples {first} to {first + plan.batch_size - 1} of the plan; to see it again: "
+        f"tst train {out / CONFIG}{resume} --out {out}-replay"
+    )
+
+
+@contextmanager
+def lost_processes(launch: Launch) -> Generator[None, None, None]:
+    """An error that says that another process is gone, or waited for too long, is one line and status 1."""
+    try:
+        yield
+    except RuntimeError as e:
+        if launch.processes == 1 or not (isinstance(e, dist.DistError) or "gloo" in str(e)):
+            raise
+        reason = str(e).splitlines()[0]
+        raise SystemExit(
+            f"tst: error: another process of the run is gone or does not answer ({reason}); the same command goes on "
+            "from the newest checkpoint"
+        ) from None
 
 
 def mtp_heads(config: Config, model: PreTrainedModel) -> MTPHeads | None:
@@ -262,6 +326,7 @@ def training_arguments(config: Config, out: Path, launch: Launch) -> TrainingArg
         log_level="error",
         logging_nan_inf_filter=False,
         use_cpu=cpu,
+        ddp_timeout=math.ceil(60 * t.timeout_minutes),
     )
 
 
@@ -277,22 +342,16 @@ def prepare_directory(config: Config, out: Path) -> None:
             for section in ("model", "data", "superposition", "train")
             if (a := getattr(old, section)) != (b := getattr(config, section))
             for name in a.__dataclass_fields__
-            if getattr(a, name) != getattr(b, name)
+            if getattr(a, name) != getattr(b, name) and not (section == "train" and name in MAY_CHANGE)
         ]
         if differences:
             raise TokenSuperpositionError(
                 f"{out} holds a run of another configuration ({'; '.join(differences)}); choose another --out"
             )
     out.mkdir(parents=True, exist_ok=True)
-    partial = out / f".{CONFIG}.{os.getpid()}.partial"  # every process writes it, and none reads half of another's
-    save_config(config, partial)
-    partial.rename(out / CONFIG)
-
-
-def newest_checkpoint(checkpoints: Path) -> Path | None:
-    """The newest one that is complete: the trainer writes its state last."""
-    complete = {int(p.parent.name.split("-")[1]): p.parent for p in checkpoints.glob("checkpoint-*/trainer_state.json")}
-    return complete[max(complete)] if complete else None
+    written = out / f".{CONFIG}.{os.getpid()}.partial"  # every process writes it, and none reads half of another's
+    save_config(config, written)
+    written.rename(out / CONFIG)
 
 
 @torch.no_grad()
@@ -327,7 +386,7 @@ def phase_step_seconds(out: Path, starts: list[int]) -> list[float]:
     return result
 
 
-def save_model(trainer: TSTTrainer, path: Path) -> None:
+def save_model(trainer: RunTrainer, path: Path) -> None:
     """Write the finished model aside, then rename it. Shards are gathered to one process."""
     partial = path.with_name(f".{path.name}.partial")
     if trainer.is_fsdp_enabled:

@@ -51,8 +51,8 @@ def _costs(plan: Plan) -> Table:
     table.add_row(hours, f"{plan.run.gpu_hours:,.1f}", f"{plan.baseline.gpu_hours:,.1f}")
     table.add_row(f"days on {plan.gpus} x {plan.gpu_type}", f"{plan.run.days:,.2f}", f"{plan.baseline.days:,.2f}")
     if plan.checkpoints:
-        checkpoints = f"{plan.checkpoints} x {gb(plan.checkpoint_bytes)}"
-        table.add_row("checkpoints", checkpoints, checkpoints)
+        counts = (plan.checkpoints, plan.baseline_checkpoints)
+        table.add_row("checkpoints", *(f"{n} x {gb(plan.checkpoint_bytes)}" for n in counts))
     return table
 
 

@@ -1,0 +1,67 @@
+"""SIGTERM while training: the step is finished, a checkpoint saved, and the run ends with status 143."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from types import TracebackType
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1)  # SLURM: --signal=USR1@120
+TERMINATED = 143
+
+
+class Preemption(TrainerCallback):
+    """Catches SIGTERM and SIGUSR1 inside ``with``, and stops the training after the step.
+
+    Several processes agree: each step sums up who got a signal over gloo, beside the step's computation, and the next
+    step's end takes note, so they all stop after the same one. A signal after the last step changes nothing.
+    """
+
+    def __init__(self, processes: int = 1):
+        self.processes = processes
+        self.signalled = False
+        self.stopped = False
+        """Training was stopped before its last step."""
+        self._group: Any = None
+        self._told: tuple[Any, Tensor] | None = None
+        self._before: dict[signal.Signals, Any] = {}
+
+    def __enter__(self) -> Preemption:
+        if threading.current_thread() is threading.main_thread():
+            self._before = {s: signal.signal(s, self._take) for s in SIGNALS}
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        for s, handler in self._before.items():
+            signal.signal(s, handler)
+
+    def _take(self, *_: object) -> None:
+        self.signalled = True
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if self.processes > 1:
+            self._group = dist.new_group(backend="gloo")
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if self._agreed() and state.global_step < state.max_steps:
+            self.stopped = control.should_save = control.should_training_stop = True
+
+    def _agreed(self) -> bool:
+        if self._group is None:
+            return self.signalled
+        if self._told is not None:
+            work, count = self._told
+            work.wait()
+            if count.item():
+                return True
+        count = torch.tensor(int(self.signalled))
+        self._told = dist.all_reduce(count, group=self._group, async_op=True), count
+        return False

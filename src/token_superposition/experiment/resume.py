@@ -1,0 +1,142 @@
+"""Where a run goes on: the newest whole checkpoint, the one that was asked for, or none; and whether it may."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from hashlib import sha256
+from pathlib import Path
+from typing import Any, Literal
+
+from token_superposition.data.store import Meta, SplitMeta
+from token_superposition.errors import TokenSuperpositionError
+from token_superposition.experiment.checkpoints import (
+    checkpoints_in,
+    damage,
+    newest_whole,
+    read_manifest,
+    step_of,
+)
+from token_superposition.experiment.config import Config, from_dict, without_none
+from token_superposition.experiment.shards import check_shards
+
+Resume = Literal["auto", "never"] | Path
+MAY_CHANGE = (
+    "micro_batch_size",
+    "activation_checkpointing",
+    "loader_workers",
+    "save_every",
+    "keep",
+    "on_nonfinite",
+    "timeout_minutes",
+)
+"""Settings of [train] that a run may go on with: they change neither samples nor losses, but for rounding."""
+OF_THE_DATA = {
+    "data": ("sequence_length", "common_bag"),
+    "train": ("seed", "batch_size", "optimizer", "precision"),
+    "superposition": ("shift", "boundaries", "mtp_heads"),
+}
+"""Settings that also a run which branches off another one must share with it."""
+
+
+def data_identity(meta: Meta) -> dict[str, Any]:
+    """What makes a token store the same text in the same tokens, wherever it lies."""
+
+    def of(split: SplitMeta) -> str:
+        return sha256("".join(s.sha256 + s.documents_sha256 for s in split.shards).encode()).hexdigest()
+
+    return {
+        "vocab_size": meta.vocab_size,
+        "dtype": meta.dtype,
+        "tokenizer_sha256": meta.tokenizer_sha256,
+        "train_sha256": of(meta.train),
+        "validation_sha256": of(meta.validation),
+    }
+
+
+def facts(config: Config, meta: Meta) -> dict[str, Any]:
+    """What the manifest of a checkpoint says of its run."""
+    return {"data": data_identity(meta), "config": without_none(asdict(config))}
+
+
+@dataclass(frozen=True)
+class Start:
+    """The search for a checkpoint to start from, in a directory of checkpoints and in what the user asked for."""
+
+    checkpoints: Path
+    resume: Resume = "auto"
+    branch_from: Path | None = None
+
+    def find(
+        self, report: Callable[[str], None] = lambda line: None, check: Callable[[Path], str | None] = damage
+    ) -> Path | None:
+        """The checkpoint to start from, if any. Damaged ones are passed over, except one that was asked for by name.
+
+        Raises ``TokenSuperpositionError`` for checkpoints that are in the way, and for a damaged one that was named.
+        """
+        there = checkpoints_in(self.checkpoints)
+        named = self.branch_from
+        if isinstance(self.resume, Path):
+            if named is not None:
+                raise TokenSuperpositionError(f"--resume {self.resume} and --branch-from {named} exclude each other")
+            named = self.resume
+            newer = [c for c in there if c.resolve() != named.resolve()]
+            if named.resolve().parent == self.checkpoints.resolve():
+                newer = [c for c in newer if step_of(c) > step_of(named)]
+            if newer:
+                raise TokenSuperpositionError(
+                    f"{self.checkpoints} holds {newer[-1].name} as well, which --resume {named} would contradict; "
+                    "remove it or choose another --out"
+                )
+        elif there:
+            if self.resume == "never":
+                raise TokenSuperpositionError(
+                    f"{self.checkpoints} holds {there[-1].name} and --resume is never; choose another --out, or "
+                    "--resume auto to go on from there"
+                )
+            return newest_whole(self.checkpoints, report, check)
+        if named is not None:
+            step_of(named)
+            if problem := check(named):
+                raise TokenSuperpositionError(f"{problem}; take another checkpoint")
+        return named
+
+
+def check_start(checkpoint: Path, config: Config, meta: Meta) -> None:
+    """Raises ``TokenSuperpositionError``, with the differences, for a checkpoint of another model, data or plan.
+
+    Up to the checkpoint, the run must have read what this configuration reads; how it trained may differ.
+    """
+    manifest = read_manifest(checkpoint)
+    old = from_dict(Config, manifest["config"], str(checkpoint))
+    differences = [
+        f"data's {name} {_short(value)} -> {_short(now)}"
+        for name, value in manifest["data"].items()
+        if value != (now := data_identity(meta)[name])
+    ]
+    sections = {"model": tuple(config.model.__dataclass_fields__), **OF_THE_DATA}
+    differences += [
+        f"{section}.{name} {before!r} -> {now!r}"
+        for section, names in sections.items()
+        for name in names
+        if (before := getattr(getattr(old, section), name)) != (now := getattr(getattr(config, section), name))
+    ]
+    a, b = old.schedule, config.schedule
+    other = next((i for i in range(step_of(checkpoint)) if _bags(a, i) != _bags(b, i)), None)
+    if other is not None:
+        differences.append(f"bag sizes of step {other + 1} {_bags(a, other)} -> {_bags(b, other)}")
+    if differences:
+        raise TokenSuperpositionError(
+            f"{checkpoint} was written by another run ({'; '.join(differences)}); give what it was trained with, or "
+            "choose another --out"
+        )
+    check_shards(checkpoint)
+
+
+def _bags(schedule: Any, step: int) -> tuple[int, int]:
+    phase = schedule.at(step)
+    return phase.input_bag, phase.output_bag
+
+
+def _short(value: object) -> str:
+    return value[:12] if isinstance(value, str) else str(value)
