@@ -20,7 +20,7 @@ from tests.conftest import VOCAB, text, tst
 from tests.processes import call, command_on_a_full_disk
 from token_superposition import TokenSuperpositionError
 from token_superposition.data.prepare import PrepareOptions, prepare
-from token_superposition.data.files import OTHER_ENDING, find_files
+from token_superposition.data.files import OTHER_FILE, find_files
 from token_superposition.data.sources import read_documents
 from token_superposition.data.store import TokenStore
 from token_superposition.data.verify import verify_store
@@ -79,7 +79,7 @@ def test_all_formats_give_the_same_documents(tmp_path: Path) -> None:
     for source in ("a.jsonl", "b.jsonl.gz", "c.jsonl.zst", "d.parquet", folder.name, "folder*/*.md"):
         dropped: Counter[str] = Counter()
         assert list(read_documents([str(tmp_path / source)], "text", dropped)) == texts, source
-        assert not dropped - Counter({OTHER_ENDING: 60})
+        assert not dropped - Counter({OTHER_FILE: 60})
 
 
 def test_what_cannot_be_read_is_counted(tmp_path: Path) -> None:

@@ -24,7 +24,7 @@ TEXT_SUFFIXES = frozenset({
 TABLE_SUFFIXES = (".jsonl", ".ndjson", ".parquet")
 COMPRESSED_SUFFIXES = (".gz", ".zst")
 ARCHIVE_SUFFIXES = frozenset({".tar", ".tgz", ".tbz2", ".txz", ".zip", ".7z", ".rar", ".xz", ".bz2", ".lz4", ".Z"})
-OTHER_ENDING = "files in folders without a known text ending"
+OTHER_FILE = "files in folders that are not text by their ending, or not regular files"
 
 
 def find_files(sources: Sequence[str], dropped: Counter[str] | None = None) -> list[Path]:
@@ -37,6 +37,12 @@ def find_files(sources: Sequence[str], dropped: Counter[str] | None = None) -> l
     found: dict[Path, None] = {}
     for source in sources:
         path = Path(os.path.expanduser(source))  # noqa: PTH111 - Path's raises for an unknown user
+        try:
+            path.stat()
+        except PermissionError as e:
+            raise unreadable(path, e) from None
+        except (OSError, ValueError):
+            pass  # told apart below
         if path.is_dir():
             files = _search(path, dropped)
             if not files:
@@ -137,7 +143,7 @@ def _search(folder: Path, dropped: Counter[str] | None) -> list[Path]:
             if _is_text_name(path) and path.is_file():
                 found.append(path)
             elif dropped is not None:
-                dropped[OTHER_ENDING] += 1
+                dropped[OTHER_FILE] += 1
     return sorted(found)
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import io
 import json
 import warnings
+from codecs import BOM_UTF16_BE, BOM_UTF16_LE
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -17,7 +18,7 @@ from token_superposition.data.files import find_files, first_line, kind_of, open
 from token_superposition.errors import TokenSuperpositionError
 
 # A longer document is read as several, cut at line ends: memory stays bounded.
-MAX_TEXT_BYTES = 8 * 2**20
+MAX_TEXT_BYTES = 8 * 2**20  # and an eighth more, to the end of a line
 MAX_RECORD_BYTES = 2 * 2**30  # of one JSON line
 CUT = "long documents cut into several"
 """Counted among what is dropped while reading, though nothing is lost."""
@@ -45,7 +46,7 @@ def _documents(texts: Iterator[str], dropped: Counter[str]) -> Iterator[str]:
             dropped["empty document"] += 1
         elif not _is_unicode(text):
             dropped["not Unicode (half of a surrogate pair)"] += 1
-        elif len(text) <= MAX_TEXT_BYTES:
+        elif len(text) <= MAX_TEXT_BYTES * 9 // 8:
             yield text
         else:
             dropped[CUT] += 1
@@ -105,20 +106,21 @@ def _read_text(path: Path, text_field: str, dropped: Counter[str]) -> Iterator[s
         while piece := rest + f.read(MAX_TEXT_BYTES):
             rest = b""
             if len(piece) >= MAX_TEXT_BYTES:
-                piece += f.readline(MAX_TEXT_BYTES)
+                piece += f.readline(MAX_TEXT_BYTES // 8)
                 end = _last_whole_character(piece)
                 piece, rest = piece[:end], piece[end:]
             pieces += 1
             if pieces == 2:
                 dropped[CUT] += 1
-            if b"\0" in piece:
-                reason = "UTF-16 or UTF-32" if piece.startswith((b"\xff\xfe", b"\xfe\xff")) else "binary"
-                dropped[reason] += 1
-                continue
             try:
-                yield piece.decode(encoding)
+                text = piece.decode(encoding)
             except UnicodeDecodeError:
-                dropped["not UTF-8"] += 1
+                dropped["UTF-16 or UTF-32" if piece.startswith((BOM_UTF16_LE, BOM_UTF16_BE)) else "not UTF-8"] += 1
+            else:
+                if "\0" in text:
+                    dropped["binary"] += 1
+                else:
+                    yield text
             encoding = "utf-8"  # a byte-order mark is one at the beginning only
 
 
