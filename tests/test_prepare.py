@@ -19,8 +19,8 @@ from transformers import AutoTokenizer
 from tests.conftest import VOCAB, text, tst
 from tests.processes import call, command_on_a_full_disk
 from token_superposition import TokenSuperpositionError
-from token_superposition.data.prepare import PrepareOptions, prepare
 from token_superposition.data.files import OTHER_FILE, find_files
+from token_superposition.data.prepare import PrepareOptions, prepare
 from token_superposition.data.sources import read_documents
 from token_superposition.data.store import TokenStore
 from token_superposition.data.verify import verify_store

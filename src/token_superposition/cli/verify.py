@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import tyro
@@ -48,7 +49,7 @@ def run(args: Sequence[str]) -> None:
             raise TokenSuperpositionError(f"{path} is not a directory; name what tst prepare or tst train wrote")
         if (path / "meta.json").exists():
             with bars(console) as progress:
-                lines = verify_store(path, lambda done, total: progress(f"verify {path}", done, total))
+                lines = verify_store(path, partial(progress, f"verify {path}"))
             meta = None if lines else Meta.load(path)
             whole = meta and f"{meta.train.tokens + meta.validation.tokens:,} tokens, every checksum is right"
         else:

@@ -25,7 +25,7 @@ import zlib
 from dataclasses import asdict, dataclass, field
 from itertools import accumulate
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import IO, Any, Literal, cast
 
 import numpy as np
 
@@ -192,7 +192,9 @@ class TokenStore:
         for block in first + np.flatnonzero(opened.unread[first:end]):
             content = opened.tokens[block * BLOCK_TOKENS : (block + 1) * BLOCK_TOKENS]
             if zlib.crc32(content) != opened.crc32[block]:
-                raise damaged(path, f"differs from its checksum in the {BLOCK_TOKENS} tokens from {block * BLOCK_TOKENS} on")
+                raise damaged(
+                    path, f"differs from its checksum in the {BLOCK_TOKENS} tokens from {block * BLOCK_TOKENS} on"
+                )
             if (largest := int(content.max())) >= self.meta.vocab_size:
                 raise damaged(path, f"holds token {largest}, the vocabulary has {self.meta.vocab_size}")
             opened.unread[block] = False
@@ -202,15 +204,19 @@ class TokenStore:
         return {**self.__dict__, "_open": [None] * len(self._open)}  # a pickled memory map would be a whole copy
 
 
+def write_header(file: IO[bytes], dtype: str, length: int) -> None:
+    """The first ``HEADER_BYTES`` of a 1-D .npy file."""
+    kind = np.dtype(dtype).newbyteorder("<").str
+    np.lib.format.write_array_header_1_0(file, {"descr": kind, "fortran_order": False, "shape": (length,)})
+
+
 def check_header(path: Path, dtype: str, length: int) -> None:
     """Raises ``TokenSuperpositionError`` if a file is not a 1-D .npy file of this type and length, by size and header.
 
     The file is not loaded by numpy, which would ask what the header says, but compared with what was written.
     """
     expected = io.BytesIO()
-    np.lib.format.write_array_header_1_0(
-        expected, {"descr": np.dtype(dtype).newbyteorder("<").str, "fortran_order": False, "shape": (length,)}
-    )
+    write_header(expected, dtype, length)
     try:
         with path.open("rb", buffering=0) as f:
             size, header = os.fstat(f.fileno()).st_size, f.read(HEADER_BYTES)
