@@ -170,4 +170,4 @@ def tst(*args: str | Path, check: bool = True, **environment: str) -> subprocess
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--long", action="store_true")
+    parser.addoption("--long", action="store_true", help="the long versions of tests/reliability")

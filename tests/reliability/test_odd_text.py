@@ -271,7 +271,7 @@ def test_one_very_long_document(other_documents: Callable[[str], Path], request:
     """5 MB in a line; a gigabyte with --long, which becomes documents of 8 MiB."""
     length = size(request, 5_000_000, 10**9)
     path = other_documents("long.txt")
-    line = "naïve words ünd ſo weiter, " * 4000
+    line = "naïve words ünd só weiter, " * 4000
     with path.open("w", encoding="utf-8") as f:
         written = sum(f.write(f"{i} {line}") for i in range(length // len(line.encode()) + 1))
     meta = prepare([str(path), str(path.parent / "others.jsonl")], path.parent / "data", OPTIONS)

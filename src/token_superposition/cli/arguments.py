@@ -34,14 +34,23 @@ def parse(options: type[T], command: str, args: Sequence[str], default: T | None
 
 
 def _one_line(box: str) -> str:
-    """What tyro says in a box of many lines: its first part, and the first option that it proposes."""
-    lines = [line.strip("│╭╮╰╯ ") for line in box.splitlines()[1:-1]]
-    rules = [i for i, line in enumerate(lines) if set(line) == {"─"}] + [len(lines)]
-    message = " ".join(lines[: rules[0]]).rstrip(".")
+    """What tyro says in a box of many lines: its first part, and the first option that it proposes.
+
+    The box is drawn in ASCII where nothing else can be shown.
+    """
+    parts: list[list[str]] = [[]]
+    for line in box.splitlines()[1:]:  # below the title
+        line = line.strip("│|╰╯+ ")
+        if set(line) <= {"─", "-"}:
+            parts.append([])
+        else:
+            parts[-1].append(line)
+    first, *others = [part for part in parts if part]
+    message = " ".join(first).rstrip(".")
     for pattern, words in PLAINER.items():
         message = re.sub(pattern, words, message)
-    near = next((line.split()[0] for line in lines[rules[0] :] if line.startswith("--")), None)
-    return message + (f"; did you mean {near}?" if near and "Unrecognized" in message else "")
+    near = next((line.split()[0] for part in others for line in part if line.startswith("--")), None)
+    return message + (f"; did you mean {near}" if near and "Unrecognized" in message else "")
 
 
 PLAINER = {

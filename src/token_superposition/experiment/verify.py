@@ -21,7 +21,8 @@ def verify_run(directory: Path) -> tuple[int, list[str]]:
     files = [p for p in sorted(directory.rglob("*")) if p.suffix in CHECKS and p.is_file()]
     if not files:
         raise TokenSuperpositionError(
-            f"{directory} holds neither data (no meta.json) nor a run or a model; name what tst prepare or tst train wrote"
+            f"{directory} holds neither data (no meta.json) nor a run or a model; "
+            "name what tst prepare or tst train wrote"
         )
     damaged: list[str] = []
     for path in files:
