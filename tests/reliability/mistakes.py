@@ -148,7 +148,8 @@ MISTAKES: dict[str, list[Mistake]] = {
         train('path = "text"', "text that is not prepared"),
         train("sequence_length = 1"),
         train("sequence_length = 100000"),
-        Mistake("train config.toml --superposition.bag-size 1 --train.steps 3 --train.batch-size 1", "sequence_length = 3500",
+        Mistake("train config.toml --superposition.bag-size 1 --train.steps 3 --train.batch-size 1",
+                "sequence_length = 3500",
                 what="the held-out text is shorter"),
         Mistake("train config.toml --data.eval-tokens 0"),
         Mistake("train config.toml", prepare=cut("data/meta.json", 100), what="half of `data/meta.json`"),
@@ -252,9 +253,9 @@ def page(found: list[tuple[str, Mistake, str, int]]) -> str:
     lines = [
         "# What goes wrong, and what `tst` says",
         "",
-        f"The {len(found)} likeliest mistakes. Each is answered in one line that names the value, the limit and the way",
-        "out, with exit status 2, before anything is computed or written. `python -m tests.reliability.mistakes` makes",
-        "the mistakes and writes this page, and a test holds the page to what the program says.",
+        f"The {len(found)} likeliest mistakes. Each is answered in one line that names the value, the limit and the",
+        "way out, with exit status 2, before anything is computed or written. `python -m tests.reliability.mistakes`",
+        "makes the mistakes and writes this page, and a test holds the page to what the program says.",
     ]
     group = ""
     for name, mistake, error, _ in found:
