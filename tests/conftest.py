@@ -171,3 +171,7 @@ def tst(*args: str | Path, check: bool = True, **environment: str) -> subprocess
     if check:
         assert done.returncode == 0, done.stdout + done.stderr
     return done
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--long", action="store_true", help="the long versions of tests/reliability")

@@ -65,7 +65,7 @@ MISTAKES = [
     ({"warmup_steps": 50}, "do not fit in 12 steps"),
     ({"sequence_length": 1}, "data.sequence_length is 1"),
     ({"sequence_length": 100_000}, "one block needs"),
-    ({"architecture": "lama"}, "model lama cannot be built"),
+    ({"architecture": "lama"}, "model.architecture is 'lama'; did you mean llama?"),
     ({"hidden_size": 31}, "model llama cannot be built"),
     ({"learning_rate": 0}, "learning_rate is 0.0"),
     ({"batch_size": "many"}, "batch_size is 'many'; give int"),

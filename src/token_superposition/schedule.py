@@ -12,6 +12,8 @@ from itertools import accumulate, pairwise
 from token_superposition.errors import TokenSuperpositionError, require_int
 from token_superposition.permutation import permute
 
+MAX_MIXED_STEPS = 10**7  # each is drawn
+
 
 @dataclass(frozen=True)
 class Phase:
@@ -112,6 +114,12 @@ class Schedule:
         if not 0 <= mixture <= 1:
             raise TokenSuperpositionError(f"mixture is {mixture}; give a number in [0, 1]: 0 in turn, 1 at random")
         *superposed, last = self.phases
+        if not mixture:
+            return self
+        if (n := sum(p.steps for p in superposed)) > MAX_MIXED_STEPS:
+            raise TokenSuperpositionError(
+                f"mixture is {mixture} over {n} steps; at most {MAX_MIXED_STEPS} can be mixed, so give mixture 0"
+            )
         steps = [Phase(1, p.input_bag, p.output_bag) for p in superposed for _ in range(p.steps)]
         n = len(steps)
         places = [(1 - mixture) * i + mixture * permute(i, n, (seed, 2)) for i in range(n)]

@@ -6,14 +6,17 @@ import errno
 import importlib
 import os
 import re
+import select
 import signal
 import sys
 import threading
 from collections.abc import Sequence
+from typing import TextIO
 
 COMMANDS = {
     "demo": "train a small model with and without TST on this machine's own text, and show the difference",
     "prepare": "turn text, code, JSON lines or Parquet into a token store",
+    "verify": "read data and runs again from end to end and name every damaged file",
     "plan": "what a run would cost, and what the paper's results say about it",
     "train": "train one model from a TOML file or a preset",
     "compare": "train a baseline and TST at equal compute, and write the report",
@@ -35,6 +38,7 @@ commands:
 start here:
   tst demo                                        ten minutes, no configuration, no network
   tst prepare docs/ 'src/**/*.py' --out data      your own text
+  tst verify data                                 is every file whole?
   tst compare config.toml --out comparison        with and without TST, on your text
   tst sweep config.toml --sweep.bag-sizes 2 4 8 --sweep.ratios 0.2 0.3 0.4 --out sweep
   tst train config.toml --superposition.bag-size 8 --out run
@@ -47,8 +51,32 @@ tst COMMAND --help explains every option.
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command. Exit status: 0 done, 1 failed, 2 unusable input (one line says what to do), 130 interrupted,
-    143 terminated (tst train has saved a checkpoint)."""
-    args = list(sys.argv[1:] if argv is None else argv)
+    141 nobody reads what is printed (``tst ... | head``), 143 terminated (tst train has
+    saved a checkpoint)."""
+    try:
+        try:
+            return _main(list(sys.argv[1:] if argv is None else argv))
+        finally:
+            sys.stdout.flush()
+    except (BrokenPipeError, SystemExit) as e:
+        if isinstance(e, SystemExit) and not isinstance(e.__context__, BrokenPipeError):  # which rich turns into one
+            raise
+        closed = [stream for stream in (sys.stdout, sys.stderr) if _is_closed(stream)]
+        if isinstance(e, BrokenPipeError) and not closed:
+            raise
+        for stream in closed:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())  # for what is left to be written
+        return 141
+
+
+def _is_closed(stream: TextIO) -> bool:
+    """Whether it is a pipe whose reader has gone."""
+    poll = select.poll()
+    poll.register(stream, 0)
+    return bool(poll.poll(0))
+
+
+def _main(args: list[str]) -> int:
     if not args or args[0] in ("-h", "--help", "help"):
         print(HELP, end="")
         return 0 if args else 2
@@ -85,7 +113,7 @@ def _explain(e: Exception) -> str | None:
     from token_superposition.errors import TokenSuperpositionError
 
     if isinstance(e, TokenSuperpositionError):
-        return str(e)
+        return str(e).rpartition("TokenSuperpositionError: ")[2].strip()  # a worker of a loader adds its traceback
     if isinstance(e, OSError) and e.errno in WRITE_ERRORS:
         return f"cannot write {e.filename or 'the output'} ({e.strerror}); free the disk or choose another --out"
     wrapped = re.search(r"\(os error (\d+)\)", str(e))  # libraries in Rust put the number in the text

@@ -19,6 +19,7 @@ class PrepareCommand:
 
     SOURCES are files, folders (searched for text, Markdown, code, JSON lines, Parquet; .gz and .zst too), quoted
     globs, or hf:DATASET[:CONFIG[:SPLIT]]. A file is a document, except in JSON lines and Parquet, where a row is one.
+    What cannot be used is counted by its reason: docs/data.md has the list. tst verify reads the result again.
 
     Example: tst prepare ~/notes 'src/**/*.py' pages.jsonl.zst --out data --vocab-size 16384
     """
@@ -36,6 +37,7 @@ def run(args: Sequence[str]) -> None:
     from token_superposition.cli.quiet import quiet
     from token_superposition.data.prepare import prepare
     from token_superposition.data.progress import bars
+    from token_superposition.data.sources import MAX_TEXT_BYTES
 
     quiet()
     console = Console()
@@ -44,6 +46,8 @@ def run(args: Sequence[str]) -> None:
         meta = prepare(command.sources, command.out, command.options, progress)
     for split, s in (("train", meta.train), ("validation", meta.validation)):
         console.print(f"{split}: {s.tokens:,} tokens, {s.documents:,} documents, {s.bytes_per_token:.3f} bytes/token")
+    if meta.cut:
+        console.print(f"cut: {meta.cut:,} documents of more than {MAX_TEXT_BYTES >> 20} MiB into several")
     for reason, count in meta.dropped.items():
         console.print(f"left out: {count:,} ({reason})")
     seconds = time.monotonic() - start

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import shutil
 import sqlite3
+from array import array
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -15,13 +16,15 @@ from typing import Any, cast
 
 import numpy as np
 
-from token_superposition.data.sources import estimated_bytes, find_files, read_documents
-from token_superposition.data.store import Meta, Shard, Split, SplitMeta, file_sha256
+from token_superposition.data.files import check_files, estimated_bytes, find_files
+from token_superposition.data.sources import CUT, cut_at_lines, read_documents
+from token_superposition.data.store import SPLITS, Meta, Shard, Split, SplitMeta, block_crc32, file_sha256
 from token_superposition.data.tokenizer import load_tokenizer, tokenizer_sha256, train_bpe
 from token_superposition.errors import TokenSuperpositionError, require_int
 
 BATCH_BYTES = 2 * 2**20
 PIECE_CHARS = 2**16  # a longer document is tokenised in pieces cut at line ends, so that all cores share it
+DISK_FULL = "cannot write {out} ({why}); free the disk or choose another --out"
 Progress = Callable[[str, float, float | None], None]  # (stage, bytes done, bytes in all if known)
 
 
@@ -64,14 +67,16 @@ def prepare(
     """
     out, sources = Path(out), list(sources)
     _check(options, out)
+    dropped: Counter[str] = Counter()
+    total = None
     if documents is None:
         if not sources:
             raise TokenSuperpositionError("no source given; name files, folders, globs or hf:DATASET")
-        find_files([s for s in sources if not s.startswith("hf:")])  # a missing source is found before any work
-        total = estimated_bytes(sources)
-        documents = bind(read_documents, sources, options.text_field)
-    else:
-        total = None
+        hub = [s for s in sources if s.startswith("hf:")]
+        files = find_files([s for s in sources if not s.startswith("hf:")], dropped)
+        check_files(files, options.text_field)  # what cannot be read is found before any work
+        total = None if hub else estimated_bytes(files)
+        documents = bind(read_documents, [*hub, *files], options.text_field)
     if options.max_bytes is not None:
         total = min(total, options.max_bytes) if total is not None else options.max_bytes
     from filelock import FileLock, Timeout
@@ -83,7 +88,7 @@ def prepare(
             shutil.rmtree(partial, ignore_errors=True)
             try:
                 partial.mkdir()
-                meta = _prepare(documents, partial, options, progress, total)
+                meta = _prepare(documents, partial, options, progress, total, dropped)
                 meta.save(partial / "meta.json")
                 if out.exists():
                     out.rmdir()  # empty: checked above
@@ -96,9 +101,9 @@ def prepare(
             f"another tst prepare is writing {out}; wait for it or choose another --out"
         ) from None
     except OSError as e:
-        raise TokenSuperpositionError(
-            f"cannot write {out} ({e.strerror}); free the disk or choose another --out"
-        ) from None
+        raise TokenSuperpositionError(DISK_FULL.format(out=out, why=e.strerror)) from None
+    except sqlite3.Error as e:
+        raise TokenSuperpositionError(DISK_FULL.format(out=out, why=e)) from None
     return meta
 
 
@@ -112,6 +117,8 @@ def _check(options: PrepareOptions, out: Path) -> None:
     for name in ("vocab_size", "tokenizer_bytes", "shard_tokens"):
         require_int(name, getattr(options, name), 1)
     require_int("seed", options.seed, 0)
+    if options.max_bytes is not None:
+        require_int("max_bytes", options.max_bytes, 1)
 
 
 def _prepare(
@@ -120,6 +127,7 @@ def _prepare(
     options: PrepareOptions,
     progress: Progress,
     total: int | None,
+    dropped: Counter[str],
 ) -> Meta:
     if options.tokenizer is not None:
         tokenizer = load_tokenizer(options.tokenizer)
@@ -129,13 +137,11 @@ def _prepare(
         tokenizer = train_bpe(sample, options.vocab_size)
     tokenizer.save_pretrained(str(out / "tokenizer"))
     eos = cast(int, tokenizer.eos_token_id)
-    vocab_size = len(tokenizer)
+    vocab_size = max(tokenizer.get_vocab().values()) + 1  # ids may have gaps
     dtype = "uint16" if vocab_size <= 2**16 else "uint32"
     writers: dict[Split, _ShardWriter] = {
-        "train": _ShardWriter(out, "train", dtype, options.shard_tokens),
-        "validation": _ShardWriter(out, "validation", dtype, options.shard_tokens),
+        split: _ShardWriter(out, split, dtype, vocab_size, options.shard_tokens) for split in SPLITS
     }
-    dropped: Counter[str] = Counter()
     kept = _deduplicate(documents(dropped), out, options, dropped)
     done = 0
     for split, size, tokens in _tokenise(kept, tokenizer, eos, dtype):
@@ -143,6 +149,7 @@ def _prepare(
         done += size
         progress("tokenise", done, total)
     train, validation = (writers[s].finish() for s in ("train", "validation"))
+    cut = dropped.pop(CUT, 0)
     if not train.tokens or not validation.tokens:
         empty = "validation" if train.tokens else "training"
         raise TokenSuperpositionError(
@@ -160,6 +167,7 @@ def _prepare(
         train=train,
         validation=validation,
         dropped=dict(sorted(dropped.items())),
+        cut=cut,
     )
 
 
@@ -201,7 +209,7 @@ def _deduplicate(
         for text in texts:
             if options.max_bytes is not None and done >= options.max_bytes:
                 return
-            data = text.encode("utf-8", "replace")
+            data = text.encode()
             digest = _digest(data, options.seed)
             if db.execute("INSERT OR IGNORE INTO seen VALUES (?)", (digest,)).rowcount == 0:
                 dropped["duplicate"] += 1
@@ -223,7 +231,7 @@ def _tokenise(
     backend.no_padding()
 
     def encode(batch: list[tuple[Split, int, str]]) -> list[tuple[Split, int, np.ndarray]]:
-        pieces = [_pieces(text) for _, _, text in batch]
+        pieces = [list(cut_at_lines(text, PIECE_CHARS)) for _, _, text in batch]
         flat = iter(backend.encode_batch_fast([p for ps in pieces for p in ps], add_special_tokens=False))
         result: list[tuple[Split, int, np.ndarray]] = []
         for (split, size, _), ps in zip(batch, pieces, strict=True):
@@ -255,28 +263,21 @@ def _batches(documents: Iterator[tuple[Split, int, str]]) -> Iterator[list[tuple
         yield batch
 
 
-def _pieces(text: str) -> list[str]:
-    if len(text) <= PIECE_CHARS:
-        return [text]
-    cuts, start = [0], 0
-    while len(text) - start > PIECE_CHARS:
-        end = text.rfind("\n", start, start + PIECE_CHARS)
-        start = end + 1 if end > start else start + PIECE_CHARS
-        cuts.append(start)
-    return [text[i:j] for i, j in zip(cuts, [*cuts[1:], len(text)], strict=True)]
-
-
 class _ShardWriter:
     """Collects the documents of one split and writes a shard whenever it is full."""
 
-    def __init__(self, directory: Path, split: Split, dtype: str, shard_tokens: int):
-        self.directory, self.split, self.dtype, self.shard_tokens = directory, split, dtype, shard_tokens
+    def __init__(self, directory: Path, split: Split, dtype: str, vocab_size: int, shard_tokens: int):
+        self.directory, self.split, self.vocab_size, self.shard_tokens = directory, split, vocab_size, shard_tokens
         self.shards: list[Shard] = []
         self.buffer = np.empty(shard_tokens, dtype)
         self.filled = self.bytes = 0
-        self.starts: list[int] = []
+        self.starts = array("Q")
 
     def add(self, tokens: np.ndarray, size: int) -> None:
+        if (largest := int(tokens.max())) >= self.vocab_size:
+            raise TokenSuperpositionError(
+                f"the tokenizer gave token {largest}, its vocabulary has {self.vocab_size}; mend its tokenizer.json"
+            )
         self.bytes += size
         self.starts.append(self.filled)
         while len(tokens):
@@ -294,8 +295,12 @@ class _ShardWriter:
 
     def _flush(self) -> None:
         name = f"{self.split}-{len(self.shards):05d}"
-        path, documents = self.directory / f"{name}.npy", self.directory / f"{name}.documents.npy"
-        np.save(path, self.buffer[: self.filled])
-        np.save(documents, np.array(self.starts, np.uint64))
-        self.shards.append(Shard(path.name, self.filled, len(self.starts), file_sha256(path), file_sha256(documents)))
-        self.filled, self.starts = 0, []
+        tokens = self.buffer[: self.filled]
+        contents = {"": tokens, ".documents": np.array(self.starts, np.uint64), ".crc32": block_crc32(tokens)}
+        checksums: list[str] = []
+        for kind, content in contents.items():
+            path = self.directory / f"{name}{kind}.npy"
+            np.save(path, content)
+            checksums.append(file_sha256(path))
+        self.shards.append(Shard(f"{name}.npy", self.filled, len(self.starts), *checksums))
+        self.filled, self.starts = 0, array("Q")

@@ -1,138 +1,154 @@
-"""Read documents out of files: text, Markdown, code, JSON lines, Parquet, and datasets of the Hugging Face hub."""
+"""Read documents out of files: text, Markdown, code, JSON lines, Parquet, and datasets of the Hugging Face hub.
+
+What cannot be read is counted by its reason, and a file that breaks off is named in a warning.
+"""
 
 from __future__ import annotations
 
 import io
 import json
+import warnings
+from codecs import BOM_UTF16_BE, BOM_UTF16_LE
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, cast
 
+from token_superposition.data.files import find_files, first_line, kind_of, open_parquet, unreadable
 from token_superposition.errors import TokenSuperpositionError
 
-# What a folder is searched for. A file that is named itself, or matched by a glob, is read whatever its ending.
-# fmt: off
-# fmt: off
-TEXT_SUFFIXES = frozenset({
-    ".txt", ".text", ".md", ".markdown", ".rst", ".tex", ".org", ".adoc", ".html", ".htm", ".xml", ".py", ".pyi",
-    ".pyx", ".ipynb", ".c", ".h", ".cc", ".cpp", ".hpp", ".cu", ".cuh", ".java", ".kt", ".scala", ".go", ".rs",
-    ".js", ".mjs", ".ts", ".tsx", ".jsx", ".css", ".rb", ".php", ".pl", ".lua", ".r", ".jl", ".hs", ".ml", ".ex",
-    ".erl", ".clj", ".swift", ".m", ".sh", ".bash", ".zsh", ".sql", ".toml", ".yaml", ".yml", ".ini", ".cfg",
-    ".json", ".cmake", ".proto", ".f90", ".lisp", ".el", ".vim", ".tcl", ".bat", ".ps1", ".patch", ".diff", ".po",
-    ".srt", ".vtt", ".csv", ".tsv",
-})
-# fmt: on
-TABLE_SUFFIXES = (".jsonl", ".ndjson", ".parquet")
-COMPRESSED_SUFFIXES = (".gz", ".zst")
-# A longer text file is read as several documents, cut at line ends: memory stays bounded.
-MAX_TEXT_BYTES = 8 * 2**20
+# A longer document is read as several, cut at line ends: memory stays bounded.
+MAX_TEXT_BYTES = 8 * 2**20  # and an eighth more, to the end of a line
+MAX_RECORD_BYTES = 2 * 2**30  # of one JSON line
+CUT = "long documents cut into several"
+"""Counted among what is dropped while reading, though nothing is lost."""
 
 
-def find_files(sources: Sequence[str]) -> list[Path]:
-    """Files of folders (searched recursively), globs and paths, each once, in a fixed order.
+def read_documents(sources: Sequence[str | Path], text_field: str, dropped: Counter[str]) -> Iterator[str]:
+    """Every document of the sources, in order; what cannot be read is counted in ``dropped`` by its reason.
 
-    Raises ``TokenSuperpositionError`` for a source that does not exist, matches nothing, or holds no text.
+    A path is a file as it stands, a string is what ``tst prepare`` takes.
     """
-    found: dict[Path, None] = {}
     for source in sources:
-        path = Path(source).expanduser()
-        if path.is_dir():
-            files = sorted(p for p in path.rglob("*") if _is_text_name(p) and p.is_file())
-            if not files:
-                raise TokenSuperpositionError(
-                    f"{source} holds no file with a known text ending; name the files instead"
-                )
-        elif path.exists():
-            files = [path]
-        elif any(c in source for c in "*?["):
-            root = Path(path.anchor)
-            files = sorted(p for p in root.glob(str(path.relative_to(root))) if p.is_file())
-            if not files:
-                raise TokenSuperpositionError(f"the pattern {source} matches no file; quote it and check the folder")
+        if isinstance(source, str) and source.startswith("hf:"):
+            yield from _documents(_read_hub(source.removeprefix("hf:"), text_field, dropped), dropped)
+    for source in sources:
+        if isinstance(source, Path):
+            yield from _documents(_read_file(source, text_field, dropped), dropped)
+        elif not source.startswith("hf:"):
+            for path in find_files([source], dropped):
+                yield from _documents(_read_file(path, text_field, dropped), dropped)
+
+
+def _documents(texts: Iterator[str], dropped: Counter[str]) -> Iterator[str]:
+    for text in texts:
+        if not text.strip():
+            dropped["empty document"] += 1
+        elif not _is_unicode(text):
+            dropped["not Unicode (half of a surrogate pair)"] += 1
+        elif len(text) <= MAX_TEXT_BYTES * 9 // 8:
+            yield text
         else:
-            raise TokenSuperpositionError(f"{source} does not exist; give a file, a folder, a glob or hf:DATASET")
-        found |= dict.fromkeys(files)
-    return list(found)
+            dropped[CUT] += 1
+            yield from (piece for piece in cut_at_lines(text, MAX_TEXT_BYTES) if piece.strip())
 
 
-def read_documents(sources: Sequence[str], text_field: str, dropped: Counter[str]) -> Iterator[str]:
-    """Every document of the sources, in order; what cannot be read is counted in ``dropped`` by its reason."""
-    for source in sources:
-        if source.startswith("hf:"):
-            yield from _read_hub(source.removeprefix("hf:"), text_field, dropped)
-    for path in find_files([s for s in sources if not s.startswith("hf:")]):
-        for text in _read_file(path, text_field, dropped):
-            if text.strip():
-                yield text
-            else:
-                dropped["empty document"] += 1
+def cut_at_lines(text: str, length: int) -> Iterator[str]:
+    """Pieces of at most ``length`` characters that end with a line where they can."""
+    start = 0
+    while len(text) - start > length:
+        end = text.rfind("\n", start, start + length) + 1 or start + length
+        yield text[start:end]
+        start = end
+    yield text[start:]
 
 
-def estimated_bytes(sources: Sequence[str]) -> int | None:
-    """Rough bytes of text in the sources; None if a source of the hub makes it unknown."""
-    if any(s.startswith("hf:") for s in sources):
-        return None
-    return sum(
-        p.stat().st_size * (4 if p.suffix in (*COMPRESSED_SUFFIXES, ".parquet") else 1) for p in find_files(sources)
-    )
-
-
-def _is_text_name(path: Path) -> bool:
-    suffixes = [s.lower() for s in path.suffixes]
-    if suffixes and suffixes[-1] in COMPRESSED_SUFFIXES:
-        suffixes.pop()
-    return bool(suffixes) and (suffixes[-1] in TEXT_SUFFIXES or suffixes[-1] in TABLE_SUFFIXES)
+def _is_unicode(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _read_file(path: Path, text_field: str, dropped: Counter[str]) -> Iterator[str]:
-    kind = next((s for s in reversed([s.lower() for s in path.suffixes]) if s not in COMPRESSED_SUFFIXES), "")
-    try:
-        if kind == ".parquet":
-            yield from _read_parquet(path, text_field, dropped)
-        elif kind in (".jsonl", ".ndjson"):
-            yield from _read_json_lines(path, text_field, dropped)
-        else:
-            yield from _read_text(path, dropped)
-    except PermissionError as e:
-        raise TokenSuperpositionError(
-            f"{path} cannot be read ({e.strerror}); change its permissions or leave it out"
-        ) from None
-    except OSError as e:  # a compressed file that ends early, a file that vanished
-        dropped["unreadable rest of a file"] += 1
-        if e.errno is not None:
-            raise TokenSuperpositionError(f"{path} cannot be read ({e.strerror}); remove it or try again") from None
-
-
-def _open(path: Path) -> io.BufferedReader:
     import pyarrow as pa
 
-    stream: Any = pa.input_stream(str(path), compression="detect")
-    return io.BufferedReader(stream, 2**20)
+    readers = {".parquet": _read_parquet, ".jsonl": _read_json_lines, ".ndjson": _read_json_lines}
+    before = dropped.total()
+    read = 0
+    try:
+        for text in readers.get(kind_of(path), _read_text)(path, text_field, dropped):
+            read += 1
+            yield text
+    except (OSError, pa.ArrowException) as e:  # pyarrow's own errors have no number
+        if isinstance(e, OSError) and e.errno is not None:
+            raise unreadable(path, e) from None
+        dropped["unreadable rest of a file"] += 1
+        warnings.warn(f"{path} breaks off ({first_line(e)}); kept of it: what came before, {read} texts", stacklevel=1)
+    if not read and dropped.total() == before:
+        dropped["empty file"] += 1
 
 
-def _read_text(path: Path, dropped: Counter[str]) -> Iterator[str]:
+def _open(path: Path) -> Any:
+    """Opened by Python, since names that are not UTF-8 are none to pyarrow."""
+    import pyarrow as pa
+
+    file = path.open("rb")
+    compression = {".gz": "gzip", ".zst": "zstd"}.get(path.suffix.lower())
+    return io.BufferedReader(cast(Any, pa.CompressedInputStream(file, compression)), 2**20) if compression else file
+
+
+def _read_text(path: Path, text_field: str, dropped: Counter[str]) -> Iterator[str]:
+    """The file as one document, or as several if it is too long for one."""
+    encoding, rest, pieces = "utf-8-sig", b"", 0
     with _open(path) as f:
-        while piece := f.read(MAX_TEXT_BYTES):
-            if len(piece) == MAX_TEXT_BYTES:
-                piece += f.readline(MAX_TEXT_BYTES)
-            if b"\0" in piece:
-                dropped["binary"] += 1
-                continue
+        while piece := rest + f.read(MAX_TEXT_BYTES):
+            rest = b""
+            if len(piece) >= MAX_TEXT_BYTES:
+                piece += f.readline(MAX_TEXT_BYTES // 8)
+                end = _last_whole_character(piece)
+                piece, rest = piece[:end], piece[end:]
+            pieces += 1
+            if pieces == 2:
+                dropped[CUT] += 1
             try:
-                yield piece.decode("utf-8-sig")
+                text = piece.decode(encoding)
             except UnicodeDecodeError:
-                dropped["not UTF-8"] += 1
+                dropped["UTF-16 or UTF-32" if piece.startswith((BOM_UTF16_LE, BOM_UTF16_BE)) else "not UTF-8"] += 1
+            else:
+                if "\0" in text:
+                    dropped["binary"] += 1
+                else:
+                    yield text
+            encoding = "utf-8"  # a byte-order mark is one at the beginning only
+
+
+def _last_whole_character(data: bytes) -> int:
+    """The length of ``data`` without a UTF-8 character at its end of which bytes are missing."""
+    for back in range(1, min(3, len(data)) + 1):
+        byte = data[-back]
+        if byte >= 0xC0:
+            length = 2 + (byte >= 0xE0) + (byte >= 0xF0)
+            return len(data) - back if length > back else len(data)
+        if byte < 0x80:
+            break
+    return len(data)
 
 
 def _read_json_lines(path: Path, text_field: str, dropped: Counter[str]) -> Iterator[str]:
     with _open(path) as f:
-        for line in f:
+        while line := f.readline(MAX_RECORD_BYTES):
+            if len(line) == MAX_RECORD_BYTES and not line.endswith(b"\n"):
+                dropped[f"JSON line of more than {MAX_RECORD_BYTES:,} bytes"] += 1
+                while (line := f.readline(2**20)) and not line.endswith(b"\n"):
+                    pass
+                continue
             if not line.strip():
                 continue
             try:
                 record: Any = json.loads(line)
-            except ValueError:  # also what is not UTF-8
+            except (ValueError, RecursionError):  # also what is not UTF-8
                 dropped["not JSON"] += 1
                 continue
             text = cast(dict[str, Any], record).get(text_field) if isinstance(record, dict) else None
@@ -143,21 +159,14 @@ def _read_json_lines(path: Path, text_field: str, dropped: Counter[str]) -> Iter
 
 
 def _read_parquet(path: Path, text_field: str, dropped: Counter[str]) -> Iterator[str]:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    try:
-        file = pq.ParquetFile(path)
-    except pa.ArrowInvalid as e:
-        raise TokenSuperpositionError(f"{path} is not a Parquet file ({e}); remove it") from None
-    with file:
-        names = file.schema_arrow.names
-        if text_field not in names:
-            raise TokenSuperpositionError(
-                f"{path} has no column {text_field!r}; choose one of {', '.join(names)} with --text-field"
-            )
+    with open_parquet(path, text_field) as file:
         for batch in file.iter_batches(batch_size=256, columns=[text_field]):
-            for text in batch.column(0).to_pylist():
+            for value in batch.column(0):
+                try:
+                    text = value.as_py()
+                except UnicodeDecodeError:
+                    dropped["not UTF-8"] += 1
+                    continue
                 if isinstance(text, str):
                     yield text
                 else:
@@ -177,11 +186,11 @@ def _read_hub(name: str, text_field: str, dropped: Counter[str]) -> Iterator[str
         rows: Any = datasets.load_dataset(path, config or None, split=split or "train", streaming=True)
     except Exception as e:
         raise TokenSuperpositionError(
-            f"hf:{name} cannot be opened ({str(e).splitlines()[0]}); the form is hf:DATASET[:CONFIG[:SPLIT]]"
+            f"hf:{name} cannot be opened ({first_line(e)}); the form is hf:DATASET[:CONFIG[:SPLIT]]"
         ) from None
     for row in rows:
         text = row.get(text_field)
-        if isinstance(text, str) and text.strip():
+        if isinstance(text, str):
             yield text
         else:
             dropped[f"no text in field {text_field!r}"] += 1

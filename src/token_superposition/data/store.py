@@ -2,30 +2,41 @@
 
 A store is a directory:
 
-    meta.json                        counts, checksums, tokenizer hash (``Meta``)
+    meta.json                        counts, checksums, tokenizer hash (``Meta``), and a checksum of all that
     tokenizer/                       the tokenizer, as transformers loads it
     train-00000.npy                  tokens of consecutive documents, uint16 or uint32, each document ending in EOS
     train-00000.documents.npy        uint64 index in the shard of the first token of each document
+    train-00000.crc32.npy            uint32 CRC-32 of every ``BLOCK_TOKENS`` tokens, the last block may be shorter
     validation-00000.npy ...         the same for the held-out documents
+
+Nothing damaged is read: size and header of every file are looked at when the store is opened, and a block's checksum
+and the range of its ids when a process first reads from it, which costs what that block costs and not what the shard
+does. ``data.verify`` reads everything.
 """
 
 from __future__ import annotations
 
 import bisect
 import hashlib
+import io
 import json
+import os
+import zlib
 from dataclasses import asdict, dataclass, field
 from itertools import accumulate
 from pathlib import Path
-from typing import Any, Literal
+from typing import IO, Any, Literal, cast
 
 import numpy as np
 
+from token_superposition.data.tokenizer import tokenizer_sha256
 from token_superposition.errors import TokenSuperpositionError
 
-FORMAT = 1
+FORMAT = 2
 HEADER_BYTES = 128  # of a 1-D .npy file
+BLOCK_TOKENS = 2**14
 Split = Literal["train", "validation"]
+SPLITS: tuple[Split, ...] = ("train", "validation")
 
 
 @dataclass(frozen=True)
@@ -35,6 +46,19 @@ class Shard:
     documents: int
     sha256: str
     documents_sha256: str
+    crc32_sha256: str
+
+    @property
+    def documents_file(self) -> str:
+        return self.file.replace(".npy", ".documents.npy")
+
+    @property
+    def crc32_file(self) -> str:
+        return self.file.replace(".npy", ".crc32.npy")
+
+    @property
+    def blocks(self) -> int:
+        return -(-self.tokens // BLOCK_TOKENS)
 
 
 @dataclass(frozen=True)
@@ -64,32 +88,50 @@ class Meta:
     validation: SplitMeta
     dropped: dict[str, int] = field(default_factory=dict[str, int])
     """Documents and files that were left out, by reason."""
+    cut: int = 0
+    """Documents that were too long for one and became several."""
     format: int = FORMAT
 
     def save(self, path: Path) -> None:
-        derived = {s: {"bytes_per_token": getattr(self, s).bytes_per_token} for s in ("train", "validation")}
+        derived = {s: {"bytes_per_token": getattr(self, s).bytes_per_token} for s in SPLITS}
         content = {k: v | derived.get(k, {}) if isinstance(v, dict) else v for k, v in asdict(self).items()}
-        path.write_text(json.dumps(content, indent=2) + "\n")
+        path.write_text(json.dumps(content | {"sha256": _sha256_of(content)}, indent=2) + "\n")
 
     @classmethod
     def load(cls, directory: Path) -> Meta:
         path = directory / "meta.json"
         try:
-            d: dict[str, Any] = json.loads(path.read_text())
+            d: Any = json.loads(path.read_bytes())
         except (FileNotFoundError, NotADirectoryError):
             raise TokenSuperpositionError(
                 f"{directory} holds no prepared data (no meta.json); make it with: tst prepare SOURCE --out {directory}"
             ) from None
-        except (OSError, ValueError) as e:
+        except (OSError, ValueError, RecursionError) as e:
             raise TokenSuperpositionError(f"{path} cannot be read ({e}); run tst prepare again") from None
-        if d.get("format") != FORMAT:
+        found = cast(dict[str, Any], d).get("format") if isinstance(d, dict) else None
+        if found != FORMAT:
             raise TokenSuperpositionError(
-                f"{path} has format {d.get('format')!r}, this version reads {FORMAT}; run tst prepare again"
+                f"{path} has format {found!r}, this version reads {FORMAT}; run tst prepare again"
             )
-        for split in ("train", "validation"):
-            s = d[split]
-            d[split] = SplitMeta(s["tokens"], s["documents"], s["bytes"], [Shard(**shard) for shard in s["shards"]])
-        return cls(**d)
+        if d.pop("sha256", None) != _sha256_of(d):
+            raise TokenSuperpositionError(
+                f"{path} differs from its own checksum: it is damaged or was edited; run tst prepare again"
+            )
+        try:
+            for split in SPLITS:
+                s = d[split]
+                d[split] = SplitMeta(s["tokens"], s["documents"], s["bytes"], [Shard(**x) for x in s["shards"]])
+            return cls(**d)
+        except (TypeError, KeyError) as e:
+            raise TokenSuperpositionError(f"{path} is not what tst prepare writes ({e}); run it again") from None
+
+
+@dataclass
+class _OpenShard:
+    tokens: np.ndarray
+    crc32: np.ndarray
+    unread: np.ndarray
+    """(blocks,) bool: this process has not checked the block yet."""
 
 
 class TokenStore:
@@ -98,7 +140,9 @@ class TokenStore:
     ``len(store)`` is the number of tokens, ``store[start:stop]`` a numpy array of them. Shards are mapped when they
     are first touched, so that opening is instant; the object can be sent to worker processes.
 
-    Raises ``TokenSuperpositionError`` if the directory is not a finished store or a shard has the wrong size or type.
+    Raises ``TokenSuperpositionError``, which names the file: here, if the directory is not a finished store, its
+    tokenizer is another one, or a shard has the wrong size or header; when tokens are read, if they are not those that
+    were written.
     """
 
     def __init__(self, directory: str | Path, split: Split = "train"):
@@ -106,15 +150,10 @@ class TokenStore:
         self.meta = Meta.load(self.directory)
         self.split: SplitMeta = getattr(self.meta, split)
         self._ends = list(accumulate(s.tokens for s in self.split.shards))
-        self._maps: list[np.ndarray | None] = [None] * len(self._ends)
+        self._open: list[_OpenShard | None] = [None] * len(self._ends)
+        check_tokenizer(self.directory, self.meta)
         for shard in self.split.shards:
-            path = self.directory / shard.file
-            expected = shard.tokens * np.dtype(self.meta.dtype).itemsize
-            size = path.stat().st_size if path.exists() else 0
-            if size != expected + HEADER_BYTES:
-                raise TokenSuperpositionError(
-                    f"{path} has {size} bytes where meta.json says {shard.tokens} tokens; run tst prepare again"
-                )
+            check_header(self.directory / shard.file, self.meta.dtype, shard.tokens)
 
     def __len__(self) -> int:
         return self._ends[-1] if self._ends else 0
@@ -128,49 +167,101 @@ class TokenStore:
         while start < stop:
             first = self._ends[i - 1] if i else 0
             end = min(stop, self._ends[i])
-            parts.append(self._map(i)[start - first : end - first])
+            parts.append(self._read(i, start - first, end - first))
             start, i = end, i + 1
         return np.concatenate(parts) if parts else np.empty(0, self.meta.dtype)
 
     def document_starts(self) -> np.ndarray:
         """Index of the first token of every document, uint64."""
         firsts = [0, *self._ends]
-        names = [s.file.replace(".npy", ".documents.npy") for s in self.split.shards]
-        starts = [np.load(self.directory / n) + np.uint64(f) for n, f in zip(names, firsts, strict=False)]
+        starts = [
+            read_checked(self.directory / s.documents_file, "uint64", s.documents, s.documents_sha256) + np.uint64(f)
+            for s, f in zip(self.split.shards, firsts, strict=False)
+        ]
         return np.concatenate(starts) if starts else np.empty(0, np.uint64)
 
-    def verify(self) -> None:
-        """Compare the checksum of every file with ``meta.json``; raises ``TokenSuperpositionError`` on a difference."""
-        for shard in self.split.shards:
-            for name, expected in (
-                (shard.file, shard.sha256),
-                (shard.file.replace(".npy", ".documents.npy"), shard.documents_sha256),
-            ):
-                if file_sha256(self.directory / name) != expected:
-                    raise TokenSuperpositionError(
-                        f"{self.directory / name} differs from its checksum in meta.json; run tst prepare again"
-                    )
-
-    def _map(self, i: int) -> np.ndarray:
-        mapped = self._maps[i]
-        if mapped is None:
-            shard = self.split.shards[i]
-            try:
-                mapped = np.load(self.directory / shard.file, mmap_mode="r", allow_pickle=False)
-            except ValueError as e:
-                raise TokenSuperpositionError(f"{self.directory / shard.file} is damaged ({e})") from None
-            if mapped.shape != (shard.tokens,) or mapped.dtype != self.meta.dtype:
-                raise TokenSuperpositionError(
-                    f"{self.directory / shard.file} holds {mapped.dtype} {mapped.shape}, "
-                    f"meta.json says {self.meta.dtype} ({shard.tokens},); run tst prepare again"
+    def _read(self, i: int, start: int, stop: int) -> np.ndarray:
+        """Tokens ``start`` to ``stop`` of a shard, whose blocks this process has checked."""
+        shard, path = self.split.shards[i], self.directory / self.split.shards[i].file
+        opened = self._open[i]
+        if opened is None:
+            crc32 = read_checked(self.directory / shard.crc32_file, "uint32", shard.blocks, shard.crc32_sha256)
+            tokens = np.memmap(path, self.meta.dtype, "r", HEADER_BYTES, (shard.tokens,))
+            opened = self._open[i] = _OpenShard(tokens, crc32, np.ones(shard.blocks, bool))
+        first, end = start // BLOCK_TOKENS, -(-stop // BLOCK_TOKENS)
+        for block in first + np.flatnonzero(opened.unread[first:end]):
+            content = opened.tokens[block * BLOCK_TOKENS : (block + 1) * BLOCK_TOKENS]
+            if zlib.crc32(content) != opened.crc32[block]:
+                raise damaged(
+                    path, f"differs from its checksum in the {BLOCK_TOKENS} tokens from {block * BLOCK_TOKENS} on"
                 )
-            self._maps[i] = mapped
-        return mapped
+            if (largest := int(content.max())) >= self.meta.vocab_size:
+                raise damaged(path, f"holds token {largest}, the vocabulary has {self.meta.vocab_size}")
+            opened.unread[block] = False
+        return opened.tokens[start:stop]
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_maps": [None] * len(self._maps)}  # a pickled memory map would be a whole copy
+        return {**self.__dict__, "_open": [None] * len(self._open)}  # a pickled memory map would be a whole copy
+
+
+def write_header(file: IO[bytes], dtype: str, length: int) -> None:
+    """The first ``HEADER_BYTES`` of a 1-D .npy file."""
+    kind = np.dtype(dtype).newbyteorder("<").str
+    np.lib.format.write_array_header_1_0(file, {"descr": kind, "fortran_order": False, "shape": (length,)})
+
+
+def check_header(path: Path, dtype: str, length: int) -> None:
+    """Raises ``TokenSuperpositionError`` if a file is not a 1-D .npy file of this type and length, by size and header.
+
+    The file is not loaded by numpy, which would ask what the header says, but compared with what was written.
+    """
+    expected = io.BytesIO()
+    write_header(expected, dtype, length)
+    try:
+        with path.open("rb", buffering=0) as f:
+            size, header = os.fstat(f.fileno()).st_size, f.read(HEADER_BYTES)
+    except OSError as e:
+        raise damaged(path, f"cannot be read ({e.strerror})") from None
+    if size != HEADER_BYTES + length * np.dtype(dtype).itemsize:
+        raise damaged(path, f"has {size} bytes where meta.json says {length} values of {dtype}")
+    if header != expected.getvalue():
+        raise damaged(path, f"does not begin with the header of {length} values of {dtype}")
+
+
+def read_checked(path: Path, dtype: str, length: int, sha256: str) -> np.ndarray:
+    """A small file as a whole, compared with its checksum."""
+    check_header(path, dtype, length)
+    try:
+        content = path.read_bytes()
+    except OSError as e:
+        raise damaged(path, f"cannot be read ({e.strerror})") from None
+    if hashlib.sha256(content).hexdigest() != sha256:
+        raise damaged(path, "differs from its checksum in meta.json")
+    return np.frombuffer(content, np.dtype(dtype).newbyteorder("<"), offset=HEADER_BYTES)
+
+
+def check_tokenizer(directory: Path, meta: Meta) -> None:
+    path = directory / "tokenizer" / "tokenizer.json"
+    try:
+        found = tokenizer_sha256(path.parent)
+    except OSError as e:
+        raise damaged(path, f"cannot be read ({e.strerror})") from None
+    if found != meta.tokenizer_sha256:
+        raise damaged(path, "differs from its checksum in meta.json")
+
+
+def damaged(path: Path, what: str) -> TokenSuperpositionError:
+    return TokenSuperpositionError(f"{path} {what}; run tst prepare again or copy the file again")
+
+
+def block_crc32(tokens: np.ndarray) -> np.ndarray:  # (n,) -> (blocks,) uint32
+    return np.array([zlib.crc32(tokens[i : i + BLOCK_TOKENS]) for i in range(0, len(tokens), BLOCK_TOKENS)], np.uint32)
 
 
 def file_sha256(path: Path) -> str:
     with path.open("rb") as f:
         return hashlib.file_digest(f, "sha256").hexdigest()
+
+
+def _sha256_of(content: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()

@@ -284,6 +284,8 @@ class Config:
         for name in ("seed", "warmup_steps", "save_every", "keep", "loader_workers"):
             require_int(f"train.{name}", getattr(t, name), 0)
         require_int("data.sequence_length", self.data.sequence_length, 2)
+        for name in ("common_bag", "eval_tokens", "final_eval_tokens"):
+            require_int(f"data.{name}", getattr(self.data, name), 1)
         if t.micro_batch_size is not None:
             require_int("train.micro_batch_size", t.micro_batch_size, 1)
             if t.batch_size % t.micro_batch_size:
@@ -291,12 +293,24 @@ class Config:
                     f"train.batch_size {t.batch_size} is not a multiple of "
                     f"train.micro_batch_size {t.micro_batch_size}; change one of them"
                 )
-        if not t.learning_rate > 0:
+        if not 0 < t.learning_rate < math.inf:
             raise TokenSuperpositionError(f"train.learning_rate is {t.learning_rate}; give a number above 0")
         if not 0 < t.timeout_minutes < math.inf:
             raise TokenSuperpositionError(f"train.timeout_minutes is {t.timeout_minutes}; give a number above 0")
+        for name in ("weight_decay", "max_grad_norm"):
+            if not 0 <= (value := getattr(t, name)) < math.inf:
+                raise TokenSuperpositionError(f"train.{name} is {value}; give a number from 0 up")
+        for name in ("beta1", "beta2"):
+            if not 0 <= (value := getattr(t, name)) < 1:
+                raise TokenSuperpositionError(f"train.{name} is {value}; give a number in [0, 1)")
+        if any(not 0 <= step <= t.steps for step in t.save_at):
+            raise TokenSuperpositionError(
+                f"train.save_at is {list(t.save_at)}, the run has {t.steps} steps; give steps from 0 to {t.steps}"
+            )
         for seed in self.compare.seeds:
             require_int("compare.seeds", seed, 0)
+        if len(set(self.compare.seeds)) < len(self.compare.seeds):
+            raise TokenSuperpositionError(f"compare.seeds are {list(self.compare.seeds)}; give each seed once")
         if any(x <= 0 for x in self.compare.baseline_lengths):
             raise TokenSuperpositionError(
                 f"compare.baseline_lengths are {self.compare.baseline_lengths}; give numbers above 0"
@@ -331,8 +345,11 @@ def load_config(name: str | Path) -> Config:
         raise TokenSuperpositionError(
             f"{name} does not exist; give a TOML file, or one of the presets {', '.join(preset_names())}"
         ) from None
+    except UnicodeDecodeError:
+        raise TokenSuperpositionError(f"{name} is not UTF-8, as a TOML file is; save it as UTF-8") from None
     except (OSError, ValueError) as e:
-        raise TokenSuperpositionError(f"{name} is not a TOML file ({e})") from None
+        why = e.strerror if isinstance(e, OSError) else e
+        raise TokenSuperpositionError(f"{name} is not a TOML file ({why}); name one, or a preset") from None
     return _parse(content, str(name))
 
 
@@ -350,7 +367,7 @@ def _parse(content: str, where: str) -> Config:
     try:
         tree = tomllib.loads(content)
     except ValueError as e:
-        raise TokenSuperpositionError(f"{where} is not a TOML file ({e})") from None
+        raise TokenSuperpositionError(f"{where} is not a TOML file ({e}); mend that line") from None
     return from_dict(Config, tree, where)
 
 

@@ -5,10 +5,11 @@ from __future__ import annotations
 import difflib
 from collections.abc import Generator
 from contextlib import contextmanager
+from textwrap import shorten
 from typing import Any, cast
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from token_superposition.data.store import Meta
 from token_superposition.errors import TokenSuperpositionError
@@ -50,6 +51,10 @@ def model_settings(wanted: ModelConfig, vocab_size: int, eos_id: int, sequence_l
         options = {"vocab_size": vocab_size, "bos_token_id": eos_id, "eos_token_id": eos_id}
         # Stock defaults may name a padding token beyond a small vocabulary.
         options |= {"pad_token_id": None, "max_position_embeddings": sequence_length}
+        if wanted.architecture not in CONFIG_MAPPING:
+            near = difflib.get_close_matches(wanted.architecture, CONFIG_MAPPING, 1)
+            hint = f"did you mean {near[0]}?" if near else "give a model type of transformers, such as llama"
+            raise TokenSuperpositionError(f"model.architecture is {wanted.architecture!r}; {hint}")
         known = AutoConfig.for_model(wanted.architecture)
         fields = [*dir(known), "head_dim", "rope_theta"]  # read by models whose configuration does not declare them
         for key in wanted.options:
@@ -69,4 +74,6 @@ def _building(wanted: ModelConfig) -> Generator[None]:
         raise
     except Exception as e:
         where = f"model.path {wanted.path}" if wanted.path is not None else f"model {wanted.architecture}"
-        raise TokenSuperpositionError(f"{where} cannot be built: {str(e).strip().splitlines()[0]}") from e
+        remedy = "give the directory of a saved model" if wanted.path is not None else "change model.options"
+        why = shorten(str(e), 300, placeholder=" ...")
+        raise TokenSuperpositionError(f"{where} cannot be built ({why}); {remedy}") from e

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ def write_report(directory: str | Path) -> Path:
     else:
         page = environment.get_template("comparison.html.j2").render(**_comparison(directory))
     path = directory / "report.html"
-    partial = directory / ".report.html.partial"
+    partial = directory / f".report.html.{os.getpid()}.partial"  # several may write at once
     partial.write_text(page)
     partial.rename(path)
     return path
