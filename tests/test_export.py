@@ -13,7 +13,7 @@ from huggingface_hub import ModelCard
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from tests.conftest import CONFIG, TINY, VOCAB, once, toml, tst
+from tests.conftest import VOCAB
 from token_superposition import TokenSuperpositionError
 from token_superposition.cli import main
 from token_superposition.experiment.export import export
@@ -26,22 +26,9 @@ STOCK = {
 IDS = torch.arange(40)[None] * 7 % VOCAB
 
 
-@pytest.fixture(scope="module")
-def run(prepared: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A finished run of a model with tied weights and a scaled embedding; checkpoints after 4, 8 and 12 steps."""
-
-    def make(root: Path) -> None:
-        options = "\n".join(f"{k} = {toml(v)}" for k, v in TINY["gemma3_text"].items())
-        content = CONFIG.format(architecture="gemma3_text", options=options, data=prepared)
-        (root / "config.toml").write_text(content.replace("save_every = 0", 'save_every = 4\nprecision = "float32"'))
-        tst("train", root / "config.toml", "--out", root / "run")
-
-    return once(tmp_path_factory, "exported-run", make) / "run"
-
-
-def test_stock_transformers_loads_it_and_nothing_of_ours_is_in_it(run: Path, tmp_path: Path) -> None:
+def test_stock_transformers_loads_it_and_nothing_of_ours_is_in_it(finished_run: Path, tmp_path: Path) -> None:
     for dtype in ("float32", "bfloat16"):
-        assert main(["export", str(run), str(tmp_path / dtype), "--dtype", dtype]) == 0
+        assert main(["export", str(finished_run), str(tmp_path / dtype), "--dtype", dtype]) == 0
         assert {p.name for p in (tmp_path / dtype).iterdir()} == STOCK
         settings = json.loads((tmp_path / dtype / "config.json").read_text())
         assert settings["architectures"] == ["Gemma3ForCausalLM"] and settings["dtype"] == dtype
@@ -57,27 +44,27 @@ def test_stock_transformers_loads_it_and_nothing_of_ours_is_in_it(run: Path, tmp
         "    torch.save(model(ids).logits, dtype + '.pt')\n"
     )
     subprocess.run([sys.executable, "-c", script], check=True, timeout=200, cwd=tmp_path)
-    trained = AutoModelForCausalLM.from_pretrained(run / "model").eval()
+    trained = AutoModelForCausalLM.from_pretrained(finished_run / "model").eval()
     exact, rounded = (torch.load(tmp_path / f"{d}.pt", weights_only=True) for d in ("float32", "bfloat16"))
     assert torch.equal(exact, trained(IDS).logits)
     torch.testing.assert_close(rounded.float(), exact, rtol=0.05, atol=0.05)
 
 
-def test_a_checkpoint_is_the_model_of_its_step(run: Path, tmp_path: Path) -> None:
-    export(run, tmp_path / "twelve", checkpoint=12)
-    export(run, tmp_path / "eight", checkpoint=8)
-    final = load_file(run / "model/model.safetensors")
+def test_a_checkpoint_is_the_model_of_its_step(finished_run: Path, tmp_path: Path) -> None:
+    export(finished_run, tmp_path / "twelve", checkpoint=12)
+    export(finished_run, tmp_path / "eight", checkpoint=8)
+    final = load_file(finished_run / "model/model.safetensors")
     for name, weight in load_file(tmp_path / "twelve/model.safetensors").items():
         assert torch.equal(weight, final[name]), name
-    then = load_file(run / "checkpoints/checkpoint-8/model.safetensors")
+    then = load_file(finished_run / "checkpoints/checkpoint-8/model.safetensors")
     now = load_file(tmp_path / "eight/model.safetensors")
     assert all(torch.equal(now[name], then[name]) for name in then)
     assert any(not torch.equal(now[name], final[name]) for name in final)
 
 
-def test_the_model_card_has_the_figures_of_the_run(run: Path, tmp_path: Path) -> None:
-    result = json.loads((run / "run.json").read_text())
-    export(run, tmp_path / "whole")
+def test_the_model_card_has_the_figures_of_the_run(finished_run: Path, tmp_path: Path) -> None:
+    result = json.loads((finished_run / "run.json").read_text())
+    export(finished_run, tmp_path / "whole")
     card = ModelCard.load(tmp_path / "whole/README.md")  # parsed as the hub does
     assert card.data.library_name == "transformers" and card.data.pipeline_tag == "text-generation"
     losses = {e.metric_type: e.metric_value for e in card.data.eval_results}
@@ -97,24 +84,24 @@ def test_the_model_card_has_the_figures_of_the_run(run: Path, tmp_path: Path) ->
         assert told in card.text, told
     assert str(tmp_path.parent) not in card.text  # no path of this machine
 
-    export(run, tmp_path / "eight", checkpoint=8)
+    export(finished_run, tmp_path / "eight", checkpoint=8)
     card = ModelCard.load(tmp_path / "eight/README.md")
-    (line,) = [m for m in read_metrics(run / "metrics.jsonl") if m["step"] == 8 and "val_loss" in m]
+    (line,) = [m for m in read_metrics(finished_run / "metrics.jsonl") if m["step"] == 8 and "val_loss" in m]
     assert (
         f"| steps | 8 of 12 |\n| next-token loss on held-out text, nats per token | {line['val_loss']:.4f} |"
         in card.text
     )
 
 
-def test_what_cannot_be_exported(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_what_cannot_be_exported(finished_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "there").mkdir()
     for arguments, message in (
         ([tmp_path / "nowhere", tmp_path / "out"], "holds no model/ and no checkpoint; name the --out of a tst train"),
         (
-            [run, tmp_path / "out", "--checkpoint", "5"],
+            [finished_run, tmp_path / "out", "--checkpoint", "5"],
             "no complete checkpoint of step 5; it has those of steps 4, 8, 12",
         ),
-        ([run, tmp_path / "there"], "exists; choose another OUT"),
+        ([finished_run, tmp_path / "there"], "exists; choose another OUT"),
     ):
         assert main(["export", *map(str, arguments)]) == 2
         assert message in capsys.readouterr().err
@@ -124,7 +111,7 @@ def test_what_cannot_be_exported(run: Path, tmp_path: Path, capsys: pytest.Captu
 
     broken = tmp_path / "broken/model"
     broken.mkdir(parents=True)
-    for file in (run / "model").iterdir():
+    for file in (finished_run / "model").iterdir():
         (broken / file.name).write_bytes(file.read_bytes())
     weights = load_file(broken / "model.safetensors")
     save_file(

@@ -16,7 +16,7 @@ from transformers import Trainer, TrainingArguments, default_data_collator
 
 from token_superposition.data.plan import PlannedDataset
 from token_superposition.embedding import superpose
-from token_superposition.engines.transformers.head import HiddenStates, read_head, whole_head
+from token_superposition.engines.transformers.head import HiddenStates, ids_used_elsewhere, read_head, whole_head
 from token_superposition.engines.transformers.mtp import MTPHeads
 from token_superposition.errors import TokenSuperpositionError
 from token_superposition.loss import linear_multi_hot_cross_entropy, multi_hot_cross_entropy
@@ -80,9 +80,16 @@ class TSTTrainer(Trainer):
         self.lr_factor = lr_factor
         self.mtp = mtp
         self.head = None if isinstance(head, str) else head
+        self.whole_logits = head if isinstance(head, str) else ""
+        """Why whole logits are made; empty if they are not."""
         self._hidden = HiddenStates(cast(Any, model).get_decoder()) if self.head else None
         if isinstance(self.train_dataset, PlannedDataset):
             self._check_plan(self.train_dataset)
+            bags = any(phase.input_bag > 1 for phase in self.train_dataset.schedule.phases)
+            if bags and (why := ids_used_elsewhere(model)) is not None:
+                raise TokenSuperpositionError(
+                    f'{type(model).__name__} cannot read bags: {why}; superpose the output only (sides = "output")'
+                )
 
     def _check_plan(self, plan: PlannedDataset) -> None:
         args = self.args
