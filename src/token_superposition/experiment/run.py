@@ -37,6 +37,7 @@ from token_superposition.experiment.config import Config, save_config
 from token_superposition.experiment.launch import Launch
 from token_superposition.experiment.metrics import MetricsWriter, Report, read_metrics
 from token_superposition.experiment.model import build_model, empty_model
+from token_superposition.experiment.tracking import Rates, check_trackers, device_peak, report_arguments
 
 RESULT = "run.json"
 CONFIG = "config.toml"
@@ -127,6 +128,7 @@ def train(
     config.check()
     launch = Launch.from_environment()
     launch.micro_batch(config)
+    check_trackers(config.train)
     out = Path(out)
     store = TokenStore(config.data.path)
     validation = TokenStore(config.data.path, "validation")
@@ -165,6 +167,8 @@ def train(
     if mtp is not None:
         sequence_flops += mtp.flops_per_token * config.data.sequence_length
     step_flops = sequence_flops * config.train.batch_size
+    peak = device_peak()
+    rates = Rates(step_flops, None if peak is None else peak * launch.processes)
     metrics = MetricsWriter(out / METRICS, bits_per_byte, step_flops, config.train.save_at, report)
     trainer = TSTTrainer(
         model,
@@ -177,6 +181,7 @@ def train(
         place_signal=config.superposition.place_signal,
         mtp=mtp,
         lr_factor=config.wsd,
+        figures=lambda step, latent, raw: rates.at(step, metrics.seconds, latent, raw),
         optimizers=(muon(config, model), None),
         callbacks=[metrics, *at_switch(config)],
     )
@@ -258,7 +263,7 @@ def training_arguments(config: Config, out: Path, launch: Launch) -> TrainingArg
         dataloader_pin_memory=not cpu,
         prediction_loss_only=True,
         disable_tqdm=True,
-        report_to="none",
+        **report_arguments(t, out),
         log_level="error",
         logging_nan_inf_filter=False,
         use_cpu=cpu,
