@@ -161,6 +161,19 @@ def two_seeds(prepared: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple
     return root / "config.toml", root / "out", (root / "dry.txt").read_text()
 
 
+@pytest.fixture(scope="session")
+def finished_run(prepared: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Of a model with tied weights and a scaled embedding, in float32; checkpoints after 4, 8 and 12 steps."""
+    options = "\n".join(f"{k} = {toml(v)}" for k, v in TINY["gemma3_text"].items())
+    content = CONFIG.format(architecture="gemma3_text", options=options, data=prepared)
+
+    def make(root: Path) -> None:
+        (root / "config.toml").write_text(content.replace("save_every = 0", 'save_every = 4\nprecision = "float32"'))
+        tst("train", root / "config.toml", "--out", root / "run")
+
+    return once(tmp_path_factory, "finished-run", make) / "run"
+
+
 def toml(value: object) -> str:
     return str(value).lower() if isinstance(value, bool) else f'"{value}"' if isinstance(value, str) else str(value)
 

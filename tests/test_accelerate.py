@@ -19,6 +19,7 @@ import torch.distributed as dist
 from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from accelerate.utils.launch import prepare_multi_gpu_env
+from safetensors.torch import load_file
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM, TrainerCallback, TrainingArguments
@@ -33,6 +34,7 @@ from token_superposition.engines.transformers import TSTTrainer
 from token_superposition.engines.transformers.head import HiddenStates, whole_head
 from token_superposition.experiment.checkpoints import newest_whole
 from token_superposition.experiment.config import load_config
+from token_superposition.experiment.export import export
 from token_superposition.experiment.launch import Launch
 from token_superposition.experiment.metrics import read_metrics
 from token_superposition.experiment.run import training_arguments
@@ -120,6 +122,9 @@ def test_fsdp2_is_one_process_and_resumes_across_the_switch(config: Path, one: P
     saved = whole / "checkpoints/checkpoint-16"
     assert {p.name for p in (saved / "pytorch_model_fsdp_0").glob("*.distcp")} == {"__0_0.distcp", "__1_0.distcp"}
     assert not (saved / "model.safetensors").exists()
+    export(whole, tmp_path / "exported", checkpoint=24)  # the shards, put together
+    exported, trained = (load_file(d / "model.safetensors") for d in (tmp_path / "exported", whole / "model"))
+    assert exported.keys() == trained.keys() and all(torch.equal(exported[name], trained[name]) for name in trained)
 
     forget_after(whole, resumed, 16)
     launch(2, train_sharded, [str(config), "--out", str(resumed)], **launchers_environment("fsdp2.yaml"))

@@ -21,6 +21,8 @@ COMMANDS = {
     "train": "train one model from a TOML file or a preset",
     "compare": "train a baseline and TST at equal compute, and write the report",
     "sweep": "try bag sizes, ratios, place weights, schedules and learning rates, and find the best",
+    "eval": "loss and bits per byte of a model on held-out text, and benchmark tasks",
+    "export": "write a run's model as a directory that stock transformers loads",
     "generate": "continue a prompt with a trained model",
     "report": "write the report of a comparison or a sweep again",
 }
@@ -44,6 +46,8 @@ start here:
   tst train config.toml --superposition.bag-size 8 --out run
   tst plan 600m --gpus 64                         the paper's models: 270m, 600m, 3b, 10b-a1b
   tst generate run/model "def main("
+  tst eval run/model --data data                  loss, perplexity, bits per byte
+  tst export run my-model --dtype bfloat16        for stock transformers, with a model card
 
 tst COMMAND --help explains every option.
 """

@@ -190,6 +190,16 @@ class TrainConfig:
     """A run that does not come on for so long ends with an error (tst train): a stalled loader, a dead process."""
     loader_workers: int = 0
     """Processes that read data ahead."""
+    report_to: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = ()
+    """Trackers that are told of the run beside metrics.jsonl, by the Trainer's own reports."""
+
+    def refuse_report_to(self, engine: str) -> None:
+        """Raise ``TokenSuperpositionError`` for an engine that has trackers of its own."""
+        if self.report_to:
+            raise TokenSuperpositionError(
+                f"train.report_to is {', '.join(self.report_to)}; {engine} has callbacks of its own for that, and "
+                "metrics.jsonl is always written, so leave it out"
+            )
 
     def refuse_muon(self, engine: str) -> None:
         """Raise ``TokenSuperpositionError`` for an engine that has AdamW only."""

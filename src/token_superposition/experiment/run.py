@@ -50,6 +50,7 @@ from token_superposition.experiment.resume import MAY_CHANGE, Resume, Start, che
 from token_superposition.experiment.shards import weights_only
 from token_superposition.experiment.trainer import RunTrainer
 from token_superposition.experiment.watchdog import Watchdog
+from token_superposition.experiment.tracking import Rates, check_trackers, device_peak, report_arguments
 
 RESULT = "run.json"
 CONFIG = "config.toml"
@@ -144,6 +145,7 @@ def train(
     config.check()
     launch = Launch.from_environment()
     launch.micro_batch(config)
+    check_trackers(config.train)
     out = Path(out)
     store = TokenStore(config.data.path)
     validation = TokenStore(config.data.path, "validation")
@@ -180,6 +182,8 @@ def train(
         sequence_flops += mtp.flops_per_token * config.data.sequence_length
     step_flops = sequence_flops * config.train.batch_size
     guard = GradientGuard(config.train.on_nonfinite, partial(batch_of, plan, out))
+    peak = device_peak()
+    rates = Rates(step_flops, None if peak is None else peak * launch.processes)
     metrics = MetricsWriter(out / METRICS, bits_per_byte, step_flops, config.kept_steps, report, guard.skipped)
     preemption, watchdog = Preemption(launch.processes), Watchdog(60 * config.train.timeout_minutes, out)
     trainer = RunTrainer(
@@ -193,6 +197,7 @@ def train(
         place_signal=config.superposition.place_signal,
         mtp=mtp,
         lr_factor=config.wsd,
+        figures=lambda step, latent, raw: rates.at(step, metrics.seconds, latent, raw),
         optimizers=(muon(config, model), None),
         callbacks=[metrics, *at_switch(config), preemption, watchdog, guard],
         guard=guard,
@@ -322,7 +327,7 @@ def training_arguments(config: Config, out: Path, launch: Launch) -> TrainingArg
         dataloader_pin_memory=not cpu,
         prediction_loss_only=True,
         disable_tqdm=True,
-        report_to="none",
+        **report_arguments(t, out),
         log_level="error",
         logging_nan_inf_filter=False,
         use_cpu=cpu,

@@ -106,6 +106,7 @@ def train(
     config.check()
     config.superposition.refuse_variants("OLMo-core")
     config.train.refuse_muon("OLMo-core")
+    config.train.refuse_report_to("OLMo-core")
     out = Path(out)
     store = TokenStore(config.data.path)
     start = initial_model(config, store.meta)

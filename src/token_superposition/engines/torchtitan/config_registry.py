@@ -64,6 +64,7 @@ def trainer_config(config: Config, name: str) -> TSTTrainer.Config:
     config.check()
     t, data = config.train, config.data
     t.refuse_muon("torchtitan")
+    t.refuse_report_to("torchtitan")
     if t.save_at:
         raise TokenSuperpositionError(
             f"train.save_at is {t.save_at}; torchtitan saves at multiples of train.save_every only"

@@ -55,6 +55,44 @@ def whole_head(model: nn.Module) -> nn.Linear:
     return head
 
 
+def ids_used_elsewhere(model: nn.Module) -> str | None:
+    """Why ``model`` cannot read bags, or None: all that it knows of token ids must come through its input embedding.
+
+    Told by 4 ids that are given as they are and as their embeddings: no other embedding may be looked up for the one
+    than for the other (its weights may be 0 at first, so that the logits do not tell), and the logits must be the same.
+    """
+    causal: Any = model
+    if "inputs_embeds" not in inspect.signature(model.forward).parameters:
+        return None
+    embedding = causal.get_input_embeddings()
+    if embedding.weight.is_meta:
+        return None
+    training = model.training
+    ids = torch.arange(4, device=embedding.weight.device).remainder(embedding.weight.shape[0]).unsqueeze(0)
+    looked_up: list[str] = []
+    handles = [
+        module.register_forward_hook(lambda *_, name=name: looked_up.append(name))
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Embedding) and module is not embedding
+    ]
+    try:
+        with torch.no_grad():
+            by_ids: Tensor = model.eval()(input_ids=ids, use_cache=False).logits
+            for_ids, looked_up[:] = set(looked_up), []
+            by_embeddings: Tensor = model(inputs_embeds=embedding(ids), use_cache=False).logits
+    except Exception as e:
+        return f"it does not take embeddings in place of token ids ({str(e).strip().splitlines()[0]})"
+    finally:
+        model.train(training)
+        for handle in handles:
+            handle.remove()
+    if further := sorted(for_ids - set(looked_up)):
+        return f"it looks token ids up in {further[0]} as well, where bags cannot be averaged"
+    if (by_ids - by_embeddings).abs().max() <= 16 * torch.finfo(by_ids.dtype).eps * by_ids.abs().max():
+        return None
+    return "it makes something else of token ids than of their embeddings, such as another scale"
+
+
 def read_head(model: nn.Module) -> Head | str:
     """How ``model`` makes its logits, or why they cannot be made from the hidden states by ``Head`` alone.
 
@@ -96,14 +134,16 @@ def read_head(model: nn.Module) -> Head | str:
         return "the hidden states are changed between decoder and head"
     config: Any = model.config
     config = config.get_text_config()
-    caps = [None, getattr(config, "final_logit_softcapping", None)]
+    caps = [None, *(getattr(config, name, None) for name in ("final_logit_softcapping", "logits_soft_cap"))]
     scales = [1.0, getattr(config, "logit_scale", None), getattr(config, "lm_head_multiplier", None)]
     if getattr(config, "logits_scaling", None):
         scales.append(1 / config.logits_scaling)
+    exact = torch.promote_types(logits.dtype, torch.float32)
+    eps = max(torch.finfo(ramp.dtype).eps, torch.finfo(logits.dtype).eps)
     for softcap, scale in product(caps, [s for s in scales if s]):
-        expected = ramp.float() * scale
+        expected = ramp.to(exact) * scale
         expected = expected if softcap is None else torch.tanh(expected / softcap) * softcap
-        tolerance = 0 if scale == 1 and softcap is None else 4 * torch.finfo(ramp.dtype).eps
-        if torch.allclose(logits.float(), expected.expand_as(logits), rtol=tolerance, atol=tolerance * 100):
+        tolerance = 0 if scale == 1 and softcap is None else 4 * eps
+        if torch.allclose(logits.to(exact), expected.expand_as(logits), rtol=tolerance, atol=tolerance * 100):
             return Head(softcap, scale)
     return "the logits are changed after the head in a way that its configuration does not name"

@@ -16,7 +16,7 @@ from transformers import Trainer, TrainingArguments, default_data_collator
 
 from token_superposition.data.plan import PlannedDataset
 from token_superposition.embedding import superpose
-from token_superposition.engines.transformers.head import HiddenStates, read_head, whole_head
+from token_superposition.engines.transformers.head import HiddenStates, ids_used_elsewhere, read_head, whole_head
 from token_superposition.engines.transformers.mtp import MTPHeads
 from token_superposition.errors import TokenSuperpositionError
 from token_superposition.loss import linear_multi_hot_cross_entropy, multi_hot_cross_entropy
@@ -37,8 +37,9 @@ class TSTTrainer(Trainer):
     ``weighting`` weighs the places in a bag; ``bag_loss`` "sum-to-one" takes the bag as one label;
     ``place_signal`` marks the places of a bag that is read (``superpose``); ``mtp``, heads that were added to the
     model, are trained with it and their loss joins the training loss. ``lr_factor`` maps a 0-based step to a
-    learning-rate factor (``WSD``); without it the arguments' own scheduler is used. Checkpoints, resume and the saved
-    model are the stock ones.
+    learning-rate factor (``WSD``); without it the arguments' own scheduler is used. ``figures`` maps the step, and the
+    latent and raw tokens so far, to further figures of every logged line. Checkpoints, resume and the saved model are
+    the stock ones.
 
     Raises ``TokenSuperpositionError`` where plan and arguments disagree, and for ``mtp`` where the head is not known.
     """
@@ -53,6 +54,7 @@ class TSTTrainer(Trainer):
         place_signal: float = 0.0,
         mtp: MTPHeads | None = None,
         lr_factor: Callable[[int], float] | None = None,
+        figures: Callable[[int, int, int], Mapping[str, float]] | None = None,
         **kwargs: Any,
     ):
         superpose(model, place_signal=place_signal)
@@ -78,11 +80,19 @@ class TSTTrainer(Trainer):
         self.bag_loss: BagLoss = bag_loss
         self._weights: dict[tuple[int, torch.device], Tensor] = {}
         self.lr_factor = lr_factor
+        self.figures = figures
         self.mtp = mtp
         self.head = None if isinstance(head, str) else head
+        self.whole_logits = head if isinstance(head, str) else ""
+        """Why whole logits are made; empty if they are not."""
         self._hidden = HiddenStates(cast(Any, model).get_decoder()) if self.head else None
         if isinstance(self.train_dataset, PlannedDataset):
             self._check_plan(self.train_dataset)
+            bags = any(phase.input_bag > 1 for phase in self.train_dataset.schedule.phases)
+            if bags and (why := ids_used_elsewhere(model)) is not None:
+                raise TokenSuperpositionError(
+                    f'{type(model).__name__} cannot read bags: {why}; superpose the output only (sides = "output")'
+                )
 
     def _check_plan(self, plan: PlannedDataset) -> None:
         args = self.args
@@ -189,17 +199,23 @@ class TSTTrainer(Trainer):
         return super().create_scheduler(num_training_steps, optimizer)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Adds the bag sizes and the latent and raw tokens so far; with ragged bags, how full this step's were."""
+        """Adds phase (counted from 0, of the schedule), bag sizes, latent and raw tokens so far and ``figures``; with
+        ragged bags, how full this step's were. So the Trainer's own reports (TensorBoard, W&B, ...) have them, too."""
         plan, step = self.train_dataset, self.state.global_step
         if isinstance(plan, PlannedDataset):
-            phase = plan.schedule.at(max(step - 1, 0))
+            phase_index = plan.schedule.phase_index(max(step - 1, 0))
+            phase = plan.schedule.phases[phase_index]
             counts = (plan.batch_size, plan.sequence_length, step)
             logs |= {
+                "phase": phase_index,
+                "superposed": int(phase.is_superposed),
                 "input_bag": phase.input_bag,
                 "output_bag": phase.output_bag,
                 "latent_tokens": plan.schedule.latent_tokens(*counts),
                 "raw_tokens": plan.schedule.raw_tokens(*counts),
             }
+            if self.figures is not None:
+                logs |= self.figures(step, logs["latent_tokens"], logs["raw_tokens"])
             if plan.boundaries is not None and "loss" in logs:
                 logs["tokens_per_bag"] = plan.tokens_per_bag(max(step - 1, 0))
         super().log(logs, start_time)

@@ -1,0 +1,102 @@
+"""``tst eval``"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import tyro
+
+from token_superposition.cli.arguments import parse
+from token_superposition.errors import TokenSuperpositionError
+
+
+@dataclass(frozen=True)
+class EvalCommand:
+    """Next-token loss, perplexity and bits per byte of a causal LM of transformers, and benchmark tasks.
+
+    MODEL is a run's model/, an exported directory or any other one. On held-out tokens of prepared data the figure is
+    the one that a run ends with. Text files are read in windows that overlap by half, so that every token has context;
+    bits per byte compare models with different tokenizers. Tasks are run by lm-evaluation-harness, 0-shot
+    (pip install 'token-superposition[eval]').
+
+    Examples:
+      tst eval run/model --data data                    the held-out part of tst prepare's data
+      tst eval run/model --text notes.txt other.md      any UTF-8 text
+      tst eval run/model --tasks paper                  the paper's eight: ARC, BoolQ, HellaSwag, MMLU, ...
+      tst eval run/model --tasks arc_easy my-task.yaml  named ones, or a task file with local data
+      tst eval run/model --data data --json             for other programs
+    """
+
+    model: tyro.conf.Positional[str]
+    """Directory of the model."""
+    data: Path | None = None
+    """Directory written by tst prepare, with the model's tokenizer."""
+    text: tuple[Path, ...] = ()
+    """Text files."""
+    tasks: tuple[str, ...] = ()
+    """Tasks of lm-evaluation-harness, also joined by commas; YAML files of tasks; paper for the paper's eight."""
+    sequence_length: int | None = None
+    """Tokens of a sequence; by default all positions of the model, up to 4096."""
+    stride: int | None = None
+    """Tokens of a text that each window predicts; by default half of the sequence."""
+    max_tokens: int | None = 524_288
+    """Tokens to read of data or text; None for all."""
+    limit: int | None = None
+    """Documents of each task; all by default."""
+    batch_size: int = 8
+    """Sequences that are computed at once."""
+    json: bool = False
+    """Print JSON in place of a table."""
+    out: Path | None = None
+    """File to write the same JSON to."""
+
+
+def run(args: Sequence[str]) -> None:
+    options = parse(EvalCommand, "eval", args)
+    if options.data is None and not options.text and not options.tasks:
+        raise TokenSuperpositionError("there is nothing to evaluate on; give --data, --text or --tasks")
+    if (most := options.max_tokens) is not None and most < 1:
+        raise TokenSuperpositionError(f"max-tokens is {most}; give at least 1, or None")
+    from token_superposition.cli.quiet import quiet
+
+    quiet()
+    if options.tasks:
+        importlib.import_module("token_superposition.experiment.tasks")  # refuses before anything is computed
+    from token_superposition.experiment.evaluate import Loss, evaluate_store, evaluate_text
+    from token_superposition.experiment.generate import load_model
+    from token_superposition.experiment.run import write_json
+
+    model, tokenizer = load_model(options.model)
+    common: dict[str, Any] = {
+        "sequence_length": options.sequence_length,
+        "max_tokens": most,
+        "batch_size": options.batch_size,
+    }
+    losses: list[Loss] = []
+    if options.data is not None:
+        losses.append(evaluate_store(model, tokenizer, options.data, **common))
+    if options.text:
+        losses.append(evaluate_text(model, tokenizer, options.text, stride=options.stride, **common))
+    scores: dict[str, dict[str, float]] = {}
+    if options.tasks:
+        from token_superposition.experiment.tasks import evaluate_tasks
+
+        names = [name for given in options.tasks for name in given.split(",")]
+        scores = evaluate_tasks(model, tokenizer, names, batch_size=options.batch_size, limit=options.limit)
+    result = {"model": options.model, "losses": [asdict(loss) for loss in losses], "tasks": scores}
+    if options.out is not None:
+        write_json(options.out, result)
+    if options.json:
+        import json
+
+        print(json.dumps(result, indent=2))
+        return
+    from rich.console import Console
+
+    from token_superposition.report.evaluation import print_evaluation
+
+    print_evaluation(losses, scores, Console())

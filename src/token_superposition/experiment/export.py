@@ -1,0 +1,133 @@
+"""A run, or one of its checkpoints, as a directory that stock transformers loads, with a model card."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+import warnings
+from collections.abc import Generator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+from token_superposition.data.store import TokenStore
+from token_superposition.data.tokenizer import load_tokenizer
+from token_superposition.errors import TokenSuperpositionError
+from token_superposition.experiment.checkpoints import checkpoints_in, damage, newest_whole, step_of
+from token_superposition.experiment.config import load_config
+from token_superposition.experiment.model import model_settings
+from token_superposition.experiment.run import CONFIG, MODEL
+from token_superposition.report.model_card import Figures, model_card
+
+DType = Literal["bfloat16", "float32"]
+SHARDS = "pytorch_model_fsdp_0"
+TOKENS = 64  # of the text that both models read when the export is checked
+
+
+def export(run: Path, out: Path, *, checkpoint: int | None = None, dtype: DType = "float32") -> int:
+    """Write ``out``: config.json, generation_config.json, safetensors, the tokenizer's files and README.md.
+
+    Of a finished run its model, else its newest checkpoint; or the ``checkpoint`` of that step, also one in shards.
+    The model is read from disk, so nothing of this package can be in it. What was written is loaded again and must give
+    the same logits, bit for bit, before it appears under the name ``out``. Returns the step.
+
+    Raises ``TokenSuperpositionError`` for a run without weights, or without weights of that step, and for an ``out``
+    that is there already.
+    """
+    if out.exists():
+        raise TokenSuperpositionError(f"{out} exists; choose another OUT or remove it")
+    source = find_weights(run, checkpoint)
+    figures = Figures.of(run, step_of(source) if source.parent.name == "checkpoints" else None)
+    partial = out.with_name(f".{out.name}.{os.getpid()}.partial")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        with whole_weights(run, source) as directory:
+            model = load_exactly(directory, dtype)
+            tokenizer = load_tokenizer(str(tokenizer_directory(run, directory)))
+        model.save_pretrained(partial)
+        tokenizer.save_pretrained(partial)
+        model_card(figures, out.name, model.num_parameters(), dtype).save(partial / "README.md")
+        ids = torch.arange(TOKENS).remainder(len(tokenizer)).unsqueeze(0)
+        expected = logits(model, ids)
+        del model
+        if not torch.equal(logits(load_exactly(partial, dtype), ids), expected):
+            raise TokenSuperpositionError(
+                f"what {source} was exported to gives other logits than it; please report its architecture"
+            )
+        partial.rename(out)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return figures.step
+
+
+def find_weights(run: Path, checkpoint: int | None) -> Path:
+    """Directory of the finished model, or of a checkpoint of the transformers engine."""
+    checkpoints = run / "checkpoints"
+    if checkpoint is not None:
+        found = checkpoints / f"checkpoint-{checkpoint}"
+        if not found.is_dir():
+            steps = [step_of(c) for c in checkpoints_in(checkpoints)]
+            have = f"it has those of steps {', '.join(map(str, steps))}" if steps else "it has none"
+            raise TokenSuperpositionError(f"{run} has no checkpoint of step {checkpoint}; {have}")
+        if problem := damage(found):
+            raise TokenSuperpositionError(f"{problem}; take another checkpoint")
+        return found
+    if (run / MODEL / "config.json").exists():
+        return run / MODEL
+    newest = newest_whole(checkpoints, warnings.warn)
+    if newest is not None:
+        return newest
+    if any(checkpoints.glob("step*")) or (run / "checkpoint").exists():
+        raise TokenSuperpositionError(
+            f"{run} is an unfinished run of OLMo-core or torchtitan, whose checkpoints are not exported; "
+            "finish it with the command that started it"
+        )
+    raise TokenSuperpositionError(f"{run} holds no model/ and no checkpoint; name the --out of a tst train")
+
+
+@contextmanager
+def whole_weights(run: Path, source: Path) -> Generator[Path]:
+    """A directory that transformers loads: ``source``, or its shards of FSDP put together by accelerate."""
+    if not (source / SHARDS).exists():
+        yield source
+        return
+    from accelerate.utils import merge_fsdp_weights
+
+    config = load_config(run / CONFIG)
+    meta = TokenStore(config.data.path).meta
+    with tempfile.TemporaryDirectory(dir=run, prefix=".export-") as merged:
+        merge_fsdp_weights(str(source / SHARDS), merged)
+        model_settings(config.model, meta.vocab_size, meta.eos_id, config.data.sequence_length).save_pretrained(merged)
+        yield Path(merged)
+
+
+def tokenizer_directory(run: Path, model: Path) -> Path:
+    """Beside the model; an unfinished sharded run has it in its data only."""
+    if (model / "tokenizer.json").exists():
+        return model
+    return Path(load_config(run / CONFIG).data.path) / "tokenizer"
+
+
+def load_exactly(directory: Path, dtype: DType) -> Any:
+    """The causal LM of a directory; raises ``TokenSuperpositionError`` where weights are missing or left over."""
+    try:
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            directory, dtype=getattr(torch, dtype), output_loading_info=True, trust_remote_code=False
+        )
+    except (OSError, ValueError) as e:
+        raise TokenSuperpositionError(f"{directory} cannot be loaded ({str(e).splitlines()[0]})") from None
+    model, info = loaded
+    wrong = sorted({*info["missing_keys"], *info["unexpected_keys"], *map(str, info["mismatched_keys"])})
+    if wrong:
+        raise TokenSuperpositionError(f"{directory} has not the weights of its config.json: {', '.join(wrong[:3])}")
+    return model.eval()
+
+
+@torch.no_grad()
+def logits(model: Any, ids: Tensor) -> Tensor:  # (1, L) -> (1, L, V)
+    return model(input_ids=ids, use_cache=False).logits

@@ -1,0 +1,166 @@
+"""The model card of an exported model: what the files of its run say of it, and nothing else."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import tempfile
+from dataclasses import dataclass
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
+
+from token_superposition.data.store import TokenStore, file_sha256
+from token_superposition.errors import TokenSuperpositionError
+from token_superposition.experiment.config import Config, load_config, save_config
+from token_superposition.experiment.metrics import read_metrics
+from token_superposition.experiment.run import CONFIG, METRICS, RESULT
+
+TEMPLATE = files("token_superposition") / "report" / "model_card.md.j2"
+
+
+@dataclass(frozen=True)
+class Figures:
+    """A run as far as ``step``; what its directory does not say is None or empty."""
+
+    step: int
+    total_steps: int | None
+    val_loss: float | None
+    """Next-token loss on held-out text, nats per token."""
+    val_bpb: float | None
+    latent_tokens: int | None
+    raw_tokens: int | None
+    flops: float | None
+    hardware: str | None
+    versions: dict[str, str]
+    config: Config | None
+    data: tuple[tuple[str, str], ...]
+
+    @classmethod
+    def of(cls, run: Path, checkpoint: int | None) -> Figures:
+        """Of the finished run, or at the step ``checkpoint``."""
+        config = load_config(run / CONFIG) if (run / CONFIG).exists() else None
+        result: dict[str, Any] = {}
+        if checkpoint is None and (run / RESULT).exists():
+            result = json.loads((run / RESULT).read_text())
+        lines = [m for m in read_metrics(run / METRICS) if checkpoint is None or m["step"] <= checkpoint]
+        last = {k: v for line in lines for k, v in line.items()} | result
+        step = checkpoint if checkpoint is not None else last.get("steps", last.get("step", 0))
+        return cls(
+            step=step,
+            total_steps=config.train.steps if config else None,
+            val_loss=last.get("val_loss"),
+            val_bpb=last.get("val_bpb"),
+            latent_tokens=last.get("latent_tokens"),
+            raw_tokens=last.get("raw_tokens"),
+            flops=last.get("flops"),
+            hardware=last.get("hardware"),
+            versions=last.get("versions", {}),
+            config=config,
+            data=data_identity(config) if config else (),
+        )
+
+
+def data_identity(config: Config) -> tuple[tuple[str, str], ...]:
+    """What the token store is, without saying where; empty if it is gone."""
+    try:
+        store = TokenStore(config.data.path)
+    except TokenSuperpositionError:
+        return ()
+    meta = store.meta
+    return (
+        (
+            "training text",
+            f"{meta.train.tokens:,} tokens, {meta.train.documents:,} documents, {meta.train.bytes:,} bytes",
+        ),
+        ("held-out text", f"{meta.validation.tokens:,} tokens, {meta.validation.documents:,} documents"),
+        ("vocabulary", f"{meta.vocab_size:,}"),
+        ("SHA-256 of the tokenizer", f"`{meta.tokenizer_sha256}`"),
+        ("SHA-256 of the data (meta.json)", f"`{file_sha256(store.directory / 'meta.json')}`"),
+    )
+
+
+def model_card(figures: Figures, name: str, parameters: int, dtype: str) -> ModelCard:
+    """README.md with the front matter that the hub reads: losses are in its model index."""
+    found = {"nats per token": figures.val_loss, "bits per byte": figures.val_bpb}
+    evaluation = [
+        EvalResult(
+            task_type="text-generation",
+            dataset_type="held-out",
+            dataset_name="held-out text of the training data",
+            metric_type="loss" if unit == "nats per token" else "bits_per_byte",
+            metric_name=f"next-token loss, {unit}",
+            metric_value=value,
+        )
+        for unit, value in found.items()
+        if value is not None
+    ]
+    data = ModelCardData(
+        library_name="transformers",
+        pipeline_tag="text-generation",
+        tags=["token-superposition-training"],
+        model_name=name,
+        eval_results=evaluation or None,
+    )
+    tables = [("Figures", _figures(figures)), ("Data", list(figures.data)), ("Made with", _made_with(figures))]
+    return ModelCard.from_template(
+        data,
+        template_str=TEMPLATE.read_text(encoding="utf-8"),
+        name=name,
+        parameters=f"{parameters:,}",
+        dtype=dtype,
+        schedule=_schedule(figures),
+        tables=[(title, rows) for title, rows in tables if rows],
+        config=_config(figures.config),
+    )
+
+
+def _schedule(figures: Figures) -> str:
+    config = figures.config
+    if config is None:
+        return "the run left no configuration"
+    phases = config.schedule.phases
+    if len(phases) > 8:
+        return f"{len(phases)} phases of bag sizes up to {max(max(p.input_bag, p.output_bag) for p in phases)}"
+    named = [
+        f"{p.steps:,} steps " + (f"that read bags of {p.input_bag} and predict bags of {p.output_bag}"
+                                 if p.is_superposed else "on ordinary tokens")
+        for p in phases
+    ]  # fmt: skip
+    return ", then ".join(named)
+
+
+def _figures(figures: Figures) -> list[tuple[str, str]]:
+    steps = f"{figures.step:,}" if figures.total_steps is None else f"{figures.step:,} of {figures.total_steps:,}"
+    rows = [("steps", steps)]
+    for label, value, form in (
+        ("next-token loss on held-out text, nats per token", figures.val_loss, ".4f"),
+        ("the same, bits per byte", figures.val_bpb, ".4f"),
+        ("latent tokens (positions computed)", figures.latent_tokens, ","),
+        ("raw tokens (text read)", figures.raw_tokens, ","),
+        ("FLOPs of training", figures.flops, ".3e"),
+    ):
+        if value is not None:
+            rows.append((label, format(value, form)))
+    return rows
+
+
+def _made_with(figures: Figures) -> list[tuple[str, str]]:
+    rows = list(figures.versions.items())
+    return rows + ([("hardware", figures.hardware)] if figures.hardware else [])
+
+
+def _config(config: Config | None) -> str | None:
+    """The configuration as TOML; of paths, which tell of a machine, the last name only."""
+    if config is None:
+        return None
+    data = dataclasses.replace(config.data, path=Path(config.data.path).name)
+    model = config.model
+    if model.path is not None:
+        model = dataclasses.replace(model, path=Path(model.path).name)
+    with tempfile.TemporaryDirectory() as directory:
+        path = Path(directory) / CONFIG
+        save_config(dataclasses.replace(config, data=data, model=model), path)
+        return path.read_text().strip()

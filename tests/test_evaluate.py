@@ -1,0 +1,102 @@
+"""``tst eval``: the figure of the run, the figure of whole logits in float64, and a benchmark task with local data."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from torch.nn.functional import cross_entropy
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from tests.conftest import tiny
+from token_superposition.cli import main
+from token_superposition.data.prepare import PrepareOptions, prepare
+from token_superposition.experiment.evaluate import evaluate_text, length_of, total_loss
+
+TEXT = "The river carries boats to the sea; naïve façades, Ünicode 🎒 and tabs\t are text as well.\n" * 2
+
+
+def test_held_out_text_gives_the_figure_of_the_run(
+    finished_run: Path, prepared: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "e.json"
+    given = ["eval", str(finished_run / "model"), "--data", str(prepared), "--max-tokens", "512", "--out", str(out)]
+    assert main([*given, "--json"]) == 0
+    printed = json.loads(capsys.readouterr().out)
+    assert printed == json.loads(out.read_text())
+    (loss,), result = printed["losses"], json.loads((finished_run / "run.json").read_text())
+    assert loss["tokens"] == 512 and loss["sequence_length"] == 16  # the model has 16 positions
+    assert loss["loss"] == pytest.approx(result["val_loss"], rel=1e-6)
+    assert loss["bits_per_byte"] == pytest.approx(result["val_bpb"], rel=1e-6)
+    assert loss["perplexity"] == pytest.approx(math.exp(result["val_loss"]), rel=1e-6)
+    assert main(given) == 0
+    assert f"{result['val_loss']:.4f}" in capsys.readouterr().out
+
+
+def test_text_is_read_in_windows_that_each_predict_what_is_new(finished_run: Path, tmp_path: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(finished_run / "model").double().eval()
+    tokenizer = AutoTokenizer.from_pretrained(finished_run / "model")
+    files = [tmp_path / "a.txt", tmp_path / "b.txt"]
+    files[0].write_text(TEXT)
+    files[1].write_text("short")
+    loss = evaluate_text(model, tokenizer, files, stride=4, batch_size=3)
+    nats, tokens = 0.0, 0
+    for file in files:
+        ids = [tokenizer.bos_token_id, *tokenizer(file.read_text(), add_special_tokens=False)["input_ids"]]
+        for i in range(1, len(ids)):  # every token alone, with the context that its window has
+            window = max(math.ceil((i - 16) / 4), 0)
+            with torch.no_grad():
+                logits = model(torch.tensor([ids[window * 4 : i]])).logits[0, -1]
+            nats, tokens = nats + cross_entropy(logits, torch.tensor(ids[i])).item(), tokens + 1
+    assert loss.tokens == tokens and loss.bytes == len(TEXT.encode()) + 5
+    assert loss.loss == pytest.approx(nats / tokens, rel=1e-12)
+    assert loss.bits_per_byte == pytest.approx(nats / math.log(2) / loss.bytes, rel=1e-12)
+    cut = evaluate_text(model, tokenizer, files, max_tokens=40)
+    kept = tokenizer.decode(tokenizer(TEXT, add_special_tokens=False)["input_ids"][:40])
+    assert cut.tokens == 40 and cut.bytes == len(kept.encode())
+
+
+@pytest.mark.parametrize("architecture", ["gemma2", "bert", "mamba"])
+def test_any_head(architecture: str) -> None:
+    """A soft cap, whole logits, no attention."""
+    model = tiny(architecture).double().eval()
+    generator = torch.Generator().manual_seed(0)
+    ids, targets = (torch.randint(320, (5, 16), generator=generator) for _ in range(2))
+    targets[1:3, 4:] = -100
+    nats, tokens = total_loss(
+        model,
+        [{"input_ids": i, "shift_labels": t} for i, t in zip(ids, targets, strict=True)],
+        2,  # pyright: ignore
+    )
+    logits = model(ids).logits
+    assert nats == pytest.approx(
+        cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="sum").item(),
+        rel=1e-7,  # Mamba has float32 logits
+    )
+    assert tokens == (targets != -100).sum()
+    assert length_of(model, None) == 64 and length_of(model, 48) == 48
+
+
+def test_what_cannot_be_evaluated(
+    finished_run: Path, prepared: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = str(finished_run / "model")
+    other = tmp_path / "other"
+    (tmp_path / "text.txt").write_text(TEXT * 20)
+    (tmp_path / "more.jsonl").write_text("".join(json.dumps({"text": TEXT + str(i)}) + "\n" for i in range(40)))
+    (tmp_path / "bytes.txt").write_bytes(b"\xff\xfe\x00")
+    prepare([str(tmp_path / "more.jsonl")], other, PrepareOptions(vocab_size=300, validation_share=0.5))
+    for arguments, message in (
+        ([model], "give --data, --text or --tasks"),
+        ([str(tmp_path), "--data", str(prepared)], "holds no causal LM"),
+        ([model, "--data", str(other)], "prepared with another tokenizer than the model's"),
+        ([model, "--data", str(prepared), "--sequence-length", "17"], "the model has 16 positions"),
+        ([model, "--text", str(tmp_path / "bytes.txt")], "cannot be read as UTF-8"),
+        ([model, "--text", str(tmp_path / "text.txt"), "--stride", "20"], "stride 20 would leave out text"),
+        ([model, "--text", str(tmp_path / "text.txt"), "--max-tokens", "0"], "max-tokens is 0"),
+    ):
+        assert main(["eval", *arguments]) == 2
+        assert message in capsys.readouterr().err, message

@@ -1,0 +1,122 @@
+"""What is exported is the trained model, bit for bit, in a directory that has nothing of this package."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from huggingface_hub import ModelCard
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+from tests.conftest import VOCAB
+from token_superposition import TokenSuperpositionError
+from token_superposition.cli import main
+from token_superposition.experiment.export import export
+from token_superposition.experiment.metrics import read_metrics
+
+STOCK = {
+    "config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json",
+    "README.md",
+}  # fmt: skip
+IDS = torch.arange(40)[None] * 7 % VOCAB
+
+
+def test_stock_transformers_loads_it_and_nothing_of_ours_is_in_it(finished_run: Path, tmp_path: Path) -> None:
+    for dtype in ("float32", "bfloat16"):
+        assert main(["export", str(finished_run), str(tmp_path / dtype), "--dtype", dtype]) == 0
+        assert {p.name for p in (tmp_path / dtype).iterdir()} == STOCK
+        settings = json.loads((tmp_path / dtype / "config.json").read_text())
+        assert settings["architectures"] == ["Gemma3ForCausalLM"] and settings["dtype"] == dtype
+        assert "auto_map" not in settings
+        assert {t.dtype for t in load_file(tmp_path / dtype / "model.safetensors").values()} == {getattr(torch, dtype)}
+    script = (
+        "import sys; sys.modules['token_superposition'] = None\n"
+        "import torch; from transformers import AutoModelForCausalLM, AutoTokenizer\n"
+        f"ids = torch.arange(40)[None] * 7 % {VOCAB}\n"
+        "for dtype in ('float32', 'bfloat16'):\n"
+        "    model = AutoModelForCausalLM.from_pretrained(dtype).eval()\n"
+        "    assert AutoTokenizer.from_pretrained(dtype).decode([65, 66])\n"
+        "    torch.save(model(ids).logits, dtype + '.pt')\n"
+    )
+    subprocess.run([sys.executable, "-c", script], check=True, timeout=200, cwd=tmp_path)
+    trained = AutoModelForCausalLM.from_pretrained(finished_run / "model").eval()
+    exact, rounded = (torch.load(tmp_path / f"{d}.pt", weights_only=True) for d in ("float32", "bfloat16"))
+    assert torch.equal(exact, trained(IDS).logits)
+    torch.testing.assert_close(rounded.float(), exact, rtol=0.05, atol=0.05)
+
+
+def test_a_checkpoint_is_the_model_of_its_step(finished_run: Path, tmp_path: Path) -> None:
+    export(finished_run, tmp_path / "twelve", checkpoint=12)
+    export(finished_run, tmp_path / "eight", checkpoint=8)
+    final = load_file(finished_run / "model/model.safetensors")
+    for name, weight in load_file(tmp_path / "twelve/model.safetensors").items():
+        assert torch.equal(weight, final[name]), name
+    then = load_file(finished_run / "checkpoints/checkpoint-8/model.safetensors")
+    now = load_file(tmp_path / "eight/model.safetensors")
+    assert all(torch.equal(now[name], then[name]) for name in then)
+    assert any(not torch.equal(now[name], final[name]) for name in final)
+
+
+def test_the_model_card_has_the_figures_of_the_run(finished_run: Path, tmp_path: Path) -> None:
+    result = json.loads((finished_run / "run.json").read_text())
+    export(finished_run, tmp_path / "whole")
+    card = ModelCard.load(tmp_path / "whole/README.md")  # parsed as the hub does
+    assert card.data.library_name == "transformers" and card.data.pipeline_tag == "text-generation"
+    losses = {e.metric_type: e.metric_value for e in card.data.eval_results}
+    assert losses == {"loss": result["val_loss"], "bits_per_byte": result["val_bpb"]}
+    for told in (
+        f"| {result['val_loss']:.4f} |",
+        f"| {result['val_bpb']:.4f} |",
+        f"| {result['latent_tokens']:,} |",
+        f"| {result['raw_tokens']:,} |",
+        f"| {result['flops']:.3e} |",
+        "6 steps that read bags of 4 and predict bags of 4, then 6 steps on ordinary tokens",
+        f"| transformers | {result['versions']['transformers']} |",
+        "SHA-256 of the data",
+        "bag_size = 4",
+        'path = "data"',
+    ):
+        assert told in card.text, told
+    assert str(tmp_path.parent) not in card.text  # no path of this machine
+
+    export(finished_run, tmp_path / "eight", checkpoint=8)
+    card = ModelCard.load(tmp_path / "eight/README.md")
+    (line,) = [m for m in read_metrics(finished_run / "metrics.jsonl") if m["step"] == 8 and "val_loss" in m]
+    assert (
+        f"| steps | 8 of 12 |\n| next-token loss on held-out text, nats per token | {line['val_loss']:.4f} |"
+        in card.text
+    )
+
+
+def test_what_cannot_be_exported(finished_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "there").mkdir()
+    for arguments, message in (
+        ([tmp_path / "nowhere", tmp_path / "out"], "holds no model/ and no checkpoint; name the --out of a tst train"),
+        (
+            [finished_run, tmp_path / "out", "--checkpoint", "5"],
+            "no checkpoint of step 5; it has those of steps 4, 8, 12",
+        ),
+        ([finished_run, tmp_path / "there"], "exists; choose another OUT"),
+    ):
+        assert main(["export", *map(str, arguments)]) == 2
+        assert message in capsys.readouterr().err
+    (tmp_path / "olmo/checkpoints/step4").mkdir(parents=True)
+    with pytest.raises(TokenSuperpositionError, match="finish it with the command that started it"):
+        export(tmp_path / "olmo", tmp_path / "out")
+
+    broken = tmp_path / "broken/model"
+    broken.mkdir(parents=True)
+    for file in (finished_run / "model").iterdir():
+        (broken / file.name).write_bytes(file.read_bytes())
+    weights = load_file(broken / "model.safetensors")
+    save_file(
+        {k: v for k, v in weights.items() if "layers.1.mlp" not in k}, broken / "model.safetensors", {"format": "pt"}
+    )
+    with pytest.raises(TokenSuperpositionError, match=r"has not the weights of its config.json: model.layers.1.mlp"):
+        export(tmp_path / "broken", tmp_path / "out")
+    assert not (tmp_path / "out").exists() and not list(tmp_path.glob(".*partial"))
