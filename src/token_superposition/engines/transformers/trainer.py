@@ -15,6 +15,7 @@ from torch.utils.data import SequentialSampler
 from transformers import Trainer, TrainingArguments, default_data_collator
 
 from token_superposition.data.plan import PlannedDataset
+from token_superposition.data.stream import StreamedPlan
 from token_superposition.embedding import superpose
 from token_superposition.engines.transformers.head import HiddenStates, read_head, whole_head
 from token_superposition.engines.transformers.mtp import MTPHeads
@@ -31,8 +32,9 @@ class TSTTrainer(Trainer):
 
     A batch with ``shift_labels`` is ours (``PlannedDataset``, ``ValidationSet``): input_ids (B, L) or (B, L, a),
     shift_labels (B, L) or (B, L, b), and the loss is the mean multi-hot cross-entropy over the latent positions that
-    have a target. A batch with ``labels`` alone goes the stock way. A ``PlannedDataset`` is read in its own order and
-    decides the number of steps; it must agree with the arguments about the batch size.
+    have a target. A batch with ``labels`` alone goes the stock way. A ``PlannedDataset`` or
+    ``StreamedPlan`` is read in its own order and decides the number of steps; it must agree with the arguments about
+    the batch size.
 
     ``weighting`` weighs the places in a bag; ``bag_loss`` "sum-to-one" takes the bag as one label;
     ``place_signal`` marks the places of a bag that is read (``superpose``); ``mtp``, heads that were added to the
@@ -67,7 +69,8 @@ class TSTTrainer(Trainer):
                 args.ddp_find_unused_parameters = False
         if isinstance(head, str):
             logger.warning("%s computes whole logits in training: %s", type(model).__name__, head)
-        if isinstance(kwargs.get("train_dataset"), PlannedDataset) and kwargs.get("data_collator") is None:
+        planned = isinstance(kwargs.get("train_dataset"), PlannedDataset | StreamedPlan)
+        if planned and kwargs.get("data_collator") is None:
             kwargs["data_collator"] = default_data_collator  # nothing to pad
         super().__init__(model, args, **kwargs)
         if args.label_smoothing_factor or self.compute_loss_func is not None:
@@ -81,10 +84,10 @@ class TSTTrainer(Trainer):
         self.mtp = mtp
         self.head = None if isinstance(head, str) else head
         self._hidden = HiddenStates(cast(Any, model).get_decoder()) if self.head else None
-        if isinstance(self.train_dataset, PlannedDataset):
+        if isinstance(self.train_dataset, PlannedDataset | StreamedPlan):
             self._check_plan(self.train_dataset)
 
-    def _check_plan(self, plan: PlannedDataset) -> None:
+    def _check_plan(self, plan: PlannedDataset | StreamedPlan) -> None:
         args = self.args
         replicas = args.world_size // self.get_tp_size()
         batch = args.per_device_train_batch_size * max(args.n_gpu, 1) * replicas * args.gradient_accumulation_steps
@@ -191,7 +194,7 @@ class TSTTrainer(Trainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Adds the bag sizes and the latent and raw tokens so far; with ragged bags, how full this step's were."""
         plan, step = self.train_dataset, self.state.global_step
-        if isinstance(plan, PlannedDataset):
+        if isinstance(plan, PlannedDataset | StreamedPlan):
             phase = plan.schedule.at(max(step - 1, 0))
             counts = (plan.batch_size, plan.sequence_length, step)
             logs |= {
@@ -200,7 +203,7 @@ class TSTTrainer(Trainer):
                 "latent_tokens": plan.schedule.latent_tokens(*counts),
                 "raw_tokens": plan.schedule.raw_tokens(*counts),
             }
-            if plan.boundaries is not None and "loss" in logs:
+            if isinstance(plan, PlannedDataset) and plan.boundaries is not None and "loss" in logs:
                 logs["tokens_per_bag"] = plan.tokens_per_bag(max(step - 1, 0))
         super().log(logs, start_time)
 
