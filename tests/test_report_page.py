@@ -10,7 +10,8 @@ from itertools import pairwise
 
 import pytest
 
-from tests.test_sweep import contrast, made_up, swept
+from tests.sweep.settings import swept
+from tests.sweep.test_report import contrast, made_up
 from token_superposition.report import write_report
 from token_superposition.report.figures import COLOURS
 
