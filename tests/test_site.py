@@ -75,14 +75,14 @@ def commands(settings: str) -> Iterator[list[str]]:
         yield command.split("\037")[:-1]
 
 
-def test_tutorial(prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert "`STEPS=12`" in TUTORIAL and "with 12 steps and a small folder" in TUTORIAL
+def test_tutorial(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert "`STEPS=4`" in TUTORIAL and "with 4 steps and a small folder" in TUTORIAL
     monkeypatch.chdir(tmp_path)
     (title,) = re.findall(r'```toml title="(.+)"', TUTORIAL)
     (configuration,) = blocks("toml")
     Path(title).write_text(configuration)
     ran: list[str] = []
-    for command in commands(f"SOURCE='{prepared.parent}/text'\nSTEPS=12\n"):
+    for command in commands(f"SOURCE='{ROOT}/src/**/*.py'\nSTEPS=4\n"):
         before = set(tmp_path.iterdir())
         done = tst(*command)
         ran.append(command[0])
@@ -93,7 +93,7 @@ def test_tutorial(prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert ran == ["prepare", "compare", "compare", "generate", "train"]
     summary = json.loads(Path("comparison/summary.json").read_text())
     runs = {r["name"]: r for r in summary["runs"]}
-    assert runs["tst"]["steps"] == 12 and runs["tst"]["flops"] == runs["baseline"]["flops"]
+    assert runs["tst"]["steps"] == 4 and runs["tst"]["flops"] == runs["baseline"]["flops"]
     assert Path("comparison/report.html").exists() and (tmp_path / "run/model/model.safetensors").exists()
     for block in blocks("python"):
         exec(block, {})
