@@ -75,14 +75,14 @@ def commands(settings: str) -> Iterator[list[str]]:
         yield command.split("\037")[:-1]
 
 
-def test_tutorial(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tutorial(prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert "`STEPS=4`" in TUTORIAL and "with 4 steps and a small folder" in TUTORIAL
     monkeypatch.chdir(tmp_path)
     (title,) = re.findall(r'```toml title="(.+)"', TUTORIAL)
     (configuration,) = blocks("toml")
     Path(title).write_text(configuration)
     ran: list[str] = []
-    for command in commands(f"SOURCE='{ROOT}/src/**/*.py'\nSTEPS=4\n"):
+    for command in commands(f"SOURCE='{prepared.parent}/text'\nSTEPS=4\n"):
         before = set(tmp_path.iterdir())
         done = tst(*command)
         ran.append(command[0])
