@@ -23,6 +23,8 @@ class CompareCommand:
     Measure the speed-up to equal loss with longer baselines: --compare.baseline-lengths 1 1.5 2
     Repeat with other seeds, for 95% intervals: --compare.seeds 0 1 2 3 4
     What it would cost: --dry-run
+
+    Example: tst compare config.toml --compare.seeds 0 1 2 3 4 --compare.baseline-lengths 1 1.5 2 --out comparison
     """
 
     config: Annotated[Config, tyro.conf.arg(name="")] = field(default_factory=Config)

@@ -23,6 +23,9 @@ from token_superposition.data.prepare import Progress as Report
 @contextmanager
 def bars(console: Console) -> Generator[Report]:
     """A bar for each stage, in bytes of text; nothing if the console is no terminal."""
+    if not console.is_terminal:
+        yield lambda stage, done, total: None
+        return
     tasks: dict[str, TaskID] = {}
     shown = 0.0
     with Progress(
@@ -32,7 +35,6 @@ def bars(console: Console) -> Generator[Report]:
         TransferSpeedColumn(),
         TimeRemainingColumn(elapsed_when_finished=True),
         console=console,
-        disable=not console.is_terminal,
     ) as progress:
 
         def report(stage: str, done: float, total: float | None) -> None:

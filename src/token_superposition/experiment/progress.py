@@ -18,7 +18,7 @@ class RunProgress:
         self.console = console
         self.bars = Progress(
             TextColumn("{task.description}"),
-            BarColumn(),
+            BarColumn(bar_width=10),
             MofNCompleteColumn(),
             TextColumn("{task.fields[note]}"),
             TimeRemainingColumn(elapsed_when_finished=True),
@@ -30,11 +30,13 @@ class RunProgress:
         self._all = self.bars.add_task("all runs", total=runs, note="") if runs > MANY else None
 
     def __enter__(self) -> RunProgress:
-        self.bars.start()
+        if self.console.is_terminal:  # rich would print an empty line at the end of a pipe
+            self.bars.start()
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
-        self.bars.stop()
+        if self.console.is_terminal:
+            self.bars.stop()
 
     def update(self, name: str, steps: int, metrics: list[dict[str, Any]]) -> None:
         """``metrics`` are all lines of the run so far."""
@@ -43,9 +45,8 @@ class RunProgress:
         if not metrics:
             return
         last = {k: v for m in metrics[-20:] for k, v in m.items()}
-        bag = max(last.get("input_bag", 1), last.get("output_bag", 1))
         loss = f"val {last['val_loss']:.3f}" if "val_loss" in last else f"loss {last['loss']:.3f}"
-        note = f"bag {bag}  {loss}  {last['raw_tokens'] / max(last['seconds'], 1e-9):,.0f} tok/s"
+        note = f"{phase(metrics)}  {loss}  {speed(metrics[-20:]):,.0f} raw tok/s"
         self.bars.update(self._tasks[name], completed=last["step"], note=note)
         if not self.console.is_terminal:
             for m in metrics[self._shown.get(name, 0) :]:
@@ -58,3 +59,30 @@ class RunProgress:
         if self._all is not None:
             self.bars.advance(self._all)
             self.bars.remove_task(self._tasks.pop(name))
+
+
+def phase(metrics: list[dict[str, Any]]) -> str:
+    """
+    >>> phase([{"input_bag": 4}]), phase([{"input_bag": 4}, {"input_bag": 1}]), phase([{"input_bag": 1}])
+    ('bags of 4', 'recovery', 'ordinary')
+    """
+
+    def bag(line: dict[str, Any]) -> int:
+        return int(max(line.get("input_bag", 1), line.get("output_bag", 1)))
+
+    known = [m for m in metrics if "input_bag" in m]
+    if known and bag(known[-1]) > 1:
+        return f"bags of {bag(known[-1])}"
+    return "recovery" if any(bag(m) > 1 for m in known) else "ordinary"
+
+
+def speed(metrics: list[dict[str, Any]]) -> float:
+    """Raw tokens a second over the newest lines, of one phase: the two phases read at different speeds.
+
+    >>> speed([{"raw_tokens": 400, "seconds": 1.0}, {"raw_tokens": 800, "seconds": 2.0}])
+    400.0
+    """
+    timed = [m for m in metrics if "raw_tokens" in m and "seconds" in m]
+    newest = [m for m in timed if m.get("input_bag") == timed[-1].get("input_bag")]
+    first = newest[0] if len(newest) > 1 else {"raw_tokens": 0, "seconds": 0.0}
+    return (newest[-1]["raw_tokens"] - first["raw_tokens"]) / max(newest[-1]["seconds"] - first["seconds"], 1e-9)

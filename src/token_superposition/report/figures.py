@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 from dataclasses import dataclass
+from html import escape
 from itertools import pairwise
 
 import matplotlib
@@ -12,8 +13,9 @@ from matplotlib.figure import Figure
 
 from token_superposition.report.contents import Contents, duration, short
 
-# Colour-blind safe (Okabe and Ito).
-COLOURS = ("#555555", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
+# Colour-blind safe (Okabe and Ito, P. Tol), each 3:1 or more against white; markers tell them apart in grey, too.
+COLOURS = ("#555555", "#0072B2", "#D55E00", "#009E73", "#AA4499", "#997700", "#332288")
+MARKERS = "osD^vPX"
 
 
 @dataclass(frozen=True)
@@ -21,6 +23,14 @@ class Picture:
     title: str
     svg: str
     alt: str
+    """What it shows, for those who do not see it."""
+
+    @property
+    def accessible(self) -> str:
+        """The element with its title and description, as one image to a screen reader."""
+        start, end = self.svg.index("<svg"), self.svg.index(">", self.svg.index("<svg"))
+        words = f"<title>{escape(self.title)}</title><desc>{escape(self.alt)}</desc>"
+        return f'{self.svg[start:end]} role="img" aria-label="{escape(self.alt)}">{words}{self.svg[end + 1 :]}'
 
 
 AXES = (
@@ -34,7 +44,7 @@ def pictures(contents: Contents) -> list[Picture]:
     """Next-token validation loss against FLOPs, time and raw tokens, the switch marked."""
     result: list[Picture] = []
     for key, label, title in AXES:
-        figure = Figure(figsize=(7.2, 4.2), layout="constrained")
+        figure = Figure(figsize=(5.4, 3.6), layout="constrained")
         ends = draw(figure.subplots(), contents, key, label)
         result.append(Picture(title, svg(figure), f"{title}. {ends}"))
     return result
@@ -57,8 +67,8 @@ def draw(axes: Axes, contents: Contents, key: str, label: str) -> str:
         dash = "--" if baseline and name != "baseline" else "-"
         x = [m[key] if key in m else m["flops"] for m in seen]
         y = [m["val_loss"] for m in seen]
-        axes.plot(x, y, dash, color=colour, lw=1.8, alpha=0.9, label=name if name not in shown else None)
-        axes.plot(x[-1], y[-1], "o", color=colour, ms=5)
+        legend, marker = name if name not in shown else None, MARKERS[names.index(name) % len(MARKERS)]
+        axes.plot(x, y, dash, color=colour, lw=1.8, alpha=0.9, label=legend, marker=marker, markevery=[-1], ms=5)
         switches = [a for a, b in pairwise(lines) if bag(a) != bag(b)]
         for i, at in enumerate(switches if len(switches) < 8 else switches[-1:]):  # mixed bag sizes: the last one
             axes.axvline(
@@ -74,6 +84,7 @@ def draw(axes: Axes, contents: Contents, key: str, label: str) -> str:
     axes.set_xlabel(label)
     axes.set_ylabel("validation loss (nats per token)")
     axes.xaxis.set_major_formatter(lambda v, _: duration(v) if key == "seconds" else short(v))
+    axes.locator_params("x", nbins=5)
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False)

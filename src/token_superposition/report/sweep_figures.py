@@ -38,7 +38,7 @@ def _pictures(contents: SweepContents, facet: Facet, limit: float) -> list[Pictu
     def picture(figure: Figure, title: str) -> Picture:
         return Picture(title, svg(figure), f"{title}. {lowest}")
 
-    figure = Figure(figsize=(max(7.2, 1.8 + 0.75 * len(sizes)), 1.5 + 0.55 * len(ratios)), layout="constrained")
+    figure = Figure(figsize=(max(5.4, 1.8 + 0.75 * len(sizes)), 1.5 + 0.55 * len(ratios)), layout="constrained")
     heat_map(figure, contents, at, sizes, ratios, limit)
     result = [picture(figure, f"Difference to the baseline by bag size and ratio{where}")]
 
@@ -137,7 +137,7 @@ def u_curves(
 
     Thin and dashed in the same colour, the published (place, gain) pairs of each line.
     """
-    figure = Figure(figsize=(7.2, 4.4), layout="constrained")
+    figure = Figure(figsize=(5.4, 3.9), layout="constrained")
     axes = figure.subplots()
     axes.axhline(0, color=COLOURS[0], lw=1.2)
     means: list[float] = []

@@ -15,6 +15,7 @@ from torch.utils.data import SequentialSampler
 from transformers import Trainer, TrainingArguments, default_data_collator
 
 from token_superposition.data.plan import PlannedDataset
+from token_superposition.data.stream import StreamedPlan
 from token_superposition.embedding import superpose
 from token_superposition.engines.transformers.head import HiddenStates, ids_used_elsewhere, read_head, whole_head
 from token_superposition.engines.transformers.mtp import MTPHeads
@@ -31,8 +32,9 @@ class TSTTrainer(Trainer):
 
     A batch with ``shift_labels`` is ours (``PlannedDataset``, ``ValidationSet``): input_ids (B, L) or (B, L, a),
     shift_labels (B, L) or (B, L, b), and the loss is the mean multi-hot cross-entropy over the latent positions that
-    have a target. A batch with ``labels`` alone goes the stock way. A ``PlannedDataset`` is read in its own order and
-    decides the number of steps; it must agree with the arguments about the batch size.
+    have a target. A batch with ``labels`` alone goes the stock way. A ``PlannedDataset`` or
+    ``StreamedPlan`` is read in its own order and decides the number of steps; it must agree with the arguments about
+    the batch size.
 
     ``weighting`` weighs the places in a bag; ``bag_loss`` "sum-to-one" takes the bag as one label;
     ``place_signal`` marks the places of a bag that is read (``superpose``); ``mtp``, heads that were added to the
@@ -69,7 +71,8 @@ class TSTTrainer(Trainer):
                 args.ddp_find_unused_parameters = False
         if isinstance(head, str):
             logger.warning("%s computes whole logits in training: %s", type(model).__name__, head)
-        if isinstance(kwargs.get("train_dataset"), PlannedDataset) and kwargs.get("data_collator") is None:
+        planned = isinstance(kwargs.get("train_dataset"), PlannedDataset | StreamedPlan)
+        if planned and kwargs.get("data_collator") is None:
             kwargs["data_collator"] = default_data_collator  # nothing to pad
         super().__init__(model, args, **kwargs)
         if args.label_smoothing_factor or self.compute_loss_func is not None:
@@ -86,7 +89,7 @@ class TSTTrainer(Trainer):
         self.whole_logits = head if isinstance(head, str) else ""
         """Why whole logits are made; empty if they are not."""
         self._hidden = HiddenStates(cast(Any, model).get_decoder()) if self.head else None
-        if isinstance(self.train_dataset, PlannedDataset):
+        if isinstance(self.train_dataset, PlannedDataset | StreamedPlan):
             self._check_plan(self.train_dataset)
             bags = any(phase.input_bag > 1 for phase in self.train_dataset.schedule.phases)
             if bags and (why := ids_used_elsewhere(model)) is not None:
@@ -94,7 +97,7 @@ class TSTTrainer(Trainer):
                     f'{type(model).__name__} cannot read bags: {why}; superpose the output only (sides = "output")'
                 )
 
-    def _check_plan(self, plan: PlannedDataset) -> None:
+    def _check_plan(self, plan: PlannedDataset | StreamedPlan) -> None:
         args = self.args
         replicas = args.world_size // self.get_tp_size()
         batch = args.per_device_train_batch_size * max(args.n_gpu, 1) * replicas * args.gradient_accumulation_steps
@@ -202,7 +205,7 @@ class TSTTrainer(Trainer):
         """Adds phase (counted from 0, of the schedule), bag sizes, latent and raw tokens so far and ``figures``; with
         ragged bags, how full this step's were. So the Trainer's own reports (TensorBoard, W&B, ...) have them, too."""
         plan, step = self.train_dataset, self.state.global_step
-        if isinstance(plan, PlannedDataset):
+        if isinstance(plan, PlannedDataset | StreamedPlan):
             phase_index = plan.schedule.phase_index(max(step - 1, 0))
             phase = plan.schedule.phases[phase_index]
             counts = (plan.batch_size, plan.sequence_length, step)

@@ -1,0 +1,67 @@
+"""Write docs/examples.md: what token superposition changes in each script, from the scripts themselves.
+
+python -m examples.diff
+"""
+
+from __future__ import annotations
+
+import ast
+import difflib
+from pathlib import Path
+
+HERE = Path(__file__).parent
+PAGE = HERE.parent / "docs/examples.md"
+NAMES = {
+    "nanogpt": "A plain PyTorch loop, as in nanoGPT",
+    "hf_trainer": "The transformers Trainer with streaming datasets",
+    "lightning_example": "Lightning: a callback and a data module",
+    "litgpt_pretrain": "LitGPT pre-training",
+    "accelerate_loop": "accelerate's own loop",
+    "mamba": "A model that is not a transformer",
+    "continued_pretraining": "Continued pre-training from a checkpoint",
+    "muon": "Muon in place of AdamW",
+}
+REMARKS = {
+    "nanogpt": "Four things: bags are folded, the embedding averages them, the loss takes them, and the schedule says "
+    "which step has which bag size. `--ratio 0` gives the losses of the plain script.",
+    "hf_trainer": "The `Trainer` is one line. The other change is that samples of bags are longer than the blocks of "
+    "`group_texts`, so `StreamedPlan` cuts the stream instead; the held-out text still goes through `group_texts` and "
+    "is evaluated the stock way. For text on this disk, `PlannedDataset` reads faster and needs no reading "
+    "up to the step where a run goes on.",
+    "lightning_example": "The sampler is there for resuming: Lightning starts a data loader from its beginning, and "
+    "the plan goes on where the step is.",
+    "litgpt_pretrain": "LitGPT's GPT gives logits, so this takes the loss of logits. LitGPT 0.5.13 requires a "
+    "huggingface-hub below 1.4, transformers 5 a newer one: install it without its dependencies, as the "
+    "script says. Its test runs only where it is installed.",
+    "accelerate_loop": "Loss on logits, because under DDP the gradients are only averaged if the model's own `forward` "
+    "is called. `PlannedDataset` is read in order; accelerate shares every step's batch out among the processes.",
+    "mamba": "The embedding is all that reads bags, so what comes after it is not asked.",
+    "continued_pretraining": "The model has only ever read single tokens, so the first steps on bags cost some of what "
+    "it knows, and the recovery phase has to win that back: watch the validation loss before and after. The paper "
+    "trains from scratch; whether this pays with a checkpoint has not been measured here. The optimizer is new and "
+    "warms up once, before the bags; its state and its learning rate run through the switch.",
+    "muon": "The two optimizers run through the switch as they are.",
+}
+
+
+def page() -> str:
+    parts = [
+        "# In the training script that you have",
+        "Made by `python -m examples.diff` from the scripts in `examples/plain` and `examples`: each runs as it is, "
+        "tests run both, and with `--ratio 0` a script with TST trains ordinarily. Below, `-` is the script without "
+        "TST and `+` the one with it.",
+    ]
+    for name, title in NAMES.items():
+        plain, tst = (folder / f"{name}.py" for folder in (HERE / "plain", HERE))
+        old, new = plain.read_text().splitlines(), tst.read_text().splitlines()
+        about = (ast.get_docstring(ast.parse(tst.read_text())) or "").split("\n\n")
+        lines = difflib.unified_diff(old, new, f"examples/plain/{name}.py", f"examples/{name}.py", n=1, lineterm="")
+        commands = "\n".join(
+            line for part in about[1:] for line in part.splitlines() if " -m " in line or "pip " in line
+        )
+        parts += [f"## {title}", f"```bash\n{commands}\n```", REMARKS[name], "```diff\n" + "\n".join(lines) + "\n```"]
+    return "\n\n".join(parts) + "\n"
+
+
+if __name__ == "__main__":
+    PAGE.write_text(page())

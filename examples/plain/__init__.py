@@ -1,0 +1,1 @@
+"""The scripts without token superposition."""

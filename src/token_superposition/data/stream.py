@@ -1,0 +1,83 @@
+"""The samples of a run out of a stream of documents, for text that is not on this disk."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any, cast
+
+import torch
+from torch.utils.data import IterableDataset, get_worker_info
+
+from token_superposition.bags import fold, span
+from token_superposition.data.plan import Sample
+from token_superposition.errors import TokenSuperpositionError, require_int
+from token_superposition.schedule import Schedule
+
+
+class StreamedPlan(IterableDataset[Sample]):
+    """Iterable dataset of a whole run: ``total_steps * batch_size`` samples, each from the tokens after the last one's.
+
+    ``documents`` yields mappings with ``input_ids`` (a tokenised ``datasets.IterableDataset``, or anything that can be
+    iterated over again); they are joined end to end, so let the tokenizer end each with its EOS token. A sample of bag
+    size ``a`` takes the next ``sequence_length * a`` tokens and looks as far ahead as its last targets; samples are
+    those of ``PlannedDataset``: input_ids (L,) or (L, a), shift_labels (L,) or (L, b), int64. ``batch_size`` is the
+    number of sequences of one optimizer step over all processes and accumulated micro-batches.
+
+    The order is the stream's: shuffle ``documents`` (``shuffle(seed=..., buffer_size=...)``). A stream has no index, so
+    going on at a step means reading up to it again, which is what ``Trainer`` and accelerate do.
+
+    Raises ``TokenSuperpositionError`` while iterating for an empty stream and for more than one loader worker, which
+    would each read the whole of it; warns where the stream ends and is read again.
+    """
+
+    def __init__(
+        self,
+        documents: Iterable[Mapping[str, Any]],
+        schedule: Schedule,
+        sequence_length: int,
+        batch_size: int,
+    ):
+        self.documents = documents
+        self.schedule = schedule
+        self.sequence_length = require_int("sequence_length", sequence_length, 1)
+        self.batch_size = require_int("batch_size", batch_size, 1)
+
+    def __len__(self) -> int:
+        return self.schedule.total_steps * self.batch_size
+
+    def __iter__(self) -> Iterator[Sample]:
+        workers = get_worker_info()
+        if workers is not None and workers.num_workers > 1:
+            raise TokenSuperpositionError(
+                f"{workers.num_workers} loader workers would each read the whole stream; use one, or none"
+            )
+        waiting: list[int] = []  # tokens that were read and not used up
+        documents = self._forever()
+        for phase in self.schedule.phases:
+            a, b = phase.input_bag, phase.output_bag
+            wanted = span(self.sequence_length, a, b)
+            for _ in range(phase.steps * self.batch_size):
+                while len(waiting) < wanted:
+                    waiting += next(documents)
+                ids, targets = fold(torch.tensor(waiting[:wanted]), a, b)
+                del waiting[: self.sequence_length * a]
+                yield {"input_ids": ids, "shift_labels": targets.clone(memory_format=torch.contiguous_format)}
+
+    def _forever(self) -> Iterator[Sequence[int]]:
+        epoch = 0
+        while True:
+            read = 0
+            if hasattr(self.documents, "set_epoch"):  # shuffles anew
+                cast(Any, self.documents).set_epoch(epoch)
+            for document in self.documents:
+                read += len(document["input_ids"])
+                yield document["input_ids"]
+            if not read:
+                raise TokenSuperpositionError("the stream has no tokens; give documents with input_ids")
+            epoch += 1
+            if epoch == 1:
+                warnings.warn(
+                    f"the stream ended after {read} tokens and is read again; TST pays for speed with fresh text",
+                    stacklevel=2,
+                )

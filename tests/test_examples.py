@@ -1,0 +1,260 @@
+"""The examples train: phase 1 on bags and phase 2 not, from the loss that float64 arithmetic gives, like the script
+without TST where there are no bags; what is saved loads without us."""
+
+from __future__ import annotations
+
+import importlib
+import math
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.module import register_module_forward_hook
+from transformers import AutoModelForCausalLM
+
+from examples import diff, text
+from tests.conftest import once
+from token_superposition import Schedule, TokenSuperpositionError, reference
+from token_superposition.data.stream import StreamedPlan
+from token_superposition.embedding import is_superposed
+from token_superposition.engines.transformers import trainer as engine
+
+STEPS, BAG, LENGTH = 6, 4, 16
+SMALL = ["--steps", str(STEPS), "--width", "16"]
+LOOPS = {
+    "nanogpt": ["--block-size", str(LENGTH), "--batch-size", "4"],
+    "mamba": ["--length", str(LENGTH), "--batch-size", "4"],
+    "muon": ["--length", str(LENGTH), "--batch-size", "4"],
+    "accelerate_loop": ["--length", str(LENGTH), "--micro-batch-size", "2"],
+    "lightning_example": ["--length", str(LENGTH), "--batch-size", "4"],
+    "litgpt_pretrain": ["--length", str(LENGTH), "--micro-batch-size", "2"],
+}
+SAME_TEXT = ("nanogpt", "mamba", "muon", "continued_pretraining")  # plain and --ratio 0 draw the same batches
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    def make(root: Path) -> None:
+        source = root / "text.txt"
+        source.write_text("".join(f"The river carries {i * i % 97} boats to the sea. " for i in range(400)))
+        text.main([str(source), "--out", str(root / "data")])
+
+    return once(tmp_path_factory, "bytes", make) / "data"
+
+
+def example(name: str, plain: bool = False) -> Any:
+    if name == "litgpt_pretrain":
+        pytest.importorskip("litgpt", reason="it cannot be installed beside transformers 5 with its dependencies")
+    return importlib.import_module(f"examples.plain.{name}" if plain else f"examples.{name}")
+
+
+def run(name: str, *args: str | Path, plain: bool = False) -> list[float]:
+    with warnings.catch_warnings():  # a small text is read more than once, data loaders have no workers
+        warnings.simplefilter("ignore")
+        return example(name, plain).main([str(a) for a in args])
+
+
+@dataclass
+class Seen:
+    """What went through the embedding and the loss of a run; they themselves do what they always do."""
+
+    ids: list[Tensor] = field(default_factory=list)
+    embedded: list[tuple[Tensor, Tensor]] = field(default_factory=list)
+    """Of bags: the weight at that time and the output."""
+    losses: list[tuple[Tensor, Tensor, float]] = field(default_factory=list)
+    """Logits, targets and loss."""
+
+    @contextmanager
+    def watch(self, module: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+        def embedding(m: nn.Module, args: Any, output: Tensor) -> None:
+            if is_superposed(m) and m.training:
+                self.ids.append(args[0].clone())
+                self.embedded.append((m.weight.detach().double(), output.detach().clone()))  # pyright: ignore
+
+        def loss(function: Callable[..., Tensor], linear: bool) -> Callable[..., Tensor]:
+            def watched(*args: Any, **kwargs: Any) -> Tensor:
+                value = function(*args, **kwargs)
+                given = {**dict(zip(("hidden", "weight", "targets"), args, strict=False)), **kwargs} if linear else {}
+                first = given["hidden"].double() @ given["weight"].double().T if linear else args[0].double()
+                self.losses.append((first.detach(), given["targets"] if linear else args[1], value.item()))
+                return value
+
+            return watched
+
+        for name in ("linear_multi_hot_cross_entropy", "multi_hot_cross_entropy"):
+            if hasattr(module, name):
+                monkeypatch.setattr(module, name, loss(getattr(module, name), name.startswith("linear")))
+        handle = register_module_forward_hook(embedding)
+        try:
+            yield
+        finally:
+            handle.remove()
+
+    def check(self, superposed: int) -> None:
+        """The first so many calls were on bags and the rest were not; the first is the reference."""
+        shapes = [ids.shape[2:] for ids in self.ids]
+        assert shapes == [(BAG,)] * superposed + [()] * (len(shapes) - superposed), shapes
+        assert 0 < superposed < len(shapes)
+        weight, output = self.embedded[0]
+        assert torch.allclose(output.double(), reference.bag_embedding(weight, self.ids[0]), atol=1e-6)
+        logits, targets, value = self.losses[0]
+        assert torch.equal(targets[:, :-1], self.ids[0][:, 1:])  # position j predicts bag j + 1
+        expected = reference.multi_hot_cross_entropy(logits.flatten(0, 1), targets.flatten(0, 1))
+        assert value == pytest.approx(expected.item(), rel=1e-5)
+        assert abs(value - math.log(logits.shape[-1])) < 0.6
+
+
+@pytest.mark.parametrize("name", LOOPS)
+def test_a_loop_of_ones_own(name: str, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen, module = Seen(), example(name)
+    arguments = ["--data", data, *SMALL, *LOOPS[name], "--ratio", "0.5"]
+    with seen.watch(module, monkeypatch):
+        losses = run(name, *arguments, "--out", tmp_path)
+    accumulated = len(losses) // STEPS
+    assert accumulated == (2 if "--micro-batch-size" in LOOPS[name] else 1)
+    seen.check(superposed=accumulated * STEPS // 2)
+    assert losses[0] == pytest.approx(seen.losses[0][2])
+    steps = [sum(losses[i : i + accumulated]) for i in range(0, len(losses), accumulated)]
+    superposed, recovered = steps[: STEPS // 2], steps[STEPS // 2 :]
+    assert min(superposed[1:]) < superposed[0] and min(recovered[1:]) < recovered[0]
+
+
+@pytest.mark.parametrize("name", [*LOOPS])
+def test_the_script_without_tst_trains(name: str, data: Path, tmp_path: Path) -> None:
+    plain = run(name, "--data", data, *SMALL, *LOOPS[name], "--out", tmp_path / "plain", plain=True)
+    assert plain[-1] < plain[0]
+    if name in SAME_TEXT:
+        without = run(name, "--data", data, *SMALL, *LOOPS[name], "--out", tmp_path / "tst", "--ratio", "0")
+        assert without == pytest.approx(plain, rel=1e-4)
+
+
+def test_nanogpt_goes_on_at_any_step(data: Path, tmp_path: Path) -> None:
+    arguments = ["--data", data, *LOOPS["nanogpt"], *SMALL, "--ratio", "0.5"]
+    whole = run("nanogpt", *arguments, "--out", tmp_path / "whole")
+    weights = [torch.load(tmp_path / "whole/ckpt.pt", weights_only=True)["model"]]
+    for stop in (2, 4):  # in either phase
+
+        class Stop(Exception):
+            pass
+
+        def save(state: Any, path: Path, write: Callable[..., None] = torch.save, stop: int = stop) -> None:
+            write(state, path)
+            if state["step"] == stop:
+                raise Stop
+
+        with pytest.MonkeyPatch.context() as patch, pytest.raises(Stop):
+            patch.setattr(torch, "save", save)
+            run("nanogpt", *arguments, "--out", tmp_path / str(stop), "--save-every", "2")
+        rest = run("nanogpt", *arguments, "--out", tmp_path / str(stop), "--resume")
+        assert rest == whole[stop:]
+        weights.append(torch.load(tmp_path / str(stop) / "ckpt.pt", weights_only=True)["model"])
+    for name, weight in weights[0].items():
+        assert torch.equal(weight, weights[1][name]) and torch.equal(weight, weights[2][name])
+    stock = example("nanogpt", plain=True).GPT(256, LENGTH, 2, 2, 16)
+    stock.load_state_dict(weights[0])  # names are the stock ones
+
+
+def test_accelerate_goes_on_at_any_step(data: Path, tmp_path: Path) -> None:
+    arguments = ["--data", data, *LOOPS["accelerate_loop"], *SMALL, "--ratio", "0.5"]
+    whole = run("accelerate_loop", *arguments, "--out", tmp_path, "--save-at", "2")
+    assert run("accelerate_loop", *arguments, "--out", tmp_path, "--resume", "2") == whole[4:]
+    stock = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
+    assert not any(is_superposed(m) for m in stock.modules())
+
+
+def test_lightning_goes_on_at_any_step(data: Path, tmp_path: Path) -> None:
+    arguments = ["--data", data, *LOOPS["lightning_example"], *SMALL, "--ratio", "0.5", "--save-every", "2"]
+    whole = run("lightning_example", *arguments, "--out", tmp_path / "whole")
+    for stop in (2, 4):
+        checkpoint = tmp_path / f"whole/step={stop}.ckpt"
+        rest = run("lightning_example", *arguments, "--out", tmp_path / str(stop), "--resume", checkpoint)
+        assert rest == whole[stop:]
+
+
+def test_continued_pretraining_begins_with_the_checkpoint(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run("muon", "--data", data, *LOOPS["muon"], "--steps", "30", "--width", "16", "--out", tmp_path, plain=True)
+    common = ["--model", tmp_path, "--data", data, *LOOPS["muon"], "--steps", "6", "--warmup-steps", "2"]
+    seen, module = Seen(), example("continued_pretraining")
+    with seen.watch(module, monkeypatch):
+        losses = run("continued_pretraining", *common, "--ratio", "0.5", "--out", tmp_path / "tst")
+    shapes = [ids.shape[2:] for ids in seen.ids]
+    assert shapes == [(BAG,)] * 3 + [()] * 3
+    logits, targets, value = seen.losses[0]
+    expected = reference.multi_hot_cross_entropy(logits.flatten(0, 1), targets.flatten(0, 1)).item()
+    assert value == pytest.approx(expected, rel=1e-5) and losses[0] == pytest.approx(value)
+    stock = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert torch.equal(seen.embedded[0][0], stock.get_input_embeddings().weight.double())
+    plain = run("continued_pretraining", *common, "--out", tmp_path / "plain", plain=True)
+    without = run("continued_pretraining", *common, "--ratio", "0", "--out", tmp_path / "tst")
+    assert without == pytest.approx(plain, rel=1e-4)
+    before = {line for line in capsys.readouterr().out.splitlines() if line.startswith("before")}
+    assert len(before) == 1  # the same held-out loss, whichever way it goes on
+
+
+def hf_arguments(prepared: Path, out: Path) -> list[str | Path]:
+    text = prepared.parent / "text"
+    return [
+        "--train", text / "*.txt", "--validation", text / "000*.txt", "--tokenizer", prepared / "tokenizer",
+        "--out", out, "--max-steps", "6", "--batch-size", "4", "--block-size", str(LENGTH), "--width", "16",
+        "--save-steps", "2",
+    ]  # fmt: skip
+
+
+def test_trainer_with_streaming_datasets(prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = Seen()
+    arguments = hf_arguments(prepared, tmp_path / "tst")
+    with seen.watch(engine, monkeypatch):
+        losses = run("hf_trainer", *arguments, "--ratio", "0.5")
+    shapes = [ids.shape[2:] for ids in seen.ids]
+    assert shapes == [(BAG,)] * 3 + [()] * 3
+    logits, targets, _ = seen.losses[0]
+    expected = reference.multi_hot_cross_entropy(logits.flatten(0, 1), targets.flatten(0, 1)).item()
+    assert losses[0] == pytest.approx(expected, rel=1e-4) and losses[2] < losses[0] and losses[5] < losses[3]
+    rest = run("hf_trainer", *arguments, "--ratio", "0.5", "--resume", tmp_path / "tst/checkpoint-2")
+    assert rest == losses
+    stock = AutoModelForCausalLM.from_pretrained(tmp_path / "tst/model")
+    assert not any(is_superposed(m) for m in stock.modules())
+
+
+def test_trainer_without_tst(prepared: Path, tmp_path: Path) -> None:
+    plain = run("hf_trainer", *hf_arguments(prepared, tmp_path / "plain"), plain=True)
+    without = run("hf_trainer", *hf_arguments(prepared, tmp_path / "tst"), "--ratio", "0")
+    assert plain[-1] < plain[0] and without[-1] < without[0]
+    assert without[0] == pytest.approx(plain[0], rel=0.02)  # nearly the same tokens: the block's last one has a target
+
+
+def test_a_streamed_plan_reads_every_token_once() -> None:
+    documents = [{"input_ids": list(range(first, first + 7))} for first in range(0, 700, 7)]
+    schedule = Schedule.two_phase(4, 3, 0.5)
+    samples = list(StreamedPlan(documents, schedule, sequence_length=4, batch_size=2))
+    assert len(samples) == len(StreamedPlan(documents, schedule, 4, 2)) == 8
+    read = [sample["input_ids"].flatten().tolist() for sample in samples]
+    assert [t for tokens in read for t in tokens] == list(range(4 * 12 + 4 * 4))
+    for sample in samples:
+        ids, targets = sample["input_ids"], sample["shift_labels"]
+        assert torch.equal(targets, ids + (3 if ids.dim() == 2 else 1)) and targets.dtype == torch.int64
+
+
+def test_a_streamed_plan_says_when_it_cannot() -> None:
+    schedule = Schedule.two_phase(4, 3, 0.5)
+    with pytest.raises(TokenSuperpositionError, match="no tokens"):
+        next(iter(StreamedPlan([], schedule, 4, 2)))
+    with pytest.warns(UserWarning, match="ended after 9 tokens"):
+        samples = list(StreamedPlan([{"input_ids": list(range(9))}], schedule, 4, 2))
+    assert samples[-1]["input_ids"].tolist() == [(60 + i) % 9 for i in range(4)]
+    loader = torch.utils.data.DataLoader(StreamedPlan([{"input_ids": [1]}], schedule, 4, 2), num_workers=2)
+    with pytest.raises(TokenSuperpositionError, match="2 loader workers"):
+        next(iter(loader))
+
+
+def test_the_page_is_what_the_scripts_are() -> None:
+    assert diff.PAGE.read_text() == diff.page(), "run python -m examples.diff"
+    assert {p.stem for p in diff.HERE.glob("plain/*.py")} - {"__init__"} == set(diff.NAMES)

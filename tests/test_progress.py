@@ -1,0 +1,63 @@
+"""What a run shows while it trains: on a terminal all of it, in a pipe a line for each validation."""
+
+from __future__ import annotations
+
+import io
+import re
+from typing import Any
+
+from rich.console import Console
+
+from token_superposition.data.progress import bars
+from token_superposition.experiment.progress import RunProgress
+
+LINES: list[dict[str, Any]] = [
+    {
+        "step": step,
+        "loss": 5.0 - step / 100,
+        "input_bag": 4 if step <= 30 else 1,
+        "output_bag": 4 if step <= 30 else 1,
+        "raw_tokens": 400 * min(step, 30) + 100 * max(step - 30, 0),
+        "seconds": step * 0.1,
+    }
+    for step in range(10, 70, 10)
+]
+VALIDATED = {"step": 60, "val_loss": 4.25, "input_bag": 1, "raw_tokens": LINES[-1]["raw_tokens"], "seconds": 6.0}
+
+
+def shown(terminal: bool, lines: list[dict[str, Any]]) -> str:
+    out = io.StringIO()
+    with RunProgress(Console(file=out, force_terminal=terminal, width=80)) as progress:
+        for n in range(1, len(lines) + 1):
+            progress.update("tst", 100, lines[:n])
+        progress.bars.refresh()
+    return out.getvalue()
+
+
+def last_frame(text: str) -> str:
+    return re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", text).replace("\r", "\n").rstrip().rpartition("\n")[2]
+
+
+def test_a_terminal_shows_phase_loss_speed_and_time_left() -> None:
+    superposed = last_frame(shown(True, LINES[:3]))
+    assert re.search(r"tst .* 30/100 bags of 4  loss 4.700  4,000 raw tok/s +(\d|-)[\d:-]+$", superposed), superposed
+    recovered = last_frame(shown(True, [*LINES, VALIDATED]))
+    assert re.search(r"60/100 recovery  val 4.250  1,000 raw tok/s", recovered), (
+        recovered
+    )  # not the mean of both phases
+    assert len(recovered) <= 80
+    ordinary = last_frame(shown(True, [m for m in LINES if m["input_bag"] == 1]))
+    assert "ordinary  loss 4.400" in ordinary, ordinary
+
+
+def test_a_pipe_is_told_what_was_validated_and_nothing_else() -> None:
+    assert shown(False, LINES) == ""
+    assert shown(False, [*LINES, VALIDATED]) == "tst: step 60/100, validation loss 4.2500\n"
+
+
+def test_preparing_is_quiet_in_a_pipe() -> None:
+    for terminal in (True, False):
+        out = io.StringIO()
+        with bars(Console(file=out, force_terminal=terminal, width=80)) as report:
+            report("reading", 50.0, 100.0)
+        assert ("reading" in out.getvalue()) if terminal else (out.getvalue() == "")
