@@ -82,10 +82,6 @@ def once(factory: pytest.TempPathFactory, name: str, make: Callable[[Path], obje
     return root
 
 
-def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--long", action="store_true", help="the long versions of tests/reliability")
-
-
 @pytest.fixture(scope="session")
 def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A token store with a vocabulary of 320, beside its text."""

@@ -48,9 +48,9 @@ from token_superposition.experiment.model import build_model, empty_model
 from token_superposition.experiment.preempt import TERMINATED, Preemption
 from token_superposition.experiment.resume import MAY_CHANGE, Resume, Start, check_start, facts
 from token_superposition.experiment.shards import weights_only
+from token_superposition.experiment.tracking import Rates, check_trackers, device_peak, report_arguments
 from token_superposition.experiment.trainer import RunTrainer
 from token_superposition.experiment.watchdog import Watchdog
-from token_superposition.experiment.tracking import Rates, check_trackers, device_peak, report_arguments
 
 RESULT = "run.json"
 CONFIG = "config.toml"

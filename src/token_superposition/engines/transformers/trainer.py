@@ -209,17 +209,18 @@ class TSTTrainer(Trainer):
             phase_index = plan.schedule.phase_index(max(step - 1, 0))
             phase = plan.schedule.phases[phase_index]
             counts = (plan.batch_size, plan.sequence_length, step)
+            latent, raw = plan.schedule.latent_tokens(*counts), plan.schedule.raw_tokens(*counts)
             logs |= {
                 "phase": phase_index,
                 "superposed": int(phase.is_superposed),
                 "input_bag": phase.input_bag,
                 "output_bag": phase.output_bag,
-                "latent_tokens": plan.schedule.latent_tokens(*counts),
-                "raw_tokens": plan.schedule.raw_tokens(*counts),
+                "latent_tokens": latent,
+                "raw_tokens": raw,
             }
             if self.figures is not None:
-                logs |= self.figures(step, logs["latent_tokens"], logs["raw_tokens"])
-            if plan.boundaries is not None and "loss" in logs:
+                logs |= self.figures(step, latent, raw)
+            if isinstance(plan, PlannedDataset) and plan.boundaries is not None and "loss" in logs:
                 logs["tokens_per_bag"] = plan.tokens_per_bag(max(step - 1, 0))
         super().log(logs, start_time)
 
