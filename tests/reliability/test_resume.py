@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import shutil
 import signal
 from hashlib import sha256
@@ -21,12 +22,19 @@ from token_superposition.experiment.config import load_config
 from token_superposition.experiment.preempt import SIGNALS, Preemption
 
 KILLS = [name for name in FAULTS if name.startswith("killed")]
-ROUNDS, LONG = 1, 5
+DAMAGES = ["bit flipped", "file truncated", "file missing"]
+LONG = 5
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """With --long, every kind of fault with 5 seeds; else some once, the others in the run that is killed often."""
+    long = metafunc.config.getoption("--long")
     if "seed" in metafunc.fixturenames:
-        metafunc.parametrize("seed", range(LONG if metafunc.config.getoption("--long") else ROUNDS))
+        metafunc.parametrize("seed", range(LONG if long else 1))
+    if "kill" in metafunc.fixturenames:
+        metafunc.parametrize("kill", KILLS if long else KILLS[-1:])
+    if "harm" in metafunc.fixturenames:
+        metafunc.parametrize("harm", DAMAGES if long else DAMAGES[:1])
 
 
 @pytest.fixture(scope="module")
@@ -34,9 +42,18 @@ def runs(prepared: Path, tmp_path_factory: pytest.TempPathFactory) -> Runs:
     return Runs(tmp_path_factory.mktemp("runs"), prepared)
 
 
-@pytest.mark.parametrize("fault", KILLS)
-def test_a_killed_run_ends_as_if_nothing_had_happened(fault: str, seed: int, runs: Runs) -> None:
-    found = runs.recover(fault, seed)
+def test_a_run_that_is_killed_again_and_again_ends_as_if_nothing_had_happened(runs: Runs, tmp_path: Path) -> None:
+    """In phase 1, at the switch and in phase 2, each time after it has gone on."""
+    out, chance = tmp_path / "run", random.Random(0)
+    for fault in KILLS[:3]:
+        assert FAULTS[fault](runs, out, chance) == -signal.SIGKILL
+        assert not (out / "run.json").exists()
+    assert runs.wait(runs.begin(out)) == 0
+    assert outcome(out) == runs.expected
+
+
+def test_a_killed_run_ends_as_if_nothing_had_happened(kill: str, seed: int, runs: Runs) -> None:
+    found = runs.recover(kill, seed)
     assert found.exit_code == -signal.SIGKILL
     assert found.end == runs.expected, found.error
     assert found.steps_lost <= EVERY, found
@@ -49,9 +66,8 @@ def test_a_terminated_run_saves_and_loses_nothing(seed: int, runs: Runs) -> None
     assert found.steps_lost == 0
 
 
-@pytest.mark.parametrize("fault", ["file truncated", "bit flipped", "file missing"])
-def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(fault: str, seed: int, runs: Runs) -> None:
-    found = runs.recover(fault, seed)
+def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(harm: str, seed: int, runs: Runs) -> None:
+    found = runs.recover(harm, seed)
     lines = [line for line in found.error.splitlines() if "is damaged and is passed over" in line]
     assert len(lines) == 1 and lines[0].startswith("tst: warning: checkpoint-2"), found.error
     assert found.end == runs.expected
@@ -89,17 +105,12 @@ def numbers(metrics: tuple[str, ...]) -> list[dict[str, Any]]:
     return [json.loads(line) for line in metrics]
 
 
-@pytest.mark.parametrize("way", ["two processes", "accumulation"])
-def test_other_processes_or_accumulation_read_the_same_samples(way: str, runs: Runs, tmp_path: Path) -> None:
-    """Stopped after step 8, in phase 1, and gone on with the same batch in other parts."""
+def test_two_processes_with_accumulation_read_the_same_samples(runs: Runs, tmp_path: Path) -> None:
+    """One process stopped after step 8, in phase 1; two, with the same batch in micro-batches of 1, go on."""
     out, notes = runs.stopped(tmp_path / "run", 8), tmp_path / "notes"
-    args = ("train", str(runs.config), "--out", str(out))
-    if way == "two processes":
-        for process in pair(tmp_path, command_that_notes_its_samples, str(notes), *args):
-            assert runs.wait(process) == 0, (tmp_path / "0.err").read_text()
-    else:
-        done = call(command_that_notes_its_samples, str(notes), *args, "--train.micro-batch-size", "1")
-        assert done.returncode == 0, done.stderr
+    args = ("train", str(runs.config), "--out", str(out), "--train.micro-batch-size", "1")
+    for process in pair(tmp_path, command_that_notes_its_samples, str(notes), *args):
+        assert runs.wait(process) == 0, (tmp_path / "0.err").read_text()
     found = outcome(out)
     for a, b in zip(numbers(found.metrics), numbers(runs.expected.metrics), strict=True):
         assert a == pytest.approx(b, rel=1e-4)
@@ -108,9 +119,8 @@ def test_other_processes_or_accumulation_read_the_same_samples(way: str, runs: R
     plan = PlannedDataset(TokenStore(config.data.path), config.schedule, 16, 4, seed=0)
     lines = sorted({line for f in tmp_path.glob("notes.*") for line in f.read_text().splitlines()}, key=index_of)
     assert lines == [f"{i} {digest(plan[i])}" for i in range(8 * 4, STEPS * 4)]
-    if way == "two processes":  # each step is shared out, in order
-        first = [index_of(line) for line in (tmp_path / "notes.0").read_text().splitlines()]
-        assert first == [i for i in range(8 * 4, STEPS * 4) if i % 4 < 2]
+    first = [index_of(line) for line in (tmp_path / "notes.0").read_text().splitlines()]
+    assert first == list(range(8 * 4, STEPS * 4, 2))  # each step is shared out, in order
 
 
 def index_of(line: str) -> int:
@@ -118,20 +128,18 @@ def index_of(line: str) -> int:
 
 
 def test_two_processes_agree_to_stop(runs: Runs, tmp_path: Path) -> None:
-    """SIGTERM to one of them; both end with 143 after the same step, and two go on to the end of two."""
-    out, expected = tmp_path / "run", tmp_path / "whole"
+    """SIGTERM to one of them; both end with 143 after the same step, and one process goes on to the end."""
+    out = tmp_path / "run"
     args = ("train", str(runs.config), "--train.save-every", "0", "--out")
-    for process in pair(tmp_path, command, *args, str(expected)):
-        assert runs.wait(process) == 0
     both = pair(tmp_path, command, *args, str(out))
     until(both[0], lambda: steps_done(out) >= 3)
     both[1].terminate()
     assert [runs.wait(process) for process in both] == [143, 143]
     (saved,) = checkpoints_in(out / "checkpoints")  # also without save_every
     assert step_of(saved) == steps_done(out) < STEPS and damage(saved) is None
-    for process in pair(tmp_path, command, *args, str(out)):
-        assert runs.wait(process) == 0
-    assert outcome(out) == outcome(expected)
+    assert runs.wait(runs.begin(out)) == 0
+    for a, b in zip(numbers(outcome(out).metrics), numbers(runs.expected.metrics), strict=True):
+        assert a == pytest.approx(b, rel=1e-4)
 
 
 def test_a_log_that_spans_a_checkpoint_is_whole(runs: Runs, tmp_path: Path) -> None:
