@@ -20,9 +20,8 @@ from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
-import numpy as np
-
 import atheris  # pyright: ignore
+import numpy as np
 
 with atheris.instrument_imports(include=["token_superposition.data"]):
     from token_superposition.data.sources import read_documents
