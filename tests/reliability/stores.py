@@ -16,7 +16,7 @@ from token_superposition.data.store import (
     SplitMeta,
     block_crc32,
     file_sha256,
-    write_header,
+    header_of,
 )
 
 
@@ -44,7 +44,7 @@ def sparse_store(directory: Path, shards: int, shard_tokens: int, linked: bool) 
             os.link(directory / f"{names[0]}.npy", tokens)
         else:
             with tokens.open("wb") as f:
-                write_header(f, "uint16", shard_tokens)
+                f.write(header_of("uint16", shard_tokens))
                 f.truncate(HEADER_BYTES + 2 * shard_tokens)
             for kind, path in files.items():
                 np.save(path, contents[kind])

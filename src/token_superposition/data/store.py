@@ -23,9 +23,10 @@ import json
 import os
 import zlib
 from dataclasses import asdict, dataclass, field
+from functools import lru_cache
 from itertools import accumulate
 from pathlib import Path
-from typing import IO, Any, Literal, cast
+from typing import Any, Literal, cast
 
 import numpy as np
 
@@ -204,10 +205,13 @@ class TokenStore:
         return {**self.__dict__, "_open": [None] * len(self._open)}  # a pickled memory map would be a whole copy
 
 
-def write_header(file: IO[bytes], dtype: str, length: int) -> None:
+@lru_cache
+def header_of(dtype: str, length: int) -> bytes:
     """The first ``HEADER_BYTES`` of a 1-D .npy file."""
+    header = io.BytesIO()
     kind = np.dtype(dtype).newbyteorder("<").str
-    np.lib.format.write_array_header_1_0(file, {"descr": kind, "fortran_order": False, "shape": (length,)})
+    np.lib.format.write_array_header_1_0(header, {"descr": kind, "fortran_order": False, "shape": (length,)})
+    return header.getvalue()
 
 
 def check_header(path: Path, dtype: str, length: int) -> None:
@@ -215,8 +219,6 @@ def check_header(path: Path, dtype: str, length: int) -> None:
 
     The file is not loaded by numpy, which would ask what the header says, but compared with what was written.
     """
-    expected = io.BytesIO()
-    write_header(expected, dtype, length)
     try:
         with path.open("rb", buffering=0) as f:
             size, header = os.fstat(f.fileno()).st_size, f.read(HEADER_BYTES)
@@ -224,7 +226,7 @@ def check_header(path: Path, dtype: str, length: int) -> None:
         raise damaged(path, f"cannot be read ({e.strerror})") from None
     if size != HEADER_BYTES + length * np.dtype(dtype).itemsize:
         raise damaged(path, f"has {size} bytes where meta.json says {length} values of {dtype}")
-    if header != expected.getvalue():
+    if header != header_of(dtype, length):
         raise damaged(path, f"does not begin with the header of {length} values of {dtype}")
 
 

@@ -122,6 +122,8 @@ def linear_multi_hot_cross_entropy(
 
 
 def _check(hidden: Tensor, weight: Tensor, softcap: float | None, impl: str, chunk_rows: int | None) -> None:
+    if weight.dim() != 2 or not weight.shape[0]:
+        raise TokenSuperpositionError(f"the head has shape {tuple(weight.shape)}; give (V, d) with V of at least 1")
     if hidden.shape[1] != weight.shape[1]:
         raise TokenSuperpositionError(
             f"hidden has width {hidden.shape[1]} but the head has width {weight.shape[1]}; they must be equal"

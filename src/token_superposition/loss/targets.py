@@ -16,6 +16,8 @@ BagLoss = Literal["multi-hot", "sum-to-one"]
 
 def as_rows(x: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:  # (N, d), (N, s)
     """Flatten (..., d) and (..., s) or (...) to rows. Raises ``TokenSuperpositionError`` if they do not fit."""
+    if not x.dim() or not x.shape[-1]:
+        raise TokenSuperpositionError(f"rows have shape {tuple(x.shape)}; give at least one value in each: (..., d)")
     if targets.dim() == x.dim() - 1:
         targets = targets.unsqueeze(-1)
     if targets.dim() != x.dim() or targets.shape[:-1] != x.shape[:-1] or not targets.shape[-1]:
