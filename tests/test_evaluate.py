@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 from pathlib import Path
 
 import pytest
@@ -100,3 +101,53 @@ def test_what_cannot_be_evaluated(
     ):
         assert main(["eval", *arguments]) == 2
         assert message in capsys.readouterr().err, message
+
+
+def test_a_benchmark_task_with_local_data(
+    finished_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Accuracies are those of the choices' log-probabilities, and of these by length, taken by hand."""
+    questions = [
+        {"question": "The river carries", "choices": [" boats to the sea", " the", " x"], "answer": 0},
+        {"question": "Bag 3 holds", "choices": [" return", " tokens 9", " sea"], "answer": 1},
+        {"question": "return", "choices": [" sea.", " x + 1"], "answer": 0},
+    ]
+    (tmp_path / "questions.json").write_text("".join(json.dumps(q) + "\n" for q in questions))
+    (tmp_path / "local.yaml").write_text(
+        "task: local_questions\ndataset_path: json\n"
+        f"dataset_kwargs: {{data_files: {{test: {tmp_path / 'questions.json'}}}}}\n"
+        "test_split: test\noutput_type: multiple_choice\ndoc_to_text: '{{question}}'\n"
+        "doc_to_choice: '{{choices}}'\ndoc_to_target: answer\ntarget_delimiter: ''\n"
+        "metric_list: [{metric: acc}, {metric: acc_norm}]\n"
+    )
+    given = ["eval", str(finished_run / "model"), "--tasks", str(tmp_path / "local.yaml"), "--out"]
+    assert main([*given, str(tmp_path / "scores.json")]) == 0
+    scores = json.loads((tmp_path / "scores.json").read_text())["tasks"]
+    assert "acc_norm" in capsys.readouterr().out
+
+    model = AutoModelForCausalLM.from_pretrained(finished_run / "model").eval()
+    tokenizer = AutoTokenizer.from_pretrained(finished_run / "model")
+    right = {"acc": 0, "acc_norm": 0}
+    for q in questions:
+        sums: list[float] = []
+        for choice in q["choices"]:
+            context = tokenizer(str(q["question"]), add_special_tokens=False)["input_ids"]
+            ids = tokenizer(f"{q['question']}{choice}", add_special_tokens=False)["input_ids"]
+            with torch.no_grad():
+                logits = model(torch.tensor([ids])).logits[0].double()
+            part = slice(len(context) - 1, len(ids) - 1)
+            sums.append(-cross_entropy(logits[part], torch.tensor(ids[len(context) :]), reduction="sum").item())
+        by_length = [x / len(choice) for x, choice in zip(sums, q["choices"], strict=True)]
+        right["acc"] += sums.index(max(sums)) == q["answer"]
+        right["acc_norm"] += by_length.index(max(by_length)) == q["answer"]
+    assert scores == {"local_questions": {name: pytest.approx(n / 3) for name, n in right.items()}}
+
+    assert main([*given[:3], str(tmp_path / "none.yaml")]) == 2
+    assert "there is no task" in capsys.readouterr().err
+
+
+def test_tasks_without_the_extra(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setitem(sys.modules, "lm_eval.evaluator", None)
+    monkeypatch.delitem(sys.modules, "token_superposition.experiment.tasks", raising=False)
+    assert main(["eval", "nowhere", "--tasks", "paper"]) == 2
+    assert "pip install 'token-superposition[eval]'" in capsys.readouterr().err

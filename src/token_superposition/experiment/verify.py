@@ -15,8 +15,8 @@ def verify_run(directory: Path) -> tuple[int, list[str]]:
     """How many files of a run, a comparison or a model were read, and a line for each damaged one.
 
     Every file of a checkpoint is compared with its checksum in the manifest. Other JSON, JSON lines and TOML are
-    parsed; a safetensors file must have the length that its header adds up to: what is changed inside these and still has their
-    form is not found.
+    parsed; a safetensors file must have the length that its header adds up to: what is changed inside these and still
+    has their form is not found.
 
     Raises ``TokenSuperpositionError`` if the directory holds no such file.
     """
