@@ -36,8 +36,8 @@ def run(args: Sequence[str]) -> None:
     options = parse(GenerateCommand, "generate", args)
     if options.max_new_tokens < 1 or options.temperature < 0 or not 0 < options.top_p <= 1:
         raise TokenSuperpositionError(
-            f"max-new-tokens {options.max_new_tokens} must be at least 1, "
-            f"temperature {options.temperature} at least 0, top-p {options.top_p} in (0, 1]"
+            f"max-new-tokens is {options.max_new_tokens}, temperature {options.temperature}, top-p {options.top_p}; "
+            "give at least 1, at least 0, and a share in (0, 1]"
         )
     from token_superposition.cli.quiet import quiet
     from token_superposition.experiment.generate import generate, load_model
