@@ -23,7 +23,7 @@ class EvalCommand:
     bits per byte compare models with different tokenizers. Tasks are run by lm-evaluation-harness, 0-shot
     (pip install 'token-superposition[eval]').
 
-    Examples:
+    Example: held-out tokens, any text, benchmarks
       tst eval run/model --data data                    the held-out part of tst prepare's data
       tst eval run/model --text notes.txt other.md      any UTF-8 text
       tst eval run/model --tasks paper                  the paper's eight: ARC, BoolQ, HellaSwag, MMLU, ...

@@ -19,7 +19,7 @@ class ExportCommand:
     OUT gets config.json, generation_config.json, model.safetensors, the tokenizer and README.md: nothing of this
     package is in it or needed to load it. It is loaded again and its logits are compared before it gets its name.
 
-    Examples:
+    Example: a finished run, half the size, a checkpoint, a run of a comparison
       tst export run my-model                           the finished model, or the newest checkpoint
       tst export run my-model --dtype bfloat16          half the size
       tst export run my-model --checkpoint 2000         the run as it was after 2,000 steps
