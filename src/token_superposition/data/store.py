@@ -192,7 +192,7 @@ class TokenStore:
         first, end = start // BLOCK_TOKENS, -(-stop // BLOCK_TOKENS)
         for block in first + np.flatnonzero(opened.unread[first:end]):
             content = opened.tokens[block * BLOCK_TOKENS : (block + 1) * BLOCK_TOKENS]
-            if zlib.crc32(content) != opened.crc32[block]:
+            if zlib.crc32(content.data) != opened.crc32[block]:
                 raise damaged(
                     path, f"differs from its checksum in the {BLOCK_TOKENS} tokens from {block * BLOCK_TOKENS} on"
                 )
@@ -257,7 +257,9 @@ def damaged(path: Path, what: str) -> TokenSuperpositionError:
 
 
 def block_crc32(tokens: np.ndarray) -> np.ndarray:  # (n,) -> (blocks,) uint32
-    return np.array([zlib.crc32(tokens[i : i + BLOCK_TOKENS]) for i in range(0, len(tokens), BLOCK_TOKENS)], np.uint32)
+    return np.array(
+        [zlib.crc32(tokens[i : i + BLOCK_TOKENS].data) for i in range(0, len(tokens), BLOCK_TOKENS)], np.uint32
+    )
 
 
 def file_sha256(path: Path) -> str:
