@@ -215,7 +215,7 @@ class TSTTrainer(Trainer):
                 "raw_tokens": plan.schedule.raw_tokens(*counts),
             }
             if self.figures is not None:
-                logs |= self.figures(step, logs["latent_tokens"], logs["raw_tokens"])
+                logs |= self.figures(step, plan.schedule.latent_tokens(*counts), plan.schedule.raw_tokens(*counts))
             if plan.boundaries is not None and "loss" in logs:
                 logs["tokens_per_bag"] = plan.tokens_per_bag(max(step - 1, 0))
         super().log(logs, start_time)
