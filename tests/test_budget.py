@@ -314,7 +314,7 @@ def test_prepared_data_decide_vocabulary_and_tokens(prepared: Path) -> None:
         (["600m", "--tokens-available", "0"], "tokens-available is 0.0; give a number of tokens"),
         (["600m", "--vocab-size", "0"], "vocab-size is 0"),
         (["600m", "--train.steps", "2000"], "do not fit in 2000 steps"),
-        (["600m", "--model.architecture", "lama"], "model lama cannot be built"),
+        (["600m", "--model.architecture", "lama"], "model.architecture is 'lama'; did you mean llama?"),
     ],
 )
 def test_a_wrong_plan_has_one_line(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -99,7 +99,7 @@ def test_what_cannot_be_exported(finished_run: Path, tmp_path: Path, capsys: pyt
         ([tmp_path / "nowhere", tmp_path / "out"], "holds no model/ and no checkpoint; name the --out of a tst train"),
         (
             [finished_run, tmp_path / "out", "--checkpoint", "5"],
-            "no checkpoint of step 5; it has those of steps 4, 8, 12",
+            "no checkpoint of step 5; it has those of steps 4, 6, 8, 12",
         ),
         ([finished_run, tmp_path / "there"], "exists; choose another OUT"),
     ):

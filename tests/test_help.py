@@ -27,8 +27,9 @@ def examples(command: str) -> list[str]:
     """Lines of its help that begin with the command, and one for each line of further options below it."""
     module = importlib.import_module(f"token_superposition.cli.{command}")
     text = getattr(module, f"{command.title()}Command").__doc__.partition("Example")[2]
-    found = re.findall(rf"tst {command} .+", text)
+    found = re.findall(rf"tst {command} (?:\S+ ?)+", text)  # up to a comment, which two spaces set off
     further = re.findall(r"(?m)^ +(--\S+(?: [^ -]\S*)*) {2,}\S", text)
+    found = [line.partition(" && ")[0] for line in found]
     return [*found, *(f"tst {command} config.toml {options}" for options in further)]
 
 
@@ -62,5 +63,4 @@ def test_examples_of_the_first_page(
 
 def test_a_wrong_example_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("token_superposition.cli.report.parse", stop_after_parsing)
-    with pytest.raises(SystemExit):
-        main(["report", "comparison", "--no-such-option"])
+    assert main(["report", "comparison", "--no-such-option"]) == 2

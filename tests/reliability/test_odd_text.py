@@ -196,8 +196,9 @@ def without_privileges() -> Iterator[None]:
 
 
 def test_an_unreadable_file_or_folder_is_named(tmp_path: Path) -> None:
-    for parent in (tmp_path, *tmp_path.parents[:2]):
-        parent.chmod(0o755)
+    for parent in (tmp_path, *tmp_path.parents):
+        if parent.owner() == tmp_path.owner() and parent.stat().st_mode & 0o777 == 0o700:
+            parent.chmod(0o755)
     for name in ("file.txt", "folder/a.txt"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text("secret")

@@ -8,6 +8,7 @@ import os
 import platform
 import shutil
 import sys
+import traceback
 import warnings
 from collections.abc import Generator
 from contextlib import contextmanager
@@ -221,6 +222,9 @@ def train(
             raise TokenSuperpositionError(
                 f"{checkpoint} holds more than tensors and plain values, which is not loaded; take another checkpoint"
             ) from None
+        except Exception as e:
+            traceback.clear_frames(e.__traceback__)  # lets the loader go, whose processes do not end by SIGTERM
+            raise
         if preemption.stopped:
             if first:
                 print(f"tst: terminated after step {trainer.state.global_step}, saved in {out}", file=sys.stderr)
