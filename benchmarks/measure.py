@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from token_superposition.experiment.run import hardware
+from token_superposition.experiment.result import hardware
 
 RESULTS = Path(__file__).parent / "results.csv"
 

@@ -20,10 +20,10 @@ from token_superposition.cli.arguments import parse, split_config
 from token_superposition.cli.plan import PlanCommand
 from token_superposition.experiment.budget import GPUS, memory_of, shape_of
 from token_superposition.experiment.config import Config, DataConfig, ModelConfig, load_preset
+from token_superposition.experiment.flops import flops_per_sequence
 from token_superposition.experiment.model import empty_model
 from token_superposition.experiment.planning import LLAMA3_VOCAB, Plan, plan
 from token_superposition.experiment.published import nearest_runs, nearest_table, outside, published_runs, tables
-from token_superposition.experiment.run import flops_per_sequence
 
 DOCUMENT = Path(__file__).parent.parent / "docs/plan.md"
 DENSE = ("270m", "600m", "3b")

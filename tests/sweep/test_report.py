@@ -16,7 +16,7 @@ from token_superposition.experiment.grid import Cell, Grid, grid_of
 from token_superposition.experiment.halving import Design
 from token_superposition.experiment.progress import RunProgress
 from token_superposition.experiment.published import tables
-from token_superposition.experiment.run import RunResult
+from token_superposition.experiment.result import RunResult
 from token_superposition.experiment.sweep import (
     write_sweep,
 )

@@ -68,7 +68,7 @@ def run(args: Sequence[str]) -> None:
         importlib.import_module("token_superposition.experiment.tasks")  # refuses before anything is computed
     from token_superposition.experiment.evaluate import Loss, evaluate_store, evaluate_text
     from token_superposition.experiment.generate import load_model
-    from token_superposition.experiment.run import write_json
+    from token_superposition.experiment.result import write_json
 
     model, tokenizer = load_model(options.model)
     common: dict[str, Any] = {

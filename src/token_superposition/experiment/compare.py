@@ -13,7 +13,7 @@ from token_superposition.data.store import Meta, TokenStore
 from token_superposition.experiment.config import BASELINE, Config, save_config
 from token_superposition.experiment.generate import generate, load_model
 from token_superposition.experiment.jobs import Job, check_jobs, run_jobs
-from token_superposition.experiment.run import CONFIG, MODEL, write_json
+from token_superposition.experiment.result import CONFIG, MODEL, write_json
 from token_superposition.experiment.summary import Run, comparison, load_runs
 
 SUMMARY = "summary.json"

@@ -21,7 +21,7 @@ from token_superposition.errors import TokenSuperpositionError
 from token_superposition.experiment.checkpoints import checkpoints_in, damage, newest_whole, step_of
 from token_superposition.experiment.config import load_config
 from token_superposition.experiment.model import model_settings
-from token_superposition.experiment.run import CONFIG, MODEL
+from token_superposition.experiment.result import CONFIG, MODEL
 from token_superposition.report.model_card import Figures, model_card
 
 DType = Literal["bfloat16", "float32"]

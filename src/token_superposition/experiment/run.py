@@ -5,16 +5,14 @@ from __future__ import annotations
 import json
 import math
 import os
-import platform
 import shutil
 import sys
 import traceback
 import warnings
 from collections.abc import Generator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from functools import partial
-from importlib.metadata import version
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any, cast
@@ -23,8 +21,6 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
 from transformers import (
     PreTrainedModel,
     PrinterCallback,
@@ -42,89 +38,26 @@ from token_superposition.engines.transformers.switch import AtSwitch
 from token_superposition.errors import TokenSuperpositionError
 from token_superposition.experiment.checkpoints import checkpoints_in, damage, step_of
 from token_superposition.experiment.config import Config, save_config
+from token_superposition.experiment.flops import flops_per_sequence
 from token_superposition.experiment.health import GradientGuard
 from token_superposition.experiment.launch import Launch
 from token_superposition.experiment.metrics import MetricsWriter, Report, read_metrics
 from token_superposition.experiment.model import build_model, empty_model
 from token_superposition.experiment.preempt import TERMINATED, Preemption
+from token_superposition.experiment.result import (
+    CONFIG,
+    METRICS,
+    MODEL,
+    RESULT,
+    RunResult,
+    phase_step_seconds,
+    write_json,
+)
 from token_superposition.experiment.resume import MAY_CHANGE, Resume, Start, check_start, facts
 from token_superposition.experiment.shards import weights_only
 from token_superposition.experiment.tracking import Rates, check_trackers, device_peak, report_arguments
 from token_superposition.experiment.trainer import RunTrainer
 from token_superposition.experiment.watchdog import Watchdog
-
-RESULT = "run.json"
-CONFIG = "config.toml"
-METRICS = "metrics.jsonl"
-MODEL = "model"
-
-
-@dataclass(frozen=True)
-class RunResult:
-    """What a finished run says of itself, in run.json."""
-
-    seed: int
-    bag_size: int
-    """Largest input or output bag."""
-    ratio: float
-    """Share of the steps before the last switch."""
-    steps: int
-    latent_tokens: int
-    raw_tokens: int
-    epochs: float
-    """How often the text was read."""
-    flops: float
-    """3 x the matrix-product FLOPs of a forward pass over one sequence, counted by torch, x sequences.
-
-    With those of the heads for further tokens, if the run had any.
-    """
-    train_seconds: float
-    """Time in training steps, without validation and saving."""
-    phase_step_seconds: list[float]
-    """Mean time of a step in each phase; where bag sizes are mixed, in all the steps on bags and in the rest."""
-    val_loss: float
-    """Next-token loss on held-out text, nats per token."""
-    val_bpb: float
-    """The same in bits per byte of text."""
-    parameters: int
-    """Of the finished model."""
-    hardware: str
-    versions: dict[str, str]
-
-    @classmethod
-    def of(
-        cls,
-        config: Config,
-        plan: PlannedDataset,
-        *,
-        flops: float,
-        train_seconds: float,
-        phase_step_seconds: list[float],
-        val_loss: float,
-        bits_per_byte: float,
-        parameters: int,
-        engine: str | None = None,
-    ) -> RunResult:
-        """The counts follow from the plan, hardware and versions from this process; ``engine`` names a package."""
-        schedule, counts = plan.schedule, (plan.batch_size, plan.sequence_length)
-        packages = ("token-superposition", "torch", "transformers", *([engine] if engine else []))
-        return cls(
-            seed=config.train.seed,
-            bag_size=max(max(p.input_bag, p.output_bag) for p in schedule.phases),
-            ratio=(schedule.switches[-1] if schedule.switches else 0) / schedule.total_steps,
-            steps=schedule.total_steps,
-            latent_tokens=schedule.latent_tokens(*counts),
-            raw_tokens=schedule.raw_tokens(*counts),
-            epochs=plan.epochs,
-            flops=flops,
-            train_seconds=train_seconds,
-            phase_step_seconds=phase_step_seconds,
-            val_loss=val_loss,
-            val_bpb=val_loss * bits_per_byte,
-            parameters=parameters,
-            hardware=hardware(),
-            versions={name: version(name) for name in packages} | {"python": platform.python_version()},
-        )
 
 
 def train(
@@ -363,38 +296,6 @@ def prepare_directory(config: Config, out: Path) -> None:
     written.rename(out / CONFIG)
 
 
-@torch.no_grad()
-def flops_per_sequence(model: nn.Module, sequence_length: int) -> float:
-    """FLOPs of training on one sequence: 3 x its forward pass, matrix products counted as they run."""
-    device = next(model.parameters()).device
-    training = model.training
-    experts: dict[Any, Any] = {torch.ops.aten._grouped_mm: _grouped_mm_flops}  # torch's counter leaves it out
-    counter = FlopCounterMode(display=False, custom_mapping=experts)
-    with counter, sdpa_kernel(SDPBackend.MATH):  # fused attention is not counted
-        model.eval()(input_ids=torch.zeros(1, sequence_length, dtype=torch.long, device=device), use_cache=False)
-    model.train(training)
-    return 3.0 * counter.get_total_flops()
-
-
-def _grouped_mm_flops(rows: list[int], matrices: list[int], *_: Any, **__: Any) -> int:
-    """Every row is multiplied by one of the matrices: (n, k) by (E, k, m)."""
-    return 2 * rows[0] * rows[1] * matrices[-1]
-
-
-def phase_step_seconds(out: Path, starts: list[int]) -> list[float]:
-    """Mean seconds of a step in each phase, from the logged steps after the phase's first."""
-    lines = [m for m in read_metrics(out / METRICS) if "loss" in m]
-    result: list[float] = []
-    for start, end in zip(starts, [*starts[1:], math.inf], strict=True):
-        inside = [m for m in lines if start < m["step"] <= end]
-        if len(inside) < 2:
-            result.append(math.nan)
-        else:
-            steps = inside[-1]["step"] - inside[0]["step"]
-            result.append((inside[-1]["seconds"] - inside[0]["seconds"]) / steps)
-    return result
-
-
 def save_model(trainer: RunTrainer, path: Path) -> None:
     """Write the finished model aside, then rename it. Shards are gathered to one process."""
     partial = path.with_name(f".{path.name}.partial")
@@ -405,21 +306,3 @@ def save_model(trainer: RunTrainer, path: Path) -> None:
         (partial / "training_args.bin").unlink(missing_ok=True)
         shutil.rmtree(path, ignore_errors=True)
         partial.rename(path)
-
-
-def write_json(path: Path, content: Any) -> None:
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(json.dumps(content, indent=2) + "\n")
-    partial.rename(path)
-
-
-def hardware() -> str:
-    if torch.cuda.is_available():
-        return f"{torch.cuda.device_count()} x {torch.cuda.get_device_name()}"
-    name = platform.processor() or platform.machine()
-    try:
-        with Path("/proc/cpuinfo").open() as f:
-            name = next((line.split(":", 1)[1].strip() for line in f if line.startswith("model name")), name)
-    except OSError:
-        pass
-    return f"{name}, {torch.get_num_threads()} of {os.cpu_count()} cores"

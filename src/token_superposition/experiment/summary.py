@@ -12,7 +12,7 @@ from statistics import mean, median, stdev
 from typing import Any
 
 from token_superposition.experiment.intervals import CONFIDENCE, seed_speedup, speedup, t_interval
-from token_superposition.experiment.run import RESULT, RunResult
+from token_superposition.experiment.result import RESULT, RunResult
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ from token_superposition.experiment.grid import Cell, Grid, directory, grid_of
 from token_superposition.experiment.halving import Best, Design, Round
 from token_superposition.experiment.intervals import CONFIDENCE
 from token_superposition.experiment.jobs import Job, check_jobs, run_jobs
-from token_superposition.experiment.run import CONFIG, MODEL, RESULT, RunResult, write_json
+from token_superposition.experiment.result import CONFIG, MODEL, RESULT, RunResult, write_json
 from token_superposition.weights import Weighting
 
 SUMMARY = "sweep.json"

@@ -16,7 +16,7 @@ from token_superposition.data.store import TokenStore, file_sha256
 from token_superposition.errors import TokenSuperpositionError
 from token_superposition.experiment.config import Config, load_config, save_config
 from token_superposition.experiment.metrics import read_metrics
-from token_superposition.experiment.run import CONFIG, METRICS, RESULT
+from token_superposition.experiment.result import CONFIG, METRICS, RESULT
 
 TEMPLATE = files("token_superposition") / "report" / "model_card.md.j2"
 

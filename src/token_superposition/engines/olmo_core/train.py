@@ -42,15 +42,8 @@ from token_superposition.errors import TokenSuperpositionError, require_int
 from token_superposition.experiment.config import Config
 from token_superposition.experiment.launch import native_bfloat16
 from token_superposition.experiment.model import build_model
-from token_superposition.experiment.run import (
-    METRICS,
-    MODEL,
-    RESULT,
-    RunResult,
-    phase_step_seconds,
-    prepare_directory,
-    write_json,
-)
+from token_superposition.experiment.result import METRICS, MODEL, RESULT, RunResult, phase_step_seconds, write_json
+from token_superposition.experiment.run import prepare_directory
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,123 @@
+"""What a run's directory holds: the names of its files, and run.json, with which a finished run says what it was."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import platform
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from token_superposition.data.plan import PlannedDataset
+from token_superposition.experiment.config import Config
+from token_superposition.experiment.metrics import read_metrics
+
+RESULT = "run.json"
+CONFIG = "config.toml"
+METRICS = "metrics.jsonl"
+MODEL = "model"
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """What a finished run says of itself, in run.json."""
+
+    seed: int
+    bag_size: int
+    """Largest input or output bag."""
+    ratio: float
+    """Share of the steps before the last switch."""
+    steps: int
+    latent_tokens: int
+    raw_tokens: int
+    epochs: float
+    """How often the text was read."""
+    flops: float
+    """3 x the matrix-product FLOPs of a forward pass over one sequence, counted by torch, x sequences.
+
+    With those of the heads for further tokens, if the run had any.
+    """
+    train_seconds: float
+    """Time in training steps, without validation and saving."""
+    phase_step_seconds: list[float]
+    """Mean time of a step in each phase; where bag sizes are mixed, in all the steps on bags and in the rest."""
+    val_loss: float
+    """Next-token loss on held-out text, nats per token."""
+    val_bpb: float
+    """The same in bits per byte of text."""
+    parameters: int
+    """Of the finished model."""
+    hardware: str
+    versions: dict[str, str]
+
+    @classmethod
+    def of(
+        cls,
+        config: Config,
+        plan: PlannedDataset,
+        *,
+        flops: float,
+        train_seconds: float,
+        phase_step_seconds: list[float],
+        val_loss: float,
+        bits_per_byte: float,
+        parameters: int,
+        engine: str | None = None,
+    ) -> RunResult:
+        """The counts follow from the plan, hardware and versions from this process; ``engine`` names a package."""
+        schedule, counts = plan.schedule, (plan.batch_size, plan.sequence_length)
+        packages = ("token-superposition", "torch", "transformers", *([engine] if engine else []))
+        return cls(
+            seed=config.train.seed,
+            bag_size=max(max(p.input_bag, p.output_bag) for p in schedule.phases),
+            ratio=(schedule.switches[-1] if schedule.switches else 0) / schedule.total_steps,
+            steps=schedule.total_steps,
+            latent_tokens=schedule.latent_tokens(*counts),
+            raw_tokens=schedule.raw_tokens(*counts),
+            epochs=plan.epochs,
+            flops=flops,
+            train_seconds=train_seconds,
+            phase_step_seconds=phase_step_seconds,
+            val_loss=val_loss,
+            val_bpb=val_loss * bits_per_byte,
+            parameters=parameters,
+            hardware=hardware(),
+            versions={name: version(name) for name in packages} | {"python": platform.python_version()},
+        )
+
+
+def phase_step_seconds(out: Path, starts: list[int]) -> list[float]:
+    """Mean seconds of a step in each phase, from the logged steps after the phase's first."""
+    lines = [m for m in read_metrics(out / METRICS) if "loss" in m]
+    result: list[float] = []
+    for start, end in zip(starts, [*starts[1:], math.inf], strict=True):
+        inside = [m for m in lines if start < m["step"] <= end]
+        if len(inside) < 2:
+            result.append(math.nan)
+        else:
+            steps = inside[-1]["step"] - inside[0]["step"]
+            result.append((inside[-1]["seconds"] - inside[0]["seconds"]) / steps)
+    return result
+
+
+def write_json(path: Path, content: Any) -> None:
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_text(json.dumps(content, indent=2) + "\n")
+    partial.rename(path)
+
+
+def hardware() -> str:
+    if torch.cuda.is_available():
+        return f"{torch.cuda.device_count()} x {torch.cuda.get_device_name()}"
+    name = platform.processor() or platform.machine()
+    try:
+        with Path("/proc/cpuinfo").open() as f:
+            name = next((line.split(":", 1)[1].strip() for line in f if line.startswith("model name")), name)
+    except OSError:
+        pass
+    return f"{name}, {torch.get_num_threads()} of {os.cpu_count()} cores"
