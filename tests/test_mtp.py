@@ -29,10 +29,11 @@ from token_superposition.engines.transformers.muon import split_parameters
 from token_superposition.experiment.budget import shape_of
 from token_superposition.experiment.checkpoints import newest_whole
 from token_superposition.experiment.compare import jobs_of
-from token_superposition.experiment.config import Config, SuperpositionConfig, load_config
+from token_superposition.experiment.config import Config, load_config
 from token_superposition.experiment.dry_run import cost_of_job
 from token_superposition.experiment.launch import Launch
 from token_superposition.experiment.summary import comparison
+from token_superposition.experiment.superposition import SuperpositionConfig
 
 HEADS, WEIGHT = 2, 0.3
 

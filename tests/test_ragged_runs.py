@@ -28,9 +28,10 @@ from token_superposition.data.prepare import PrepareOptions, prepare
 from token_superposition.data.store import Meta, TokenStore
 from token_superposition.data.tokenizer import load_tokenizer
 from token_superposition.engines.transformers import TSTTrainer
-from token_superposition.experiment.config import SuperpositionConfig, load_config
+from token_superposition.experiment.config import load_config
 from token_superposition.experiment.metrics import read_metrics
 from token_superposition.experiment.run import train
+from token_superposition.experiment.superposition import SuperpositionConfig
 
 KINDS: tuple[BoundaryKind, ...] = ("document", "line", "word")
 NOWHERE = Boundaries(np.zeros(VOCAB, bool), np.zeros(VOCAB, bool))

@@ -17,9 +17,10 @@ from benchmarks.measure import peak_bytes
 from tests.conftest import TINY, VOCAB, tiny
 from tests.test_variants import changed
 from token_superposition import TokenSuperpositionError, bag_embedding, superpose, unsuperpose
-from token_superposition.experiment.config import Config, SuperpositionConfig, load_config
+from token_superposition.experiment.config import Config, load_config
 from token_superposition.experiment.metrics import read_metrics
 from token_superposition.experiment.run import train
+from token_superposition.experiment.superposition import SuperpositionConfig
 from token_superposition.place_signal import place_factors, placed_bag_mean
 
 IDS = torch.randint(VOCAB, (2, 6, 3), generator=torch.Generator().manual_seed(1))

@@ -24,7 +24,8 @@ from token_superposition import TokenSuperpositionError, reference
 from token_superposition import linear_multi_hot_cross_entropy as linear
 from token_superposition import multi_hot_cross_entropy as on_logits
 from token_superposition.engines.transformers import TSTTrainer
-from token_superposition.experiment.config import Config, SuperpositionConfig
+from token_superposition.experiment.config import Config
+from token_superposition.experiment.superposition import SuperpositionConfig
 from token_superposition.loss.vocab_parallel import VocabParallel
 
 

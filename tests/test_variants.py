@@ -18,10 +18,11 @@ from token_superposition import WSD, TokenSuperpositionError
 from token_superposition.engines.transformers import TSTTrainer
 from token_superposition.engines.transformers.muon import MuonAdamW, split_parameters
 from token_superposition.engines.transformers.switch import AtSwitch
-from token_superposition.experiment.config import VARIANTS, Config, SuperpositionConfig, load_config
+from token_superposition.experiment.config import Config, load_config
 from token_superposition.experiment.launch import Launch
 from token_superposition.experiment.metrics import read_metrics
 from token_superposition.experiment.run import train
+from token_superposition.experiment.superposition import VARIANTS, SuperpositionConfig
 
 SAVES = (4, 6, 9)
 Run = Callable[..., list[dict[str, Any]]]

@@ -16,7 +16,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from tests.conftest import TINY, VOCAB
 from token_superposition.engines.olmo_core import load_weights, transformer_config
 from token_superposition.engines.olmo_core.train import Layout, train, train_module
-from token_superposition.experiment.config import Config, DataConfig, ModelConfig, SuperpositionConfig, TrainConfig
+from token_superposition.experiment.config import Config, DataConfig, ModelConfig, TrainConfig
+from token_superposition.experiment.superposition import SuperpositionConfig
 
 SHAPES: dict[str, dict[str, Any]] = {"llama": TINY["llama"] | {"num_key_value_heads": 2}}
 SHAPES["qwen3"] = SHAPES["llama"] | {"head_dim": 24}

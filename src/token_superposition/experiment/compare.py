@@ -10,11 +10,12 @@ from pathlib import Path
 from rich.console import Console
 
 from token_superposition.data.store import Meta, TokenStore
-from token_superposition.experiment.config import BASELINE, Config, save_config
+from token_superposition.experiment.config import Config, save_config
 from token_superposition.experiment.generate import generate, load_model
 from token_superposition.experiment.jobs import Job, check_jobs, run_jobs
 from token_superposition.experiment.result import CONFIG, MODEL, write_json
 from token_superposition.experiment.summary import Run, comparison, load_runs
+from token_superposition.experiment.superposition import BASELINE
 
 SUMMARY = "summary.json"
 

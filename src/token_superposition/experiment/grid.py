@@ -10,14 +10,13 @@ from typing import Any
 
 from token_superposition.errors import TokenSuperpositionError, require_int
 from token_superposition.experiment.config import (
-    BASELINE,
     CompareConfig,
     Config,
-    SuperpositionConfig,
     SweepConfig,
     SweepSchedule,
 )
 from token_superposition.experiment.jobs import Job
+from token_superposition.experiment.superposition import BASELINE, SuperpositionConfig
 from token_superposition.weights import Weighting
 
 MIXTURE: dict[SweepSchedule, float] = {"halving": 0.0, "fading": 0.5, "random": 1.0}

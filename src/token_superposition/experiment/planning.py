@@ -19,8 +19,9 @@ from token_superposition.experiment.budget import (
     micro_batch_of,
     shape_of,
 )
-from token_superposition.experiment.config import BASELINE, Config
+from token_superposition.experiment.config import Config
 from token_superposition.experiment.published import Cell, PublishedRun, nearest_runs, nearest_table, outside
+from token_superposition.experiment.superposition import BASELINE
 
 LLAMA3_VOCAB = 128_256
 OPTIMISTIC = 1.5  # times the paper's own utilisation

@@ -21,7 +21,8 @@ from token_superposition.engines.torchtitan.loss import BagLoss
 from token_superposition.engines.torchtitan.metrics import BagMetrics
 from token_superposition.engines.torchtitan.trainer import TSTTrainer
 from token_superposition.errors import TokenSuperpositionError
-from token_superposition.experiment.config import BASELINE, Config, load_config
+from token_superposition.experiment.config import Config, load_config
+from token_superposition.experiment.superposition import BASELINE
 
 
 def tst_270m() -> TSTTrainer.Config:

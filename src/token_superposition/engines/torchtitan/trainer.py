@@ -30,7 +30,8 @@ from token_superposition.engines.torchtitan.export import export_model
 from token_superposition.engines.torchtitan.loss import BagLoss
 from token_superposition.engines.torchtitan.metrics import BagMetrics
 from token_superposition.engines.torchtitan.models import checked_settings, model_spec
-from token_superposition.experiment.config import ModelConfig, SuperpositionConfig
+from token_superposition.experiment.config import ModelConfig
+from token_superposition.experiment.superposition import SuperpositionConfig
 
 MODEL = "model"
 
