@@ -290,3 +290,11 @@ def test_a_step_is_timed_in_micro_batches(write_config: Callable[..., Path]) -> 
         for b, m in ((8, 8), (1024, 8))
     ]
     assert 0 < times[0] < 10 and times[1] > 20 * times[0]
+
+
+def test_further_seeds_leave_the_runs_of_the_first_where_they_are() -> None:
+    """So that they are skipped as done."""
+    config = replace(Config(), compare=CompareConfig(seeds=(3,), baseline_lengths=(1.0, 2.0)))
+    more = replace(config, compare=replace(config.compare, seeds=(3, 4)))
+    further = {j.directory: j.config for j in jobs_of(more)}
+    assert {j.directory: j.config for j in jobs_of(config)}.items() <= further.items() and len(further) == 6

@@ -29,7 +29,7 @@ def jobs_of(config: Config) -> list[Job]:
     jobs: list[Job] = []
     seeds = config.compare.seeds or (config.train.seed,)
     for seed in seeds:
-        ending = f"-seed{seed}" if len(seeds) > 1 else ""
+        ending = f"-seed{seed}" if config.compare.seeds else ""
         seeded = replace(config, train=replace(config.train, seed=seed))
         baselines: list[Job] = []
         for length in lengths:
