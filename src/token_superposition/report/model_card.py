@@ -59,11 +59,11 @@ class Figures:
             hardware=last.get("hardware"),
             versions=last.get("versions", {}),
             config=config,
-            data=data_identity(config) if config else (),
+            data=data_rows(config) if config else (),
         )
 
 
-def data_identity(config: Config) -> tuple[tuple[str, str], ...]:
+def data_rows(config: Config) -> tuple[tuple[str, str], ...]:
     """What the token store is, without saying where; empty if it is gone."""
     try:
         store = TokenStore(config.data.path)
