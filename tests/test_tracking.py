@@ -71,5 +71,5 @@ def test_what_cannot_be_reported_to(
     with pytest.raises(TokenSuperpositionError, match="names trackio, which is not installed; pip install trackio"):
         check_trackers(TrainConfig(report_to=("tensorboard", "trackio")))
     with pytest.raises(TokenSuperpositionError, match="OLMo-core has callbacks of its own"):
-        TrainConfig(report_to=("wandb",)).refuse_report_to("OLMo-core")
+        TrainConfig(report_to=("wandb",)).refuse_unsupported("OLMo-core")
     assert report_arguments(TrainConfig(), tmp_path / "x")["report_to"] == "none"

@@ -237,6 +237,8 @@ ENGINE = "the OLMo-core engine"
         (2, "--superposition.anneal 4 2 --superposition.mixture 0.5",
          "superposition.mixture is 0.5; the OLMo-core engine does not have it"),
         (2, "--train.optimizer muon", "train.optimizer is 'muon'; the OLMo-core engine has adamw only, so use"),
+        (1, "--train.on-nonfinite skip", "train.on_nonfinite is 'skip'; OLMo-core stops at a loss that is not finite"),
+        (1, "--train.keep 5", "train.keep is 5; the OLMo-core engine keeps every checkpoint: leave it out"),
         (2, "--superposition.loss sum-to-one",
          "superposition.loss is 'sum-to-one'; the OLMo-core engine does not have it, so use tst train"),
         (2, "--data.path nowhere", "nowhere holds no prepared data"),

@@ -16,11 +16,17 @@ BAD = (
     "--superposition.loss sum-to-one",
 )
 
+UNSUPPORTED = {
+    "muon": TrainConfig(optimizer="muon"),
+    "skip": TrainConfig(on_nonfinite="skip"),
+    "keep": TrainConfig(keep=5),
+}
+
 
 def say_what_is_wrong() -> None:
     """Prints the error of each, and whether there was a process group."""
     pretend()
-    for attempt in (*BAD, "old torch", "muon"):
+    for attempt in (*BAD, "old torch", *UNSUPPORTED):
         try:
             build(attempt)
         except TokenSuperpositionError as e:
@@ -32,8 +38,8 @@ def build(attempt: str) -> None:
 
     from token_superposition.engines.torchtitan.config_registry import trainer_config
 
-    if attempt == "muon":
-        trainer_config(Config(train=TrainConfig(optimizer="muon")), "muon")
+    if attempt in UNSUPPORTED:
+        trainer_config(Config(train=UNSUPPORTED[attempt]), "unsupported")
         return
     if attempt == "old torch":
         del torch.distributed.set_timeout  # pyright: ignore

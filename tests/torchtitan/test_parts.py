@@ -195,12 +195,13 @@ def test_nothing_starts_where_torchtitan_cannot_run(configs: Path) -> None:
     environment = {"TST_TEST_CONFIGS": str(configs), "WORLD_SIZE": "4", "RANK": "0", "LOCAL_RANK": "0"}
     done = call(say_what_is_wrong, **environment)
     said = [line for line in done.stdout.splitlines() if line.startswith("said:")]
-    assert len(said) == 7 and all(line.endswith(" False") for line in said), done.stdout + done.stderr
+    assert len(said) == 9 and all(line.endswith(" False") for line in said), done.stdout + done.stderr
     assert "global_batch_size 6 is not a multiple of 4 data-parallel processes" in said[0]
     assert "ratio is 1.0" in said[1] and "nowhere holds no prepared data" in said[2]
     assert "one block needs" in said[3] and "install torch 2.14" in said[5]
     assert "superposition.loss is 'sum-to-one'; the torchtitan engine does not have it" in said[4]
     assert "train.optimizer is 'muon'; the torchtitan engine has adamw only" in said[6]
+    assert "torchtitan stops at a loss that is not finite" in said[7] and "keeps every checkpoint" in said[8]
 
 
 @pytest.mark.parametrize("installed", [None, "0.2.9"])

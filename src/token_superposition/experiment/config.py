@@ -99,25 +99,31 @@ class TrainConfig:
     on_nonfinite: Literal["stop", "skip"] = "stop"
     """A gradient that is not finite never reaches the weights (tst train): the run stops, or it skips that step."""
     timeout_minutes: float = 30.0
-    """A run that does not come on for so long ends with an error (tst train): a stalled loader, a dead process."""
+    """A run that does not come on for so long ends with an error: a stalled loader, a dead process."""
     loader_workers: int = 0
     """Processes that read data ahead."""
     report_to: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = ()
     """Trackers that are told of the run beside metrics.jsonl, by the Trainer's own reports."""
 
-    def refuse_report_to(self, engine: str) -> None:
-        """Raise ``TokenSuperpositionError`` for an engine that has trackers of its own."""
+    def refuse_unsupported(self, engine: str) -> None:
+        """Raise ``TokenSuperpositionError`` for what only ``tst train`` has, were it asked for on another engine."""
+        if self.optimizer != "adamw":
+            raise TokenSuperpositionError(
+                f"train.optimizer is {self.optimizer!r}; the {engine} engine has adamw only, so use tst train"
+            )
         if self.report_to:
             raise TokenSuperpositionError(
                 f"train.report_to is {', '.join(self.report_to)}; {engine} has callbacks of its own for that, and "
                 "metrics.jsonl is always written, so leave it out"
             )
-
-    def refuse_muon(self, engine: str) -> None:
-        """Raise ``TokenSuperpositionError`` for an engine that has AdamW only."""
-        if self.optimizer != "adamw":
+        if self.on_nonfinite != "stop":
             raise TokenSuperpositionError(
-                f"train.optimizer is {self.optimizer!r}; the {engine} engine has adamw only, so use tst train"
+                f"train.on_nonfinite is {self.on_nonfinite!r}; {engine} stops at a loss that is not finite and skips "
+                "no step, so leave it out or use tst train"
+            )
+        if self.keep not in (0, TrainConfig.keep):
+            raise TokenSuperpositionError(
+                f"train.keep is {self.keep}; the {engine} engine keeps every checkpoint: leave it out, or use tst train"
             )
 
 

@@ -7,6 +7,7 @@ import os
 import warnings
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -98,8 +99,7 @@ def train(
     """
     config.check()
     config.superposition.refuse_variants("OLMo-core")
-    config.train.refuse_muon("OLMo-core")
-    config.train.refuse_report_to("OLMo-core")
+    config.train.refuse_unsupported("OLMo-core")
     out = Path(out)
     store = TokenStore(config.data.path)
     start = initial_model(config, store.meta)
@@ -129,7 +129,8 @@ def train(
 
     if processes > 1:
         backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
-        prepare_training_environment(seed=config.train.seed, backend=backend, shared_filesystem=True)
+        timeout = timedelta(minutes=config.train.timeout_minutes)
+        prepare_training_environment(seed=config.train.seed, backend=backend, timeout=timeout, shared_filesystem=True)
     else:
         prepare_cli_environment()
         seed_all(config.train.seed)

@@ -7,14 +7,14 @@ such as ``--dataloader.dataset_path data --superposition.bag_size 8 --parallelis
 from __future__ import annotations
 
 from dataclasses import replace
-from math import gcd
+from math import ceil, gcd
 from pathlib import Path
 
 from torchtitan.components.checkpointer import CheckpointManager
 from torchtitan.components.loss import ChunkedLossWrapper
 from torchtitan.components.optimizer import LRSchedulersContainer, OptimizersContainer, ParamGroupConfig
 from torchtitan.components.validate import Validator
-from torchtitan.config import CompileConfig, DebugConfig, ParallelismConfig, TrainingConfig
+from torchtitan.config import CommConfig, CompileConfig, DebugConfig, ParallelismConfig, TrainingConfig
 
 from token_superposition.engines.torchtitan.data import HeldOutLoader, PlannedLoader
 from token_superposition.engines.torchtitan.loss import BagLoss
@@ -64,8 +64,7 @@ def trainer_config(config: Config, name: str) -> TSTTrainer.Config:
     """
     config.check()
     t, data = config.train, config.data
-    t.refuse_muon("torchtitan")
-    t.refuse_report_to("torchtitan")
+    t.refuse_unsupported("torchtitan")
     if t.save_at:
         raise TokenSuperpositionError(
             f"train.save_at is {t.save_at}; torchtitan saves at multiples of train.save_every only"
@@ -116,5 +115,6 @@ def trainer_config(config: Config, name: str) -> TSTTrainer.Config:
         validator=Validator.Config(
             enable=True, freq=t.eval_every, steps=1, dataloader=HeldOutLoader.Config(tokens=data.eval_tokens)
         ),
+        comm=CommConfig(train_timeout_seconds=ceil(60 * t.timeout_minutes)),
         debug=DebugConfig(seed=t.seed),
     )
