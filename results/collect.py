@@ -1,9 +1,10 @@
-"""Keep a finished comparison: ``python -m results.collect COMPARISON NAME QUESTION TEXT``.
+"""Keep a finished comparison or sweep: ``python -m results.collect DIRECTORY NAME QUESTION TEXT``.
 
     python -m results.collect proof proof-cpu "Does TST win on two cores?" "python, 2,048 tokens"
 
 Writes results/NAME: config.toml (``tst compare results/NAME/config.toml`` does it again), summary.json without the
-samples of text, curves.csv with every logged loss, and about.toml with the question, the text and the command; a
+samples of text, curves.csv with every logged loss (of a sweep: sweep.json and sweep.csv), and about.toml with the
+question, the text and the command; a
 ``note`` added there by hand, such as what is to be mistrusted, stands below the table on the page.
 """
 
@@ -19,20 +20,28 @@ from typing import Any
 
 import tomli_w
 
+from token_superposition.experiment.sweep import SUMMARY, TABLE
+from token_superposition.report.page import is_sweep
+
 HERE = Path(__file__).parent
 COLUMNS = ("step", "input_bag", "output_bag", "raw_tokens", "seconds", "loss", "val_loss")
 
 
-def collect(comparison: Path, name: str, question: str, text: str, into: Path = HERE) -> Path:
+def collect(directory: Path, name: str, question: str, text: str, into: Path = HERE) -> Path:
     """Returns the new folder, which appears when it is whole."""
-    summary: dict[str, Any] = json.loads((comparison / "summary.json").read_text())
     partial = into / f".{name}.partial"
     partial.mkdir()
-    summary.pop("samples")
-    (partial / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
-    shutil.copyfile(comparison / "config.toml", partial / "config.toml")
-    (partial / "curves.csv").write_text(curves(comparison, summary["runs"]))
-    about = {"question": question, "text": text, "command": f"tst compare results/{name}/config.toml --out {name}"}
+    shutil.copyfile(directory / "config.toml", partial / "config.toml")
+    if is_sweep(directory):
+        for file in (SUMMARY, TABLE):
+            shutil.copyfile(directory / file, partial / file)
+    else:
+        summary: dict[str, Any] = json.loads((directory / "summary.json").read_text())
+        summary.pop("samples")
+        (partial / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
+        (partial / "curves.csv").write_text(curves(directory, summary["runs"]))
+    command = f"tst {'sweep' if is_sweep(directory) else 'compare'} results/{name}/config.toml --out {name}"
+    about = {"question": question, "text": text, "command": command}
     (partial / "about.toml").write_text(tomli_w.dumps(about))
     shutil.rmtree(into / name, ignore_errors=True)
     return partial.rename(into / name)

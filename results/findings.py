@@ -14,6 +14,7 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from results.sweeps import section as section_of_sweep
 from token_superposition.report.contents import interval, short
 from token_superposition.report.figures import COLOURS, svg
 
@@ -53,10 +54,10 @@ class Result:
 
 
 def load(root: Path) -> list[Result]:
-    """In the order of their names, the shipped proof first."""
+    """Comparisons in the order of their names, the shipped proof first."""
     found: list[Result] = []
     for folder in sorted(root.iterdir(), key=lambda p: (p.name != "proof-cpu", p.name)):
-        if (folder / "about.toml").is_file():
+        if (folder / "summary.json").is_file():
             about = tomllib.loads((folder / "about.toml").read_text())
             summary = json.loads((folder / "summary.json").read_text())
             found.append(Result(folder.name, about, summary, rows(folder / "curves.csv"), rows(folder / "strings.csv")))
@@ -153,9 +154,10 @@ def after_switch(r: Result, steps: int = 150) -> tuple[str, str]:
     axes.legend(frameon=False)
     plain(axes)
     gaps = [(step, loss - losses[longest][step]) for step, loss in losses["tst"].items()]
+    seeds = f"mean of {len(r.seeds)} seeds" if len(r.seeds) > 1 else f"seed {r.seeds[0]}"
     told = ", ".join(f"{gap:+.2f} after {step} steps" for step, gap in (gaps[0], gaps[len(gaps) // 2], gaps[-1]))
     return svg(figure), (
-        f"{r.name}, mean of {len(r.seeds)} seeds: training loss less the baseline's at the same step (each logged loss "
+        f"{r.name}, {seeds}: training loss less the baseline's at the same step (each logged loss "
         f"is the mean since the one before): {told}."
     )
 
@@ -210,6 +212,7 @@ def write(root: Path, docs: Path) -> None:
         HEAD,
         "## Comparisons\n",
         *map(section, found),
+        *(section_of_sweep(folder, docs) for folder in sorted(p.parent for p in root.glob("*/sweep.json"))),
         "## What the switch does to the loss\n",
         f"{sentence}\n\n![Training loss after the switch](findings_switch.svg)\n",
     ]

@@ -19,6 +19,8 @@ from results.corpora import Language, invented, random_strings, with_strings, wr
 from results.findings import write as write_findings
 from results.memorisation import losses
 from results.memorisation import main as memorisation
+from tests.sweep.settings import swept
+from tests.sweep.test_report import made_up
 from token_superposition.experiment.config import load_config
 from token_superposition.experiment.generate import load_model
 
@@ -59,6 +61,23 @@ def test_the_page_says_what_was_measured(kept: Path, tmp_path: Path) -> None:
     assert "tst compare results/tiny/config.toml --out tiny" in page
     for name in ("findings_forest.svg", "findings_switch.svg"):
         assert name in page and ElementTree.fromstring((tmp_path / name).read_text()).tag.endswith("svg")
+
+
+def test_a_sweep_is_on_the_page_with_its_pictures(kept: Path, tmp_path: Path) -> None:
+    config = swept((0, 1, 2, 3), bag_sizes=(2, 4), ratios=(0.1, 0.3))
+    made_up(tmp_path / "sweep", config, lambda cell, seed: 3.0 + 0.01 * seed - 0.1 * cell.ratio * cell.bag_size)
+    root = tmp_path / "results"
+    shutil.copytree(kept, root)
+    collect(tmp_path / "sweep", "bags", "Which bags?", "none", root)
+    assert {p.name for p in (root / "bags").iterdir()} == {"config.toml", "sweep.json", "sweep.csv", "about.toml"}
+    write_findings(root, tmp_path)
+    page = (tmp_path / "findings.md").read_text()
+    assert "### Which bags?" in page and "### Does it win?" in page
+    assert "- best setting: s = 4, r = 0.3" in page and "| best | 4 | 0.3 |" in page
+    assert "`tst sweep results/bags/config.toml --out bags`" in page
+    for number in (1, 2, 3):
+        name = f"findings_bags_{number}.svg"
+        assert f"({name})" in page and ElementTree.fromstring((tmp_path / name).read_text()).tag.endswith("svg")
 
 
 def test_the_page_of_the_project_is_that_of_its_results(tmp_path: Path) -> None:
