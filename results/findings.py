@@ -15,6 +15,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from results.sweeps import section as section_of_sweep
+from token_superposition.experiment.intervals import t_interval
 from token_superposition.report.contents import interval, short
 from token_superposition.report.figures import COLOURS, svg
 
@@ -27,6 +28,8 @@ class Result:
     curves: list[dict[str, str]]
     strings: list[dict[str, str]]
     """What was memorised (results.memorisation), where that was measured."""
+    copying: list[dict[str, str]]
+    """Losses by what can be copied from the window (results.copying), where that was measured."""
 
     @property
     def variants(self) -> dict[str, dict[str, Any]]:
@@ -60,7 +63,8 @@ def load(root: Path) -> list[Result]:
         if (folder / "summary.json").is_file():
             about = tomllib.loads((folder / "about.toml").read_text())
             summary = json.loads((folder / "summary.json").read_text())
-            found.append(Result(folder.name, about, summary, rows(folder / "curves.csv"), rows(folder / "strings.csv")))
+            tables = (rows(folder / f"{name}.csv") for name in ("curves", "strings", "copying"))
+            found.append(Result(folder.name, about, summary, *tables))
     return found
 
 
@@ -183,6 +187,29 @@ def memorised(r: Result) -> str:
     return "\n".join(lines)
 
 
+def copied(r: Result) -> str:
+    """A table of the differences to the baseline on what can be copied from the window and on the rest."""
+    by = {(x["name"], x["kind"], int(x["seed"])): float(x["loss"]) for x in r.copying}
+    tokens = {x["kind"]: int(x["tokens"]) for x in r.copying}
+    share = tokens["repeated"] / sum(tokens.values())
+    lines = [
+        f"From {r.name}: of {sum(tokens.values()):,} held-out tokens {share:.0%} form, with the token before, a pair "
+        "that has occurred earlier in the window (repeated), so that it can be copied from there; the others are new. "
+        "Loss less the baseline's of the same seed, nats per token (95% interval over seeds).",
+        "",
+        "| run | new | repeated |",
+        "|---|---|---|",
+    ]
+    for name in dict.fromkeys(x["name"] for x in r.copying if x["name"] != "baseline"):
+        cells: list[str] = []
+        for kind in ("new", "repeated"):
+            differences = [by[name, kind, seed] - by["baseline", kind, seed] for seed in r.seeds]
+            ends = t_interval(differences)
+            cells.append(f"{mean(differences):+.3f}" + (f" ({interval(ends, '+.3f')})" if ends else ""))
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    return "\n".join([*lines, ""])
+
+
 def plain(axes: Axes) -> None:
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
@@ -216,6 +243,8 @@ def write(root: Path, docs: Path) -> None:
         "## What the switch does to the loss\n",
         f"{sentence}\n\n![Training loss after the switch](findings_switch.svg)\n",
     ]
+    if copies := [r for r in found if r.copying]:
+        parts += ["## Where the difference is\n", *map(copied, copies)]
     if memories := [r for r in found if r.strings]:
         parts += ["## Does the bag memorise less?\n", *map(memorised, memories)]
     (docs / "findings.md").write_text("\n".join(parts))

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+import results
 from tests.conftest import tst
 from token_superposition import TokenSuperpositionError
 from token_superposition.cli.arguments import split_config
@@ -71,6 +72,11 @@ def test_a_name_is_a_preset_unless_a_file_has_it(tmp_path: Path, monkeypatch: py
 def test_a_preset_survives_the_file(name: str, tmp_path: Path) -> None:
     save_config(load_config(name), tmp_path / "copy.toml")
     assert load_config(tmp_path / "copy.toml") == load_config(name) != Config()
+
+
+def test_the_shipped_experiment_is_the_one_that_was_measured() -> None:
+    measured = load_config(Path(results.__file__).parent / "proof-cpu" / "config.toml")
+    assert replace(measured, data=replace(measured.data, path="data")) == load_config("proof-cpu")
 
 
 SHRUNK = {

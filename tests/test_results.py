@@ -7,20 +7,29 @@ import json
 import shutil
 import xml.etree.ElementTree as ElementTree
 from collections import Counter
+from itertools import pairwise
 from pathlib import Path
+from statistics import mean
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch.nn import functional as F
 
 import results
 from results.collect import collect
+from results.copying import losses as copying_losses
+from results.copying import main as copying
+from results.copying import repeated_pairs
 from results.corpora import Language, invented, random_strings, with_strings, write
 from results.findings import write as write_findings
 from results.memorisation import losses
 from results.memorisation import main as memorisation
 from tests.sweep.settings import swept
 from tests.sweep.test_report import made_up
+from token_superposition.data.plan import ValidationSet
+from token_superposition.data.store import TokenStore
 from token_superposition.experiment.config import load_config
 from token_superposition.experiment.generate import load_model
 
@@ -33,6 +42,7 @@ def kept(two_seeds: tuple[Path, Path, str], tmp_path_factory: pytest.TempPathFac
     for _ in range(2):  # the second takes the place of the first
         collect(two_seeds[1], "tiny", "Does it win?", "a few sentences", root)
     memorisation(two_seeds[1], root / "tiny")
+    copying(two_seeds[1], Path(load_config(two_seeds[0]).data.path), root / "tiny")
     return root
 
 
@@ -88,11 +98,40 @@ def test_the_page_of_the_project_is_that_of_its_results(tmp_path: Path) -> None:
 def test_a_loss_on_a_string_is_that_of_what_follows_its_beginning(two_seeds: tuple[Path, Path, str]) -> None:
     directory = two_seeds[1] / "runs" / "tst-seed3" / "model"
     model, tokenizer = load_model(directory)
-    given, rest = (tokenizer(x, add_special_tokens=False)["input_ids"] for x in ("01234567", "89abcdef0123"))
+    known, rest = (tokenizer(x, add_special_tokens=False)["input_ids"] for x in ("01234567", "89abcdef0123"))
     with torch.no_grad():
-        logits = model(input_ids=torch.tensor([given + rest])).logits[0]
-    expected = F.cross_entropy(logits[len(given) - 1 : -1], torch.tensor(rest))
+        logits = model(input_ids=torch.tensor([known + rest])).logits[0]
+    expected = F.cross_entropy(logits[len(known) - 1 : -1], torch.tensor(rest))
     assert losses(directory, {"0123456789abcdef0123": 4}) == {4: pytest.approx(float(expected), rel=1e-5)}
+
+
+@given(st.lists(st.lists(st.integers(0, 3), min_size=9, max_size=9), min_size=1, max_size=4))
+def test_a_pair_is_repeated_if_it_is_in_the_window_already(rows: list[list[int]]) -> None:
+    raw = torch.tensor(rows)
+    expected = [[(row[i], row[i + 1]) in {*pairwise(row[: i + 1])} for i in range(8)] for row in rows]
+    assert repeated_pairs(raw[:, :-1], raw[:, 1:]).tolist() == expected
+
+
+def test_the_two_kinds_of_tokens_make_up_the_loss_of_the_run(kept: Path, two_seeds: tuple[Path, Path, str]) -> None:
+    path, out, _ = two_seeds
+    config = load_config(path).data
+    data = ValidationSet(TokenStore(Path(config.path), "validation"), config.sequence_length, config.final_eval_tokens)
+    (n_new, new), (n_repeated, repeated) = copying_losses(out / "runs" / "tst-seed3" / "model", data).values()
+    assert n_new > 0 < n_repeated and n_new + n_repeated == len(data) * config.sequence_length
+    runs = json.loads((out / "summary.json").read_text())["runs"]
+    (loss,) = [r["val_loss"] for r in runs if r["directory"] == "tst-seed3"]
+    assert (n_new * new + n_repeated * repeated) / (n_new + n_repeated) == pytest.approx(loss, rel=1e-5)
+
+
+def test_the_page_says_where_the_difference_is(kept: Path, tmp_path: Path) -> None:
+    write_findings(kept, tmp_path)
+    page = (tmp_path / "findings.md").read_text()
+    with (kept / "tiny" / "copying.csv").open() as f:
+        by = {(x["name"], x["seed"], x["kind"]): float(x["loss"]) for x in csv.DictReader(f)}
+    differences = [by["tst", seed, "repeated"] - by["baseline", seed, "repeated"] for seed in "34"]
+    section = page.partition("## Where the difference is")[2].partition("\n## ")[0]
+    (row,) = [line for line in section.splitlines() if line.startswith("| tst |")]
+    assert f"{mean(differences):+.3f} (" in row.split("|")[3]
 
 
 def test_strings_are_in_the_text_as_often_as_they_should_be() -> None:
