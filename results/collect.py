@@ -63,4 +63,4 @@ def curves(comparison: Path, runs: list[dict[str, Any]]) -> str:
 if __name__ == "__main__":
     if len(sys.argv) != 5:
         sys.exit(__doc__)
-    print(collect(Path(sys.argv[1]), *sys.argv[2:]))
+    print(collect(Path(sys.argv[1]), sys.argv[2], sys.argv[3], sys.argv[4]))
