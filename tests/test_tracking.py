@@ -1,13 +1,21 @@
-"""What the Trainer's own reports are told: read back from TensorBoard's event files of a real run."""
+"""What the Trainer's own reports are told: read back from the files that the trackers write in a real run."""
 
 from __future__ import annotations
 
 import importlib.util
+import json
+import os
+import sqlite3
+import struct
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from wandb.proto import wandb_internal_pb2
 
 from tests.conftest import tst
 from token_superposition import TokenSuperpositionError
@@ -45,6 +53,49 @@ def test_tensorboard_has_every_figure_in_both_phases(write_config: Callable[...,
     raw = told["train/raw_tokens_per_second"]
     assert all(raw[s] == pytest.approx(speed[s] * (4 if s <= 6 else 1), rel=1e-4) for s in speed)
     assert not (tmp_path / "a-run/checkpoints/runs").exists()
+
+
+def wandb_history(file: Path) -> list[dict[str, Any]]:
+    """The logged lines of an offline run: records of LevelDB's log format, split at blocks of 32 KiB, after 7 bytes."""
+    data, position, record = file.read_bytes(), 7, b""
+    lines: list[dict[str, Any]] = []
+    while position < len(data):
+        if (left := 32768 - position % 32768) < 7:
+            position += left
+            continue
+        _, length, kind = struct.unpack("<IHB", data[position : position + 7])
+        record += data[position + 7 : position + 7 + length]
+        position += 7 + length
+        if kind in (1, 4):  # whole, or its last part
+            parsed: Any = wandb_internal_pb2.Record()  # pyright: ignore
+            parsed.ParseFromString(record)
+            record = b""
+            if items := parsed.history.item:
+                lines.append({i.key or ".".join(i.nested_key): json.loads(i.value_json) for i in items})
+    return lines
+
+
+def trackio_history(database: Path) -> list[dict[str, Any]]:
+    with sqlite3.connect(f"file:{database}?mode=ro", uri=True) as connection:
+        rows = connection.execute("SELECT metrics FROM metrics WHERE run_name = 'a-run' ORDER BY id").fetchall()
+    return [json.loads(metrics) for (metrics,) in rows]
+
+
+def test_wandb_and_trackio_are_told_the_same(write_config: Callable[..., Path], tmp_path: Path) -> None:
+    config = write_config(append='report_to = ["wandb", "trackio"]\n')
+    subprocess.run(  # W&B writes its file when the interpreter ends, which that of a forked process does not
+        [sys.executable, "-m", "token_superposition", "train", config, "--out", tmp_path / "a-run"], check=True,
+        env=os.environ | {"WANDB_MODE": "offline", "TRACKIO_DIR": str(tmp_path / "trackio")},
+    )  # fmt: skip
+    lines = read_metrics(tmp_path / "a-run/metrics.jsonl")
+    (offline,) = (tmp_path / "a-run/wandb").glob("offline-run-*/*.wandb")
+    for told in (wandb_history(offline), trackio_history(tmp_path / "trackio/token-superposition.db")):
+        train = {x["train/global_step"]: x for x in told if "train/loss" in x}
+        assert [x["train/superposed"] for x in train.values()] == [float(s <= 6) for s in range(1, 13)]
+        assert [x["train/raw_tokens"] for x in train.values()] == [m["raw_tokens"] for m in lines if "loss" in m]
+        assert [x["train/loss"] for x in train.values()] == pytest.approx([m["loss"] for m in lines if "loss" in m])
+        validation = {x["train/global_step"]: x["eval/loss"] for x in told if "eval/loss" in x}
+        assert validation == pytest.approx({m["step"]: m["val_loss"] for m in lines if "val_loss" in m})
 
 
 def test_rates_are_of_the_steps_since_the_last_line() -> None:
