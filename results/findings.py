@@ -99,6 +99,18 @@ def table_row(name: str, c: dict[str, Any]) -> str:
     return f"| {name} | {difference} | {speed} | {per_seed} | {verdict(c)} |"
 
 
+def longer_rows(variants: dict[str, dict[str, Any]]) -> list[str]:
+    """A sentence for each baseline of more steps that a variant was compared with."""
+    lines = [
+        f"- {name} against a baseline of {x['ratio']:.3g} x the steps: {x['delta_val_loss']:+.3f} "
+        f"({interval(x['interval'], '+.3f')})"
+        for name, c in variants.items()
+        for x in c.get("longer_baselines", [])
+        if x["interval"] is not None
+    ]
+    return [*lines, ""] if lines else []
+
+
 def section(r: Result) -> str:
     losses = [x["val_loss"] for x in r.summary["runs"] if x["name"] == "baseline"]
     v = r.baseline["versions"]
@@ -111,6 +123,7 @@ def section(r: Result) -> str:
         "|---|---|---|---|---|",
         *(table_row(name, c) for name, c in r.variants.items()),
         "",
+        *longer_rows(r.variants),
         f"`{r.about['command']}`; {r.baseline['hardware']}; torch {v['torch']}, transformers {v['transformers']}; "
         f"[results/{r.name}](../results/{r.name}).",
         "",

@@ -155,6 +155,11 @@ def test_a_comparison_over_seeds() -> None:
     assert equal_time["ratio"] == 1.2 and equal_time["baseline_steps"] == 1200
     assert equal_time["baseline_val_loss"] == pytest.approx(3.0 - 0.2 * math.log2(1.2))
     assert equal_time["how"] == "interpolated"
+    (longer,) = result["longer_baselines"]
+    at_four = [d + 0.4 for d in DELTAS]
+    assert (longer["baseline_steps"], longer["ratio"], longer["seeds"]) == (4000, 4.0, 3)
+    assert longer["delta_val_loss"] == pytest.approx(mean(at_four))
+    assert longer["interval"] == pytest.approx(t_interval(at_four))
     cut = comparison(experiment(longest=2))["speedup"]
     assert (cut["bound"], cut["measured"], cut["high"]) == ("at least", 2, None)
     assert cut["geometric_mean"] < result["speedup"]["geometric_mean"]
@@ -185,7 +190,7 @@ def test_table_and_report_show_the_intervals(tmp_path: Path) -> None:
     for text in shown(directory_of(experiment(longest=4), tmp_path / "measured")):
         for expected in ("-0.185", f"{low:+.3f} to {high:+.3f}", f"{low:+.4f} to {high:+.4f}", "3 paired seeds",
                          "contains 0", "1.90 x", "1.20 x",
-                         "geometric mean of 3 seeds"):  # fmt: skip
+                         "geometric mean of 3 seeds", "4 x the steps", "above a baseline of 4,000"):  # fmt: skip
             assert expected in text, expected
         assert "at least" not in text
     for text in shown(directory_of(experiment(longest=2), tmp_path / "cut")):

@@ -80,6 +80,7 @@ def compare_variant(runs: Sequence[Run], name: str) -> dict[str, Any]:
         "equal_loss": asdict(equal) if equal is not None else None,
         "speedup": asdict(over_seeds) if over_seeds is not None else None,
         "speedup_per_seed": [asdict(s) for s in per_seed],
+        "longer_baselines": longer_baselines(runs, ours),
         "flops_ratio": flops_ratio,
         "equal_flops": {
             "baseline_steps": round(flops_ratio * steps),
@@ -91,6 +92,31 @@ def compare_variant(runs: Sequence[Run], name: str) -> dict[str, Any]:
         "equal_time": equal_time(list(ours.values()), list(baseline.values()), curve),
         "phase_step_time_ratio": mean(finite) if finite else None,
     }
+
+
+def longer_baselines(runs: Sequence[Run], ours: dict[int, Run]) -> list[dict[str, Any]]:
+    """The variant less each baseline of more steps, over the seeds that have both.
+
+    Where such a difference lies below 0 with its interval, the variant is worth more than that many steps: so much is
+    known also where single seeds only bound the speed-up.
+    """
+    steps = next(iter(ours.values())).steps
+    lengths = sorted({r.steps for r in runs if r.name.startswith("baseline") and r.steps > steps})
+    found: list[dict[str, Any]] = []
+    for n in lengths:
+        longer = {r.seed: r for r in runs if r.name.startswith("baseline") and r.steps == n}
+        deltas = [r.val_loss - longer[seed].val_loss for seed, r in ours.items() if seed in longer]
+        if deltas:
+            found.append(
+                {
+                    "baseline_steps": n,
+                    "ratio": n / steps,
+                    "delta_val_loss": mean(deltas),
+                    "interval": t_interval(deltas),
+                    "seeds": len(deltas),
+                }
+            )
+    return found
 
 
 def equal_time(ours: Sequence[Run], baseline: Sequence[Run], curve: Sequence[tuple[int, float]]) -> dict[str, Any]:

@@ -121,6 +121,8 @@ def verdicts(contents: Contents) -> list[tuple[str, str]]:
             result.append((f"{label}equal FLOPs", equal_flops(c)))
         loss = speedup(c) if several else equal_loss(name, c["equal_loss"], contents.steps)
         result.append((f"{label}equal loss", loss))
+        for longer in c.get("longer_baselines", []):  # reports of older comparisons lack them
+            result.append((f"{label}{longer['ratio']:.3g} x the steps", longer_baseline(name, longer)))
         result.append((f"{label}equal data", equal_data(c["equal_data"])))
         result.append((f"{label}equal time", equal_time(c["equal_time"])))
         if c["phase_step_time_ratio"] is not None:
@@ -149,6 +151,13 @@ def equal_steps(name: str, c: dict[str, Any]) -> str:
     if delta == 0:
         return f"{name} and the baseline end at the same loss{known}"
     return f"{name} ends {abs(delta):.4f} nats {'below' if delta < 0 else 'above'} the baseline{known}"
+
+
+def longer_baseline(name: str, longer: dict[str, Any]) -> str:
+    delta, ends = longer["delta_val_loss"], longer["interval"]
+    known = f"95% interval {interval(ends, '+.4f')}, {told_from_chance(ends)}" if ends is not None else "one seed"
+    side = "below" if delta < 0 else "above"
+    return f"{name} ends {abs(delta):.4f} nats {side} a baseline of {longer['baseline_steps']:,} steps ({known})"
 
 
 def told_from_chance(ends: Sequence[float]) -> str:
