@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -180,6 +181,18 @@ def tst(*args: str | Path, check: bool = True, **environment: str) -> subprocess
     if check:
         assert done.returncode == 0, done.stdout + done.stderr
     return done
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skip the implementations of the loss that the installed torch, or a missing package, does not give."""
+    missing = {
+        "native": None if hasattr(torch.nn.functional, "linear_cross_entropy") else "needs torch 2.13",
+        "liger": None if find_spec("liger_kernel") else "needs liger-kernel",
+    }
+    for item in items:
+        parameters = item.callspec.params if isinstance(item, pytest.Function) and hasattr(item, "callspec") else {}
+        if reason := missing.get(parameters.get("impl", "")):
+            item.add_marker(pytest.mark.skip(reason=reason))
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
