@@ -19,10 +19,11 @@ from scipy import stats
 
 from tests.conftest import VOCAB
 from token_superposition import TokenSuperpositionError
-from token_superposition.experiment.compare import jobs_of
-from token_superposition.experiment.config import CompareConfig, Config, load_config, save_config
+from token_superposition.experiment.compare import checked_jobs, jobs_of
+from token_superposition.experiment.config import CompareConfig, Config, Variant, load_config, save_config
 from token_superposition.experiment.dry_run import START_SECONDS, cost_of_job, dry_run, makespan
 from token_superposition.experiment.intervals import SeedSpeedup, seed_speedup, speedup, t_interval
+from token_superposition.experiment.jobs import unfinished
 from token_superposition.experiment.speed import time_steps
 from token_superposition.experiment.summary import Run, comparison
 from token_superposition.report import print_table, write_report
@@ -231,6 +232,20 @@ def test_the_dry_run_counts_what_is_then_run(two_seeds: tuple[Path, Path, str]) 
             assert (cost.steps, cost.latent_tokens, cost.raw_tokens) == (1, 64, 64)
     assert sum(c.steps for c in costs) == 2 * (18 + 12 + 1) and "62" in printed and "1 of 12" in printed
     assert "Nothing was written" in printed and "s a step on this machine" in printed
+
+
+def test_more_seeds_and_variants_find_the_others_done(two_seeds: tuple[Path, Path, str]) -> None:
+    path, out, _ = two_seeds
+    config = load_config(path)
+    half = Variant("half", replace(config.superposition, ratio=0.25))
+    more = replace(config.compare, seeds=(5, 4, 3), variants=(half,))
+    left = unfinished(checked_jobs(replace(config, compare=more), out), out)
+    old = {"half-seed3", "half-seed4"}
+    assert {j.directory for j in left} - {j.directory for j in left if j.directory.endswith("-seed5")} == old
+    assert len(left) == len(old) + len(jobs_of(config)) // 2 + 1
+    longer = replace(config, train=replace(config.train, steps=24))
+    with pytest.raises(TokenSuperpositionError, match="is a run of another configuration; choose another --out"):
+        checked_jobs(longer, out)
 
 
 def test_a_comparison_of_two_seeds_has_its_intervals(two_seeds: tuple[Path, Path, str]) -> None:

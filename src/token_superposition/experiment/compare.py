@@ -12,7 +12,7 @@ from rich.console import Console
 from token_superposition.data.store import Meta, TokenStore
 from token_superposition.experiment.config import Config, save_config
 from token_superposition.experiment.generate import generate, load_model
-from token_superposition.experiment.jobs import Job, check_jobs, run_jobs
+from token_superposition.experiment.jobs import Job, alone, check_jobs, run_jobs
 from token_superposition.experiment.result import CONFIG, MODEL, write_json
 from token_superposition.experiment.summary import Run, comparison, load_runs
 from token_superposition.experiment.superposition import BASELINE
@@ -24,12 +24,13 @@ def jobs_of(config: Config) -> list[Job]:
     """The runs of a comparison, those that others branch off first."""
     variants = {"tst": config.superposition} | {v.name: v.superposition for v in config.compare.variants}
     bags = [v.schedule(config.train.steps).common_bag for v in variants.values()]
-    config = replace(config, data=replace(config.data, common_bag=lcm(config.data.common_bag, *bags)))
-    lengths = sorted({1.0, *config.compare.baseline_lengths}, reverse=True)
+    wanted = config.compare
+    # A run knows nothing of the others, so that a comparison of more seeds or variants finds it done.
+    config = alone(replace(config, data=replace(config.data, common_bag=lcm(config.data.common_bag, *bags))))
+    lengths = sorted({1.0, *wanted.baseline_lengths}, reverse=True)
     jobs: list[Job] = []
-    seeds = config.compare.seeds or (config.train.seed,)
-    for seed in seeds:
-        ending = f"-seed{seed}" if config.compare.seeds else ""
+    for seed in wanted.seeds or (config.train.seed,):
+        ending = f"-seed{seed}" if wanted.seeds else ""
         seeded = replace(config, train=replace(config.train, seed=seed))
         baselines: list[Job] = []
         for length in lengths:

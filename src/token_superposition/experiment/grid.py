@@ -9,13 +9,8 @@ from itertools import product
 from typing import Any
 
 from token_superposition.errors import TokenSuperpositionError, require_int
-from token_superposition.experiment.config import (
-    CompareConfig,
-    Config,
-    SweepConfig,
-    SweepSchedule,
-)
-from token_superposition.experiment.jobs import Job
+from token_superposition.experiment.config import Config, SweepSchedule
+from token_superposition.experiment.jobs import Job, alone
 from token_superposition.experiment.superposition import BASELINE, SuperpositionConfig
 from token_superposition.weights import Weighting
 
@@ -89,8 +84,8 @@ class Grid:
         """A run that knows nothing of the sweep, so that a larger sweep in the same directory finds it done."""
         train = replace(self.config.train, learning_rate=cell.learning_rate, seed=seed)
         superposition = cell.superposition(self.config.superposition)
-        alone = replace(self.config, train=train, superposition=superposition)
-        return Job(cell.name, directory(cell, seed), replace(alone, compare=CompareConfig(), sweep=SweepConfig()))
+        run = replace(self.config, train=train, superposition=superposition)
+        return Job(cell.name, directory(cell, seed), alone(run))
 
 
 def directory(cell: Cell, seed: int) -> str:

@@ -7,13 +7,13 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from rich.console import Console
 
 from token_superposition.errors import TokenSuperpositionError
-from token_superposition.experiment.config import Config, load_config, save_config
+from token_superposition.experiment.config import CompareConfig, Config, SweepConfig, load_config, save_config
 from token_superposition.experiment.metrics import read_metrics
 from token_superposition.experiment.progress import RunProgress
 from token_superposition.experiment.result import CONFIG, METRICS, RESULT
@@ -36,12 +36,17 @@ class Job:
         return self.config.train.steps - self.config.wsd.decay_steps
 
 
+def alone(config: Config) -> Config:
+    """``config`` without what it says of other runs."""
+    return replace(config, compare=CompareConfig(), sweep=SweepConfig())
+
+
 def check_jobs(jobs: list[Job], out: Path) -> None:
     """Raise ``TokenSuperpositionError`` for what cannot be trained, or not into ``out``."""
     for job in jobs:
         job.config.check()
         saved = out / "runs" / job.directory / CONFIG
-        if saved.exists() and load_config(saved) != job.config:
+        if saved.exists() and alone(load_config(saved)) != job.config:
             raise TokenSuperpositionError(f"{saved.parent} is a run of another configuration; choose another --out")
 
 
