@@ -8,34 +8,42 @@ Prints a table and appends rows to benchmarks/results.csv.
 from __future__ import annotations
 
 import argparse
+import json
 import resource
 import shutil
 import subprocess
 import sys
 import tempfile
 import time
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
+from itertools import count
 from pathlib import Path
 from typing import Any
 
 import psutil
 
 from benchmarks.measure import append_rows
-from tests.conftest import CONFIG, SENTENCES, TINY, prepare_text, toml
+from tests.conftest import CONFIG, TINY, prepare_text, toml
 from tests.processes import call, command
 from tests.reliability.stores import sparse_store
+from token_superposition.data.installation import installed_documents
 
 Row = dict[str, Any]
 
 
 def prepare_much(folder: Path, gigabytes: float) -> Row:
-    """``tst prepare`` of generated text in a process of its own; its peak of resident memory."""
-    path, written, i = folder / "text.jsonl", 0, 0
-    with path.open("w") as f:
-        while written < gigabytes * 1e9:
-            sentences = " ".join(SENTENCES[j % 3].format(i * 31 + j, j * j % 97) for j in range(60))
-            written += f.write(f'{{"text": "{i} {sentences}"}}\n'.replace("\n    ", "\\n    "))
-            i += 1
+    """``tst prepare`` in a process of its own; its peak of resident memory.
+
+    The text is that of this installation, again and again, each time with another first line.
+    """
+    path, written = folder / "text.jsonl", 0
+    with path.open("w", encoding="utf-8") as f:
+        for copy, text in ((i, text) for i in count() for text in installed_documents(Counter())):
+            written += f.write(json.dumps({"text": f"{copy}\n{text}"}, ensure_ascii=False) + "\n")
+            if written >= gigabytes * 1e9:
+                break
+    written = path.stat().st_size
     start = time.monotonic()
     arguments = ["prepare", str(path), "--out", str(folder / "data"), "--vocab-size", "4096"]
     subprocess.run([sys.executable, "-m", "token_superposition", *arguments], check=True)

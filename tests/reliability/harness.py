@@ -15,9 +15,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tests.conftest import CONFIG, TINY, toml
+from tests.conftest import CONFIG, TINY, VOCAB, toml
 from tests.processes import begin, command, command_on_a_full_disk
 from token_superposition.experiment.checkpoints import ASIDE, checkpoints_in, newest_whole, step_of
+from token_superposition.experiment.config import load_config
 from token_superposition.experiment.metrics import read_metrics
 
 STEPS, SWITCH, EVERY = 24, 10, 4
@@ -120,12 +121,13 @@ class Runs:
         return out
 
     def recover(self, fault: str, seed: int) -> Recovery:
-        """Train with the fault, then give the same command once more."""
+        """Train with the fault, then give the same command once more; on the data that the fault was in, if it was."""
         out = self.directory / f"{fault.replace(' ', '-')}-{seed}"
         code = FAULTS[fault](self, out, random.Random(f"{fault} {seed}"))
         done = steps_done(out)
         kept = newest_whole(out / "checkpoints")
-        finished = self.wait(self.begin(out)) == 0
+        options = ("--data.path", str(data_of(out))) if data_of(out).exists() else ()
+        finished = self.wait(self.begin(out, *options)) == 0
         return Recovery(
             fault,
             seed,
@@ -135,6 +137,11 @@ class Runs:
             step_of(kept) if kept is not None else 0,
             outcome(out) if finished else None,
         )
+
+
+def data_of(out: Path) -> Path:
+    """What was prepared for this run alone."""
+    return out.with_suffix(".data")
 
 
 def pair(logs: Path, target: Callable[..., None], *args: str) -> list[Any]:
@@ -179,6 +186,21 @@ def killed_while_writing(runs: Runs, out: Path, chance: random.Random) -> int:
     return runs.wait(process)
 
 
+def killed_while_preparing(runs: Runs, out: Path, chance: random.Random) -> int:
+    """SIGKILL when the tokens have come to a random number of files; then they are prepared, and trained on."""
+    text = Path(load_config(runs.config).data.path).parent / "text"
+    data = data_of(out)
+    args = ("prepare", str(text), "--out", str(data), "--vocab-size", str(VOCAB), "--validation-share", "0.1")
+    process = begin(out.with_suffix(".prepare"), command, *args, "--shard-tokens", "500")
+    files = chance.randint(1, 12)
+    until(process, lambda: len(list(data.with_name(f".{data.name}.partial").glob("*.npy"))) >= files)
+    os.kill(process.pid, signal.SIGKILL)
+    code = runs.wait(process)
+    assert not data.exists()
+    assert runs.wait(begin(out.with_suffix(".prepare"), command, *args)) == 0
+    return code
+
+
 def terminated(runs: Runs, out: Path, chance: random.Random) -> int:
     process = runs.begin(out)
     step = chance.randint(1, STEPS - 8)
@@ -218,6 +240,7 @@ FAULTS: dict[str, Callable[[Runs, Path, random.Random], int | None]] = {
     "killed in phase 1": killed(1, SWITCH - 1),
     "killed at the switch": killed(SWITCH, SWITCH),
     "killed in phase 2": killed(SWITCH + 1, STEPS - 4),
+    "killed while data is prepared": killed_while_preparing,
     "killed while a checkpoint is written": killed_while_writing,
     "SIGTERM": terminated,
     "file truncated": damaged(truncate),
