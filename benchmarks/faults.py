@@ -11,13 +11,13 @@ from __future__ import annotations
 
 import argparse
 import csv
-import re
 import tempfile
 from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.measure import write_table
 from tests.conftest import prepare_text
 from tests.reliability.harness import EVERY, FAULTS, Recovery, Runs
 
@@ -50,7 +50,7 @@ def main() -> int:
     Console().print(table)
     with (ROOT / "benchmarks/faults.csv").open("w", newline="") as f:
         csv.writer(f, lineterminator="\n").writerows([HEADER, *rows])
-    write_into(ROOT / "docs/reliability.md", [HEADER, *rows])
+    write_table(ROOT / "docs/reliability.md", "python -m benchmarks.faults", [HEADER, *rows])
     return 0 if survived == len(everything) else 1
 
 
@@ -65,15 +65,6 @@ def row(fault: str, found: list[Recovery], runs: Runs) -> tuple[str, ...]:
         str(max(map(abs, lost))) if len(ended) == len(found) else "a run did not end",
         f"{found[0].seed} to {found[-1].seed}" if len(found) > 1 else str(found[0].seed),
     )
-
-
-def write_into(page: Path, rows: list[tuple[str, ...]]) -> None:
-    """The table, between the markers that name this command."""
-    lines = [f"| {' | '.join(r)} |" for r in rows]
-    lines.insert(1, "|---" * len(rows[0]) + "|")
-    marked = r"(<!-- python -m benchmarks\.faults -->\n).*?(<!-- end -->)"
-    content = re.sub(marked, lambda m: m[1] + "\n".join(lines) + "\n" + m[2], page.read_text(), flags=re.S)
-    page.write_text(content)
 
 
 if __name__ == "__main__":

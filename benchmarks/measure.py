@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import os
 import platform
+import re
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -84,12 +85,14 @@ def free_bytes() -> int:
     return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
+def read_rows(path: Path = RESULTS) -> list[dict[str, str]]:
+    with path.open(newline="") as f:
+        return list(csv.DictReader(f))
+
+
 def append_rows(rows: Sequence[dict[str, Any]], path: Path = RESULTS) -> None:
     """Add rows to the table; columns that are new are added to all rows."""
-    old: list[dict[str, Any]] = []
-    if path.exists():
-        with path.open(newline="") as f:
-            old = list(csv.DictReader(f))
+    old: list[dict[str, Any]] = list(read_rows(path)) if path.exists() else []
     machine = {"hardware": hardware(), "torch": torch.__version__, "python": platform.python_version()}
     content = [*old, *({**row, **machine} for row in rows)]
     columns = list(dict.fromkeys(key for row in content for key in row))
@@ -99,3 +102,13 @@ def append_rows(rows: Sequence[dict[str, Any]], path: Path = RESULTS) -> None:
         writer.writeheader()
         writer.writerows(content)
     temporary.replace(path)
+
+
+def write_table(page: Path, command: str, rows: Sequence[Sequence[str]]) -> None:
+    """The rows, the first of which is the header, between the marks of ``page`` that name ``command``."""
+    lines = [f"| {' | '.join(row)} |" for row in rows]
+    lines.insert(1, "|---" * len(rows[0]) + "|")
+    marked = rf"(<!-- {re.escape(command)} -->\n).*?(<!-- end -->)"
+    content, found = re.subn(marked, lambda m: m[1] + "\n".join(lines) + "\n" + m[2], page.read_text(), flags=re.S)
+    assert found == 1, f"{page} has no place for the table of {command}"
+    page.write_text(content)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import sys
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,7 @@ import matplotlib
 matplotlib.use("svg")
 from matplotlib import pyplot as plt
 
-from benchmarks.measure import RESULTS
+from benchmarks.measure import read_rows
 
 DOCS = Path(__file__).parent.parent / "docs"
 
@@ -20,10 +19,9 @@ DOCS = Path(__file__).parent.parent / "docs"
 def latest(benchmark: str) -> dict[str, dict[str, dict[str, str]]]:
     """Rows by case and contender; a later row replaces an earlier one."""
     cases: dict[str, dict[str, dict[str, str]]] = {}
-    with RESULTS.open(newline="") as f:
-        for row in csv.DictReader(f):
-            if row["benchmark"] == benchmark:
-                cases.setdefault(row["case"], {})[row["contender"]] = row
+    for row in read_rows():
+        if row["benchmark"] == benchmark:
+            cases.setdefault(row["case"], {})[row["contender"]] = row
     return cases
 
 

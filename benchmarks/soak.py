@@ -2,7 +2,7 @@
 
     python -m benchmarks.soak [--gigabytes 5] [--steps 2000] [--reports 100] [--only prepare open train report]
 
-Prints a table and appends rows to benchmarks/results.csv.
+Appends rows to benchmarks/results.csv and writes the last one of each load into docs/reliability.md.
 """
 
 from __future__ import annotations
@@ -23,13 +23,27 @@ from typing import Any
 
 import psutil
 
-from benchmarks.measure import append_rows
+from benchmarks.measure import append_rows, read_rows, write_table
 from tests.conftest import CONFIG, TINY, prepare_text, toml
 from tests.processes import call, command
 from tests.reliability.stores import sparse_store
 from token_superposition.data.installation import installed_documents
 
 Row = dict[str, Any]
+PAGE = Path(__file__).parent.parent / "docs/reliability.md"
+FIGURES = {
+    "seconds": "{} s",
+    "cpu_seconds": "{} s of processor time",
+    "peak_mb": "resident memory of {} MB at most",
+    "grown_mb": "resident memory grows by {} MB",
+    "slope_bytes_per_step": "{} bytes a step",
+    "slope_low": "95% interval from {}",
+    "slope_high": "to {}",
+    "store_gb": "a store of {} GB",
+    "verify_seconds": "`tst verify` in {} s",
+    "looks": "the page read {} times meanwhile",
+    "cut_short": "{} times cut short",
+}
 
 
 def prepare_much(folder: Path, gigabytes: float) -> Row:
@@ -76,7 +90,7 @@ def open_terabyte(folder: Path) -> Row:
         "seconds": round(seconds, 3),
         "cpu_seconds": round(cpu, 3),
         "first_slice_ms": round(1e3 * (time.perf_counter() - start), 2),
-        "peak_mb": round(grown / 1e6, 1),
+        "grown_mb": round(grown / 1e6, 1),
     }
 
 
@@ -108,7 +122,7 @@ def train_long(folder: Path, steps: int) -> Row:
         "slope_bytes_per_step": round(fit.slope),
         "slope_low": round(fit.slope - half),
         "slope_high": round(fit.slope + half),
-        "growth_mb": round((y[-1] - y[0]) / 1e6, 2),
+        "grown_mb": round((y[-1] - y[0]) / 1e6, 2),
     }
 
 
@@ -138,8 +152,7 @@ def report_much(folder: Path, count: int) -> Row:
         "case": f"{count} reports at once",
         "seconds": round(time.monotonic() - start, 1),
         "looks": looks,
-        "different_pages": len(pages),
-        "whole": all(p.rstrip().endswith(b"</html>") for p in pages),
+        "cut_short": sum(not p.rstrip().endswith(b"</html>") for p in pages),
     }
 
 
@@ -164,6 +177,14 @@ def main() -> None:
             shutil.rmtree(folder, ignore_errors=True)
         print(", ".join(f"{k} {v}" for k, v in row.items()), flush=True)
         append_rows([row])
+    last = {row["case"]: row for row in read_rows() if row["benchmark"] == "soak"}
+    write_table(
+        PAGE, "python -m benchmarks.soak", [("load", "figures"), *((case, told(r)) for case, r in last.items())]
+    )
+
+
+def told(row: dict[str, str]) -> str:
+    return ", ".join(text.format(row[name]) for name, text in FIGURES.items() if row.get(name))
 
 
 if __name__ == "__main__":

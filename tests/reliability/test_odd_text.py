@@ -160,6 +160,8 @@ def refusals(folder: Path) -> Iterator[tuple[str, str]]:
     yield "no\0name", "does not exist"
     (folder / "a.parquet").write_bytes(parquet([b"row"])[:-20])
     yield "a.parquet", "is not a Parquet file, or not a whole one"
+    (folder / "name.parquet").write_bytes(parquet([b"row"]).replace(b"text", b"te\xa0t"))
+    yield "name.parquet", "is not a Parquet file, or not a whole one"
     pq.write_table(pa.table({"body": ["x"]}), folder / "b.parquet")
     yield "b.parquet", "has no column 'text'; choose one of body"
     pq.write_table(pa.table({"text": [1]}), folder / "c.parquet")

@@ -96,7 +96,7 @@ def open_parquet(path: Path, text_field: str) -> Any:
     try:
         file = pq.ParquetFile(path.open("rb"))
         schema = file.schema_arrow
-    except (OSError, pa.ArrowException) as e:
+    except (OSError, ValueError, pa.ArrowException) as e:  # ValueError: a name of a column that is not UTF-8
         raise TokenSuperpositionError(
             f"{path} is not a Parquet file, or not a whole one ({first_line(e)}); remove it"
         ) from None
