@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import io
 import re
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from token_superposition.data.progress import bars
+from token_superposition.experiment.metrics import NEWEST, MetricsWriter, read_metrics
 from token_superposition.experiment.progress import RunProgress
 
 LINES: list[dict[str, Any]] = [
@@ -61,3 +64,24 @@ def test_preparing_is_quiet_in_a_pipe() -> None:
         with bars(Console(file=out, force_terminal=terminal, width=80)) as report:
             report("reading", 50.0, 100.0)
         assert ("reading" in out.getvalue()) if terminal else (out.getvalue() == "")
+
+
+def test_a_long_run_keeps_few_lines_in_memory_and_all_of_them_in_its_file(tmp_path: Path) -> None:
+    """Also one that goes on: it looks for a spike among the same lines."""
+    path, seen = tmp_path / "metrics.jsonl", list[tuple[int, int, int]]()
+    state, control = TrainerState(), TrainerControl()
+    args = TrainingArguments(output_dir=str(tmp_path), use_cpu=True, report_to=[])
+    writer = MetricsWriter(
+        path, 1.0, 1.0, report=lambda lines: seen.append((lines[0]["step"], lines[-1]["step"], len(lines)))
+    )
+    for step in range(1, 1001):
+        state.global_step = state.max_steps = step
+        logs = {"loss": 1.0, "input_bag": 1, "output_bag": 1}
+        state.log_history.append({**logs, "step": step})  # as Trainer does
+        writer.on_log(args, state, control, logs=logs)
+    assert len(state.log_history) == 1
+    assert seen[-1] == (1, 1000, NEWEST + 1) and max(count for _, _, count in seen) == NEWEST + 1
+    assert [m["step"] for m in read_metrics(path)] == list(range(1, 1001))
+    resumed = MetricsWriter(path, 1.0, 1.0)
+    resumed.on_train_begin(args, state, control)
+    assert resumed.lines == writer.lines

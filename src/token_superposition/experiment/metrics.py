@@ -16,6 +16,7 @@ from token_superposition.errors import TokenSuperpositionError
 from token_superposition.experiment.health import is_spike
 
 Report = Callable[[list[dict[str, Any]]], None]
+NEWEST = 200  # lines in memory, among which a spike is looked for
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
@@ -33,9 +34,9 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 class MetricsWriter(TrainerCallback):
     """Writes one line per log and per validation; on resume, lines after the checkpoint are dropped.
 
-    ``seconds`` is the time in training steps, without validation and saving. ``save_at`` asks for checkpoints,
-    ``report`` is given all lines after each new one. A line has ``spike`` where the loss jumped, and the steps that
-    were left out since the last one, which are taken off ``skipped``.
+    ``seconds`` is the time in training steps, without validation and saving. ``save_at`` asks for checkpoints.
+    ``report`` is given the first and the newest lines after each new one. A line has ``spike`` where the loss jumped,
+    and the steps that were left out since the last one, which are taken off ``skipped``.
 
     Raises ``TokenSuperpositionError`` where a line cannot be written.
     """
@@ -65,6 +66,7 @@ class MetricsWriter(TrainerCallback):
             partial = self.path.with_name(f".{self.path.name}.partial")
             partial.write_text("".join(json.dumps(m) + "\n" for m in kept))
             partial.rename(self.path)
+        del self.lines[1:-NEWEST]
         self.seconds = kept[-1]["seconds"] if kept else 0.0
         self._mark = time.perf_counter()
 
@@ -116,4 +118,6 @@ class MetricsWriter(TrainerCallback):
                 "same command again: it goes on from the newest checkpoint"
             ) from e
         self.lines.append(line)
+        del self.lines[1:-NEWEST]  # all of them are in the file: a long run must not grow, nor its checkpoints
+        del state.log_history[:-1]
         self.report(self.lines)

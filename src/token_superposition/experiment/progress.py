@@ -26,7 +26,7 @@ class RunProgress:
             disable=not console.is_terminal,
         )
         self._tasks: dict[str, TaskID] = {}
-        self._shown: dict[str, int] = {}
+        self._shown: dict[str, dict[str, Any]] = {}
         self._all = self.bars.add_task("all runs", total=runs, note="") if runs > MANY else None
 
     def __enter__(self) -> RunProgress:
@@ -39,7 +39,7 @@ class RunProgress:
             self.bars.stop()
 
     def update(self, name: str, steps: int, metrics: list[dict[str, Any]]) -> None:
-        """``metrics`` are all lines of the run so far."""
+        """``metrics`` are lines of the run so far: the first, and the newest ones."""
         if name not in self._tasks:
             self._tasks[name] = self.bars.add_task(name, total=steps, note="")
         if not metrics:
@@ -49,10 +49,11 @@ class RunProgress:
         note = f"{phase(metrics)}  {loss}  {speed(metrics[-20:]):,.0f} raw tok/s"
         self.bars.update(self._tasks[name], completed=last["step"], note=note)
         if not self.console.is_terminal:
-            for m in metrics[self._shown.get(name, 0) :]:
+            shown = self._shown.get(name)
+            for m in metrics[metrics.index(shown) + 1 if shown in metrics else 0 :]:
                 if "val_loss" in m:
                     self.console.print(f"{name}: step {m['step']}/{steps}, validation loss {m['val_loss']:.4f}")
-            self._shown[name] = len(metrics)
+            self._shown[name] = metrics[-1]
 
     def finish(self, name: str) -> None:
         """The run is done."""
