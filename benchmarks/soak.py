@@ -33,17 +33,14 @@ from token_superposition.data.installation import installed_documents
 Row = dict[str, Any]
 PAGE = Path(__file__).parent.parent / "docs/reliability.md"
 FIGURES = {
-    "seconds": "{} s",
-    "cpu_seconds": "{} s of processor time",
-    "peak_mb": "resident memory of {} MB at most",
-    "grown_mb": "resident memory grows by {} MB",
-    "slope_bytes_per_step": "{} bytes a step",
-    "slope_low": "95% interval from {}",
-    "slope_high": "to {}",
-    "store_gb": "a store of {} GB",
-    "verify_seconds": "`tst verify` in {} s",
-    "looks": "the page read {} times meanwhile",
-    "cut_short": "{} times cut short",
+    "seconds": "{seconds} s",
+    "cpu_seconds": "{cpu_seconds} s of processor time",
+    "peak_mb": "resident memory of {peak_mb} MB at most",
+    "grown_mb": "resident memory grows by {grown_mb} MB",
+    "slope_bytes_per_step": "{slope_bytes_per_step} bytes a step (95% interval {slope_low} to {slope_high})",
+    "store_gb": "a store of {store_gb} GB",
+    "verify_seconds": "`tst verify` in {verify_seconds} s",
+    "looks": "the page read {looks} times meanwhile, {cut_short} times cut short",
 }
 
 
@@ -186,7 +183,7 @@ def main() -> None:
 
 
 def told(row: dict[str, str]) -> str:
-    return ", ".join(text.format(row[name]) for name, text in FIGURES.items() if row.get(name))
+    return ", ".join(text.format(**row) for name, text in FIGURES.items() if row.get(name))
 
 
 if __name__ == "__main__":
