@@ -92,6 +92,7 @@ class MetricsWriter(TrainerCallback):
         **kwargs: Any,
     ) -> None:
         logs = logs or {}
+        del state.log_history[:-1]  # all of it is in the file: a long run must not grow, nor its checkpoints
         if not state.is_world_process_zero or not ({"loss", "eval_loss"} & logs.keys()):
             return
         line: dict[str, Any] = {
@@ -118,6 +119,5 @@ class MetricsWriter(TrainerCallback):
                 "same command again: it goes on from the newest checkpoint"
             ) from e
         self.lines.append(line)
-        del self.lines[1:-NEWEST]  # all of them are in the file: a long run must not grow, nor its checkpoints
-        del state.log_history[:-1]
+        del self.lines[1:-NEWEST]
         self.report(self.lines)
