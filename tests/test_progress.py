@@ -85,3 +85,12 @@ def test_a_long_run_keeps_few_lines_in_memory_and_all_of_them_in_its_file(tmp_pa
     resumed = MetricsWriter(path, 1.0, 1.0)
     resumed.on_train_begin(args, state, control)
     assert resumed.lines == writer.lines
+
+
+def test_a_line_is_shown_once_also_where_the_last_two_are_alike() -> None:
+    """The last validation of a run may be that of its last step again."""
+    out = io.StringIO()
+    with RunProgress(Console(file=out, force_terminal=False), 1) as progress:
+        for _ in range(3):
+            progress.update("run", 60, [*LINES, VALIDATED, VALIDATED])
+    assert out.getvalue().count("validation loss") == 2

@@ -50,7 +50,8 @@ class RunProgress:
         self.bars.update(self._tasks[name], completed=last["step"], note=note)
         if not self.console.is_terminal:
             shown = self._shown.get(name)
-            for m in metrics[metrics.index(shown) + 1 if shown in metrics else 0 :]:
+            new = next((i for i in range(len(metrics), 0, -1) if metrics[i - 1] == shown), 0)
+            for m in metrics[new:]:
                 if "val_loss" in m:
                     self.console.print(f"{name}: step {m['step']}/{steps}, validation loss {m['val_loss']:.4f}")
             self._shown[name] = metrics[-1]
