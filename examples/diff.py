@@ -32,7 +32,7 @@ REMARKS = {
     "the plan goes on where the step is.",
     "litgpt_pretrain": "LitGPT's GPT gives logits, so this takes the loss of logits. LitGPT 0.5.13 requires a "
     "huggingface-hub below 1.4, transformers 5 a newer one: install it without its dependencies, as the "
-    "script says. Its test runs only where it is installed.",
+    "script says.",
     "accelerate_loop": "Loss on logits, because under DDP the gradients are only averaged if the model's own `forward` "
     "is called. `PlannedDataset` is read in order; accelerate shares every step's batch out among the processes.",
     "mamba": "The embedding is all that reads bags, so what comes after it is not asked.",

@@ -2,7 +2,7 @@
 
 LitGPT 0.5.13 asks for a huggingface-hub that transformers 5 cannot use; what is needed here works beside it:
 
-pip install lightning 'jsonargparse[signatures]<=4.41' && pip install --no-deps litgpt==0.5.13
+pip install lightning && pip install --no-deps litgpt==0.5.13
 python -m examples.text README.md docs/*.md --out data
 python -m examples.litgpt_pretrain --data data --steps 200
 """

@@ -1,11 +1,15 @@
-"""``tst eval``: the figure of the run, the figure of whole logits in float64, and a benchmark task with local data."""
+"""``tst eval``: the figure of the run, the figure of whole logits in float64, benchmark tasks with local data."""
 
 from __future__ import annotations
 
 import json
 import math
+import os
+import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,6 +17,7 @@ from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tests.conftest import tiny
+from tests.processes import TIMEOUT
 from token_superposition.cli import main
 from token_superposition.data.prepare import PrepareOptions, prepare
 from token_superposition.experiment.evaluate import evaluate_text, length_of, total_loss
@@ -144,6 +149,77 @@ def test_a_benchmark_task_with_local_data(
 
     assert main([*given[:3], str(tmp_path / "none.yaml")]) == 2
     assert "there is no task" in capsys.readouterr().err
+
+
+def test_the_papers_eight_tasks_on_data_of_their_form(finished_run: Path, tmp_path: Path) -> None:
+    """The harness's own definitions; the datasets are directories of the hub's names where the command is run."""
+    choices = {"text": [" boats", " the sea", " bags"], "label": ["A", "B", "C"]}
+    subjects = [f.stem.removeprefix("mmlu_") for f in harness_tasks("mmlu/default").glob("mmlu_*.yaml")]
+    assert len(subjects) == 57
+    for name, configurations, row in (
+        (
+            "allenai/ai2_arc",
+            ["ARC-Easy", "ARC-Challenge"],
+            {"question": "What does the river carry?", "choices": choices, "answerKey": "A"},
+        ),
+        ("aps/super_glue", ["boolq"], {"passage": "It carries boats.", "question": "does it", "label": 1}),
+        (
+            "Rowan/hellaswag",
+            ["default"],
+            {"ctx_a": "The", "ctx_b": "river", "activity_label": "Boats", "endings": list("abcd"), "label": "1"},
+        ),
+        ("allenai/openbookqa", ["main"], {"question_stem": "It carries", "choices": choices, "answerKey": "B"}),
+        ("baber/piqa", ["default"], {"goal": "cross it", "sol1": "a boat", "sol2": "a bag", "label": 0}),
+        (
+            "allenai/winogrande",
+            ["winogrande_xl"],
+            {"sentence": "The boat passed the bag as _ was fast.", "option1": "it", "option2": "that", "answer": "1"},
+        ),
+        ("cais/mmlu", subjects, {"question": "What is carried?", "choices": list("wxyz"), "answer": 2}),
+    ):
+        save_dataset(tmp_path / name, configurations, row)
+    model = finished_run / "model"
+    done = subprocess.run(
+        [sys.executable, "-m", "token_superposition", "eval", model, "--tasks", "paper", "--json"],
+        cwd=tmp_path,
+        env=os.environ | {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "cache")},
+        capture_output=True,
+        text=True,
+        timeout=TIMEOUT,
+    )
+    assert done.returncode == 0, done.stderr
+    both, one = {"acc", "acc_norm"}, {"acc"}
+    scores = json.loads(done.stdout)["tasks"]
+    assert {task: set(metrics) for task, metrics in scores.items()} == {
+        "arc_easy": both,
+        "arc_challenge": both,
+        "boolq": one,
+        "hellaswag": both,
+        "mmlu": one,
+        "openbookqa": both,
+        "piqa": both,
+        "winogrande": one,
+    }
+    assert all(value in (0, 1) for metrics in scores.values() for value in metrics.values())  # one question each
+    assert scores["arc_easy"] == scores["arc_challenge"]  # the same question
+
+
+def harness_tasks(folder: str) -> Path:
+    import lm_eval.tasks
+
+    return Path(lm_eval.tasks.__path__[0]) / folder
+
+
+def save_dataset(folder: Path, configurations: Sequence[str], row: dict[str, Any]) -> None:
+    """As the hub keeps it: a card that lists the files of every configuration and split."""
+    card: list[dict[str, Any]] = []
+    for name in configurations:
+        (folder / name).mkdir(parents=True)
+        splits = [{"split": split, "path": f"{name}/{split}.jsonl"} for split in ("train", "validation", "test", "dev")]
+        for split in splits:
+            (folder / split["path"]).write_text(json.dumps(row) + "\n")
+        card.append({"config_name": name, "data_files": splits})
+    (folder / "README.md").write_text(f"---\n{json.dumps({'configs': card})}\n---\n")
 
 
 def test_tasks_without_the_extra(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

@@ -50,7 +50,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def example(name: str, plain: bool = False) -> Any:
     if name == "litgpt_pretrain":
-        pytest.importorskip("litgpt", reason="it cannot be installed beside transformers 5 with its dependencies")
+        pytest.importorskip("litgpt", reason="pip install --no-deps litgpt: its requirements exclude transformers 5")
     return importlib.import_module(f"examples.plain.{name}" if plain else f"examples.{name}")
 
 

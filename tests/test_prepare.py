@@ -14,7 +14,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, Qwen2Config
 
 from tests.conftest import VOCAB, text, tst
 from tests.processes import call, command_on_a_full_disk
@@ -128,6 +128,7 @@ def test_an_existing_tokenizer_and_wide_vocabulary(prepared: Path, tmp_path: Pat
         (["one.txt"], PrepareOptions(vocab_size=100), "vocab size is 100; give at least 257"),
         (["one.txt"], PrepareOptions(validation_share=1.0), "validation share is 1.0"),
         (["one.txt"], PrepareOptions(tokenizer="no/such/place"), "tokenizer no/such/place cannot be loaded"),
+        (["one.txt"], PrepareOptions(tokenizer="model"), "is its tokenizer.json missing"),
     ],
 )
 def test_unusable_input_has_one_line_and_leaves_nothing(
@@ -135,12 +136,13 @@ def test_unusable_input_has_one_line_and_leaves_nothing(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     Path("folder").mkdir()
+    Qwen2Config().save_pretrained("model")
     Path("empty.txt").touch()
     Path("one.txt").write_text("one document")
     with pytest.raises(TokenSuperpositionError, match=message) as caught:
         prepare(sources, "data", options)
     assert "\n" not in str(caught.value)
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["empty.txt", "folder", "one.txt"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["empty.txt", "folder", "model", "one.txt"]
 
 
 def test_datasets_of_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -48,6 +48,10 @@ def load_tokenizer(name_or_path: str) -> PreTrainedTokenizerBase:
         ) from None
     if not tokenizer.is_fast:
         raise TokenSuperpositionError(f"the tokenizer {name_or_path} has no fast form; convert it to tokenizer.json")
+    if not tokenizer("text", add_special_tokens=False)["input_ids"]:  # what transformers makes of a config.json alone
+        raise TokenSuperpositionError(
+            f"the tokenizer {name_or_path} makes no tokens of text; is its tokenizer.json missing?"
+        )
     if tokenizer.eos_token_id is None:
         raise TokenSuperpositionError(f"the tokenizer {name_or_path} has no end-of-text token; set its eos_token")
     return tokenizer
