@@ -12,6 +12,7 @@ from pathlib import Path
 from statistics import mean
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
@@ -310,6 +311,19 @@ def test_a_step_is_timed_in_micro_batches(write_config: Callable[..., Path]) -> 
         for b, m in ((8, 8), (1024, 8))
     ]
     assert 0 < times[0] < 10 and times[1] > 20 * times[0]
+
+
+@pytest.mark.skipif(torch.accelerator.is_available(), reason="there is a GPU")
+def test_a_step_is_timed_on_the_cpu_by_a_torch_built_for_gpus(
+    write_config: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Such a torch names its accelerator where there is none, too."""
+
+    def built_for(check_available: bool = False) -> torch.device | None:
+        return None if check_available else torch.device("cuda")
+
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", built_for)
+    assert time_steps(load_config(write_config(steps=12)), VOCAB, 1) > 0
 
 
 def test_further_seeds_leave_the_runs_of_the_first_where_they_are() -> None:

@@ -47,7 +47,8 @@ def time_steps(config: Config, vocab_size: int, threads: int) -> float:
     from token_superposition.loss import linear_multi_hot_cross_entropy
 
     torch.set_num_threads(threads)
-    device = torch.accelerator.current_accelerator() or torch.device("cpu")
+    # Unasked, a torch built for CUDA names it as its accelerator on a machine without a GPU, too.
+    device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
     settings = model_settings(config.model, vocab_size, 0, config.data.sequence_length)
     model: Any = torch.nn.Module.to(AutoModelForCausalLM.from_config(settings, dtype=torch.float32), device)
     optimizer = torch.optim.AdamW(model.parameters())
