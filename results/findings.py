@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import itertools
 import json
 import tomllib
 from collections import defaultdict
@@ -179,6 +180,45 @@ def after_switch(r: Result, steps: int = 150) -> tuple[str, str]:
     )
 
 
+def differences_by_step(r: Result) -> dict[int, list[float]]:
+    """Validation loss of the run tst less the baseline's, seed by seed, before the learning rate decays."""
+    c = r.summary["config"]["train"]
+    constant = c["steps"] - round(c["decay_ratio"] * c["steps"])
+    losses: dict[tuple[str, str, int], float] = {
+        (x["name"], x["seed"], int(x["step"])): float(x["val_loss"]) for x in r.curves if x["val_loss"]
+    }
+    found: dict[int, list[float]] = defaultdict(list)
+    for (name, seed, step), loss in sorted(losses.items(), key=lambda item: item[0][1:]):
+        if name == "tst" and step <= constant:
+            found[step].append(loss - losses["baseline", seed, step])
+    return dict(sorted(found.items()))
+
+
+def ahead(found: list[Result]) -> tuple[str, str]:
+    """Where TST passes the baseline on the way: a figure of all comparisons, and a table."""
+    figure = Figure(figsize=(7.2, 4.0), layout="constrained")
+    axes = figure.subplots()
+    lines = [
+        "| comparison | the switch, after | behind at last after | ahead beyond chance from |",
+        "|---|---|---|---|",
+    ]
+    for r, colour, marker in zip(found, itertools.cycle(COLOURS), "osD^vPX*<>", strict=False):
+        by_step = differences_by_step(r)
+        switch = round(r.summary["config"]["superposition"]["ratio"] * r.summary["config"]["train"]["steps"])
+        after = [step for step in by_step if step > switch]
+        axes.plot(after, [mean(by_step[step]) for step in after], f"{marker}-", color=colour, ms=4, label=r.name)
+        behind = [step for step in by_step if mean(by_step[step]) >= 0]
+        unsure = [step for step in after if (ends := t_interval(by_step[step])) is None or ends[1] >= 0]
+        first = next((step for step in after if step > max(unsure, default=0)), None)
+        lines.append(f"| {r.name} | {switch:,} | {max(behind, default=0):,} | {f'{first:,}' if first else 'never'} |")
+    axes.axhline(0, color="#000000", lw=1)
+    axes.set_xlabel("step, up to where the learning rate decays")
+    axes.set_ylabel("validation loss minus the baseline's\n(nats per token, mean over seeds)")
+    axes.legend(frameon=False, fontsize=8)
+    plain(axes)
+    return svg(figure), "\n".join([*lines, ""])
+
+
 def memorised(r: Result) -> str:
     """A table of what the loss on repeated strings is below that on strings that were in no text."""
     by: dict[str, dict[int, list[float]]] = defaultdict(lambda: defaultdict(list))
@@ -255,6 +295,15 @@ def write(root: Path, docs: Path) -> None:
         *(section_of_sweep(folder, docs) for folder in sorted(p.parent for p in root.glob("*/sweep.json"))),
         "## What the switch does to the loss\n",
         f"{sentence}\n\n![Training loss after the switch](findings_switch.svg)\n",
+    ]
+    picture, table = ahead(found)
+    (docs / "findings_ahead.svg").write_text(picture)
+    parts += [
+        "## From which step on TST is ahead\n",
+        "Before the learning rate decays: the validation loss on the way less that of the baseline of the same seed "
+        "after the same step.\n",
+        table,
+        "![Validation loss of TST minus the baseline's by step](findings_ahead.svg)\n",
     ]
     if copies := [r for r in found if r.copying]:
         parts += ["## Where the difference is\n", *map(copied, copies)]

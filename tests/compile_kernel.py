@@ -45,5 +45,6 @@ def compile_for(capability: int, logits: str, softcap: bool, s: int, tile: int) 
 if __name__ == "__main__":
     triton.knobs.nvidia.dump_ptxas_log = True
     for capability, logits, softcap, shape in itertools.product(CAPABILITIES, LOGITS, (False, True), SHAPES):
-        if capability == 90 or (logits, shape) == ("bf16", SHAPES[0]):  # every form for one GPU, the usual one for all
+        # The usual form for every GPU; for one of them every type and every shape, not all pairs of them.
+        if (logits, shape) == ("bf16", SHAPES[0]) or (capability == 90 and (logits == "bf16" or shape == SHAPES[0])):
             print(json.dumps(compile_for(capability, logits, softcap, *shape)), flush=True)

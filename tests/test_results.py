@@ -23,6 +23,7 @@ from results.copying import losses as copying_losses
 from results.copying import main as copying
 from results.copying import repeated_pairs
 from results.corpora import Language, invented, random_strings, with_strings, write
+from results.findings import Result, ahead
 from results.findings import write as write_findings
 from results.memorisation import losses
 from results.memorisation import main as memorisation
@@ -69,8 +70,29 @@ def test_the_page_says_what_was_measured(kept: Path, tmp_path: Path) -> None:
     assert f"| tst | {tst['delta_val_loss']:+.3f} ({low:+.3f} to {high:+.3f}) |" in page
     assert "Does it win?" in page and "seeds 3, 4" in page and summary["runs"][0]["hardware"] in page
     assert "tst compare results/tiny/config.toml --out tiny" in page
-    for name in ("findings_forest.svg", "findings_switch.svg"):
+    for name in ("findings_forest.svg", "findings_switch.svg", "findings_ahead.svg"):
         assert name in page and ElementTree.fromstring((tmp_path / name).read_text()).tag.endswith("svg")
+
+
+def test_where_tst_passes_the_baseline() -> None:
+    """Of 100 steps, superposed for 30, decaying from 90 on; after 60 steps the seeds do not agree yet."""
+    differences = {
+        20: (1.0, 1.1),
+        40: (0.2, 0.4),
+        60: (-0.3, 0.1),
+        80: (-0.3, -0.31),
+        90: (-0.4, -0.41),
+        100: (0.5, 0.6),
+    }
+    curves = [
+        {"name": name, "seed": str(seed), "step": str(step), "val_loss": str(3 + (name == "tst") * pair[seed])}
+        for step, pair in differences.items()
+        for seed in (0, 1)
+        for name in ("baseline", "tst", "baseline-x2")
+    ]
+    settings = {"train": {"steps": 100, "decay_ratio": 0.1}, "superposition": {"ratio": 0.3}}
+    _, table = ahead([Result("made-up", {}, {"config": settings}, curves, [], [])])
+    assert "| made-up | 30 | 40 | 80 |" in table
 
 
 def test_a_sweep_is_on_the_page_with_its_pictures(kept: Path, tmp_path: Path) -> None:
