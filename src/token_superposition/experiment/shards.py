@@ -27,8 +27,8 @@ ALLOWED = {
     "torch.distributed.checkpoint.filesystem": {"_StorageInfo"},
     "torch.serialization": {"_get_layout"},
     "torch": {"Size", *(name for name in dir(torch) if isinstance(getattr(torch, name), torch.dtype))},
-    "pathlib": (paths := {"PosixPath", "WindowsPath"}),
-    "pathlib._local": paths,  # Python 3.13
+    "pathlib": {"PosixPath", "WindowsPath"},
+    "pathlib._local": {"PosixPath", "WindowsPath"},  # of Python 3.13
 }
 
 
