@@ -45,11 +45,12 @@ class Result:
         """Model, batch and length in one line."""
         c = self.summary["config"]
         options = c["model"]["options"]
-        t = c["train"]
+        t, bags = c["train"], c["superposition"]
         return (
             f"{c['model']['architecture']} {options['num_hidden_layers']} x {options['hidden_size']}, "
             f"{short(self.baseline['parameters'])} parameters, {t['batch_size']} x {c['data']['sequence_length']} "
-            f"tokens a step, {t['steps']:,} steps, {t['optimizer']} at {t['learning_rate']:g}"
+            f"tokens a step, {t['steps']:,} steps, {t['optimizer']} at {t['learning_rate']:g}; tst: "
+            f"s = {bags['bag_size']}, r = {bags['ratio']:g}, {bags['weighting']} weights"
         )
 
     @property
@@ -112,6 +113,19 @@ def longer_rows(variants: dict[str, dict[str, Any]]) -> list[str]:
     return [*lines, ""] if lines else []
 
 
+def against_tst(variants: dict[str, dict[str, Any]]) -> list[str]:
+    """A table of the further variants' differences to tst, the best first."""
+    found = {name: x for name, c in variants.items() if (x := c.get("against_tst"))}
+    if not found:
+        return []
+    lines = ["Less tst of the same seed:", "", "| variant | difference, nats (95%) | |", "|---|---|---|"]
+    for name, x in sorted(found.items(), key=lambda item: item[1]["delta_val_loss"]):
+        ends = f" ({interval(x['interval'], '+.3f')})" if x["interval"] else ""
+        judged = verdict({"delta_val_loss_interval": x["interval"]})
+        lines.append(f"| {name} | {x['delta_val_loss']:+.3f}{ends} | {judged} |")
+    return [*lines, ""]
+
+
 def section(r: Result) -> str:
     losses = [x["val_loss"] for x in r.summary["runs"] if x["name"] == "baseline"]
     v = r.baseline["versions"]
@@ -125,6 +139,7 @@ def section(r: Result) -> str:
         *(table_row(name, c) for name, c in r.variants.items()),
         "",
         *longer_rows(r.variants),
+        *against_tst(r.variants),
         f"`{r.about['command']}`; {r.baseline['hardware']}; torch {v['torch']}, transformers {v['transformers']}; "
         f"[results/{r.name}](../results/{r.name}).",
         "",

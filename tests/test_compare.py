@@ -200,6 +200,19 @@ def test_table_and_report_show_the_intervals(tmp_path: Path) -> None:
         assert "1 of 3 seeds only known to be at least 2.00 x" in text
 
 
+def test_a_variant_is_judged_against_plain_tst_too(tmp_path: Path) -> None:
+    """By 0.02 and 0.04 below TST with two of the seeds; the third was run without it."""
+    runs = experiment()
+    runs += [run("shifted", seed, 1000, 3.0 + DELTAS[seed] - 0.02 * (1 + seed)) for seed in (0, 1)]
+    variants = comparison(runs)["variants"]
+    found = variants["shifted"]["against_tst"]
+    assert found["delta_val_loss"] == pytest.approx(-0.03) and found["seeds"] == 2
+    assert found["interval"] == pytest.approx(t_interval([-0.02, -0.04]))
+    assert variants["tst"]["against_tst"] is None
+    for text in shown(directory_of(runs, tmp_path / "variant")):
+        assert "shifted ends 0.0300 nats below tst" in " ".join(text.split()) and "tst ends 0.0000" not in text
+
+
 def test_one_seed_has_no_interval_and_says_so(tmp_path: Path) -> None:
     runs = [r for r in experiment() if r.seed == 1]
     for text in shown(directory_of(runs, tmp_path / "one")):

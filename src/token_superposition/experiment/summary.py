@@ -66,6 +66,7 @@ def compare_variant(runs: Sequence[Run], name: str) -> dict[str, Any]:
     data_loss, data_how = loss_at(curve, data_steps)
     flops_ratio = next(iter(ours.values())).flops / next(iter(baseline.values())).flops
     flops_loss, flops_how = loss_at(curve, round(flops_ratio * steps))
+    plain = {r.seed: r for r in runs if r.name == "tst"} if name != "tst" else {}
     ratios = [
         r.phase_step_seconds[0] / r.phase_step_seconds[-1] for r in ours.values() if len(r.phase_step_seconds) > 1
     ]
@@ -81,6 +82,7 @@ def compare_variant(runs: Sequence[Run], name: str) -> dict[str, Any]:
         "speedup": asdict(over_seeds) if over_seeds is not None else None,
         "speedup_per_seed": [asdict(s) for s in per_seed],
         "longer_baselines": longer_baselines(runs, ours),
+        "against_tst": paired(ours, plain),
         "flops_ratio": flops_ratio,
         "equal_flops": {
             "baseline_steps": round(flops_ratio * steps),
@@ -105,18 +107,17 @@ def longer_baselines(runs: Sequence[Run], ours: dict[int, Run]) -> list[dict[str
     found: list[dict[str, Any]] = []
     for n in lengths:
         longer = {r.seed: r for r in runs if r.name.startswith("baseline") and r.steps == n}
-        deltas = [r.val_loss - longer[seed].val_loss for seed, r in ours.items() if seed in longer]
-        if deltas:
-            found.append(
-                {
-                    "baseline_steps": n,
-                    "ratio": n / steps,
-                    "delta_val_loss": mean(deltas),
-                    "interval": t_interval(deltas),
-                    "seeds": len(deltas),
-                }
-            )
+        if difference := paired(ours, longer):
+            found.append({"baseline_steps": n, "ratio": n / steps, **difference})
     return found
+
+
+def paired(ours: dict[int, Run], others: dict[int, Run]) -> dict[str, Any] | None:
+    """Mean difference of the losses with its interval, over the seeds that have both; None if none has."""
+    deltas = [r.val_loss - others[seed].val_loss for seed, r in ours.items() if seed in others]
+    if not deltas:
+        return None
+    return {"delta_val_loss": mean(deltas), "interval": t_interval(deltas), "seeds": len(deltas)}
 
 
 def equal_time(ours: Sequence[Run], baseline: Sequence[Run], curve: Sequence[tuple[int, float]]) -> dict[str, Any]:

@@ -122,7 +122,10 @@ def verdicts(contents: Contents) -> list[tuple[str, str]]:
         loss = speedup(c) if several else equal_loss(name, c["equal_loss"], contents.steps)
         result.append((f"{label}equal loss", loss))
         for longer in c.get("longer_baselines", []):  # reports of older comparisons lack them
-            result.append((f"{label}{longer['ratio']:.3g} x the steps", longer_baseline(name, longer)))
+            other = f"a baseline of {longer['baseline_steps']:,} steps"
+            result.append((f"{label}{longer['ratio']:.3g} x the steps", paired(name, other, longer)))
+        if plain := c.get("against_tst"):
+            result.append((f"{label}against tst", paired(name, "tst", plain)))
         result.append((f"{label}equal data", equal_data(c["equal_data"])))
         result.append((f"{label}equal time", equal_time(c["equal_time"])))
         if c["phase_step_time_ratio"] is not None:
@@ -153,11 +156,10 @@ def equal_steps(name: str, c: dict[str, Any]) -> str:
     return f"{name} ends {abs(delta):.4f} nats {'below' if delta < 0 else 'above'} the baseline{known}"
 
 
-def longer_baseline(name: str, longer: dict[str, Any]) -> str:
-    delta, ends = longer["delta_val_loss"], longer["interval"]
+def paired(name: str, other: str, difference: dict[str, Any]) -> str:
+    delta, ends = difference["delta_val_loss"], difference["interval"]
     known = f"95% interval {interval(ends, '+.4f')}, {told_from_chance(ends)}" if ends is not None else "one seed"
-    side = "below" if delta < 0 else "above"
-    return f"{name} ends {abs(delta):.4f} nats {side} a baseline of {longer['baseline_steps']:,} steps ({known})"
+    return f"{name} ends {abs(delta):.4f} nats {'below' if delta < 0 else 'above'} {other} ({known})"
 
 
 def told_from_chance(ends: Sequence[float]) -> str:
