@@ -225,7 +225,8 @@ def ahead(found: list[Result]) -> tuple[str, str]:
         behind = [step for step in by_step if mean(by_step[step]) >= 0]
         unsure = [step for step in after if (ends := t_interval(by_step[step])) is None or ends[1] >= 0]
         first = next((step for step in after if step > max(unsure, default=0)), None)
-        lines.append(f"| {r.name} | {switch:,} | {max(behind, default=0):,} | {f'{first:,}' if first else 'never'} |")
+        found_at = f"{first:,}" if first else "never" if len(by_step[after[0]]) > 1 else "one seed"
+        lines.append(f"| {r.name} | {switch:,} | {max(behind, default=0):,} | {found_at} |")
     axes.axhline(0, color="#000000", lw=1)
     axes.set_xlabel("step, up to where the learning rate decays")
     axes.set_ylabel("validation loss minus the baseline's\n(nats per token, mean over seeds)")

@@ -93,6 +93,9 @@ def test_where_tst_passes_the_baseline() -> None:
     settings = {"train": {"steps": 100, "decay_ratio": 0.1}, "superposition": {"ratio": 0.3}}
     _, table = ahead([Result("made-up", {}, {"config": settings}, curves, [], [])])
     assert "| made-up | 30 | 40 | 80 |" in table
+    alone = [x for x in curves if x["seed"] == "0"]
+    _, table = ahead([Result("alone", {}, {"config": settings}, alone, [], [])])
+    assert "| alone | 30 | 40 | one seed |" in table
 
 
 def test_a_sweep_is_on_the_page_with_its_pictures(kept: Path, tmp_path: Path) -> None:
