@@ -257,6 +257,9 @@ def test_more_seeds_and_variants_find_the_others_done(two_seeds: tuple[Path, Pat
     old = {"half-seed3", "half-seed4"}
     assert {j.directory for j in left} - {j.directory for j in left if j.directory.endswith("-seed5")} == old
     assert len(left) == len(old) + len(jobs_of(config)) // 2 + 1
+    lengths = replace(config, compare=replace(config.compare, baseline_lengths=(1.0, 1.25, 1.5, 2.0)))
+    left = unfinished(checked_jobs(lengths, out), out)  # the longest of before is now one that branches off
+    assert {j.directory for j in left} == {f"baseline-x{x}-seed{s}" for x in ("1.25", "2") for s in (3, 4)}
     longer = replace(config, train=replace(config.train, steps=24))
     with pytest.raises(TokenSuperpositionError, match="is a run of another configuration; choose another --out"):
         checked_jobs(longer, out)

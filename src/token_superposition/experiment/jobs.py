@@ -46,7 +46,12 @@ def check_jobs(jobs: list[Job], out: Path) -> None:
     for job in jobs:
         job.config.check()
         saved = out / "runs" / job.directory / CONFIG
-        if saved.exists() and alone(load_config(saved)) != job.config:
+        if not saved.exists():
+            continue
+        there = alone(load_config(saved))
+        if _finished(out, job.directory):  # whatever branched off it: it is the same run
+            there = replace(there, train=replace(there.train, save_at=job.config.train.save_at))
+        if there != job.config:
             raise TokenSuperpositionError(f"{saved.parent} is a run of another configuration; choose another --out")
 
 
