@@ -4,7 +4,8 @@
 
 On a CPU in float32: the demo's shape, and 2,048 rows of width 512 with vocabularies of 32k and 128k. On a GPU in
 bfloat16: 16,384 rows of widths 576, 2,048 and 4,096 with the vocabulary of Llama 3. A contender that cannot run here is
-named and left out. "products" are the three matrix products alone. Memory is what torch held at its peak beyond the
+named and left out. "products" are the three matrix products alone; on a GPU "peak" is a product of 8,192 x 8,192
+matrices, and every row has its TFLOP/s, counting these three products. Memory is what torch held at its peak beyond the
 inputs and the two gradients.
 """
 
@@ -24,7 +25,9 @@ from benchmarks.measure import append_rows, free_bytes, peak_bytes, side_by_side
 from benchmarks.plot import plot
 from token_superposition import TokenSuperpositionError, linear_multi_hot_cross_entropy
 
-BAG, ROWS = 16, 228  # rows: those of a chunk of ours for 2,048
+BAG = 16
+ROWS = {"cpu": 228, "cuda": 4096}  # those of a chunk of ours
+SQUARE = 8192
 
 
 @dataclass
@@ -53,12 +56,13 @@ class Case:
         """Logits and both gradients in the chunks of ours, nothing else."""
         with torch.no_grad():
             total = torch.zeros_like(self.head)
-            logits = torch.empty(ROWS, self.v, dtype=self.dtype, device=self.device)
+            rows = ROWS[self.device]
+            logits = torch.empty(rows, self.v, dtype=self.dtype, device=self.device)
             out = torch.empty_like(self.hidden)
-            for i in range(0, self.n, ROWS):
-                h = self.hidden[i : i + ROWS]
+            for i in range(0, self.n, rows):
+                h = self.hidden[i : i + rows]
                 z = torch.mm(h, self.head.T, out=logits[: len(h)])
-                torch.mm(z, self.head, out=out[i : i + ROWS])
+                torch.mm(z, self.head, out=out[i : i + rows])
                 total.addmm_(z.T, h)
 
 
@@ -75,7 +79,7 @@ def native(hidden: Tensor, head: Tensor, targets: Tensor) -> Tensor:
 
 
 def native_in_our_chunks(hidden: Tensor, head: Tensor, targets: Tensor) -> Tensor:
-    options = torch.nn.LinearCrossEntropyOptions(chunking_method=None, batch_chunk_size=ROWS)
+    options = torch.nn.LinearCrossEntropyOptions(chunking_method=None, batch_chunk_size=ROWS[hidden.device.type])
     return F.linear_cross_entropy(hidden, head, targets[:, 0], options=options)
 
 
@@ -91,6 +95,13 @@ def liger(hidden: Tensor, head: Tensor, targets: Tensor) -> Tensor:
     return LigerFusedLinearCrossEntropyLoss()(head, hidden, targets[:, 0])
 
 
+def liger_in_float32(hidden: Tensor, head: Tensor, targets: Tensor) -> Tensor:
+    """With the head's gradient summed as ours is."""
+    from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss
+
+    return LigerFusedLinearCrossEntropyLoss(accum_dtype=torch.float32)(head, hidden, targets[:, 0])
+
+
 def ours(impl: Any) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
     return lambda hidden, head, targets: linear_multi_hot_cross_entropy(hidden, head, targets, impl=impl)
 
@@ -100,7 +111,7 @@ def contenders(case: Case) -> dict[str, Callable[[], None]]:
         "ours chunked": (ours("chunked"), (1, BAG)),
         "ours native": (ours("native"), (BAG,)),
         "F.linear_cross_entropy": (native, (1,)),
-        f"F.linear_cross_entropy, {ROWS} rows": (native_in_our_chunks, (1,)),
+        f"F.linear_cross_entropy, {ROWS[case.device]} rows": (native_in_our_chunks, (1,)),
         "F.cross_entropy": (loop, (1,)),
         "loop of cross-entropies": (loop, (BAG,)),
     }
@@ -109,9 +120,13 @@ def contenders(case: Case) -> dict[str, Callable[[], None]]:
             "ours triton": (ours("triton"), (1, BAG)),
             "ours liger": (ours("liger"), (BAG,)),
             "Liger": (liger, (1,)),
+            "Liger, float32 sums": (liger_in_float32, (1,)),
             "cut-cross-entropy": (cut_cross_entropy, (1,)),
         }
     able: dict[str, Callable[[], None]] = {"products": case.products}
+    if case.device != "cpu":
+        left, right = torch.randn(2, SQUARE, SQUARE, dtype=case.dtype, device=case.device)
+        able["peak"] = lambda: left @ right
     for name, (loss, sizes) in known.items():
         for s in sizes:
             needed = (4 + s) * case.n * case.v * 4 if loss is loop else 0
@@ -122,8 +137,8 @@ def contenders(case: Case) -> dict[str, Callable[[], None]]:
             if loss is not loop:
                 try:
                     call()
-                except (ImportError, AttributeError, RuntimeError, TokenSuperpositionError) as e:
-                    print(f"left out: {name}, s = {s}: {e}")
+                except Exception as e:  # whatever another library or another version of torch says
+                    print(f"left out: {name}, s = {s}: {str(e).splitlines()[0]}")
                     continue
             able[f"{name}, s = {s}"] = call
     return able
@@ -152,11 +167,15 @@ def main() -> None:
         rows: list[dict[str, Any]] = []
         for name, call in calls.items():
             case.hidden.grad = case.head.grad = None
-            extra = 0 if name == "products" else peak_bytes(call) - gradients
+            extra = 0 if name in ("products", "peak") else peak_bytes(call) - gradients
             row = {"benchmark": "loss", "case": title, "contender": name, **timings[name].row()}
             row |= {"extra_mb": round(extra / 1e6, 1), "rounds": options.rounds}
+            if gpu:
+                products = 2 * SQUARE**3 if name == "peak" else 6 * n * d * v
+                row["tflops"] = round(products / timings[name].median / 1e12, 1)
             rows.append(row)
-            print(f"  {name:30} {row['median_ms']:10.1f} ms  {row['extra_mb']:10.1f} MB")
+            rate = f"  {row['tflops']:6.1f} TFLOP/s" if gpu else ""
+            print(f"  {name:30} {row['median_ms']:10.1f} ms  {row['extra_mb']:10.1f} MB{rate}")
         append_rows(rows)
     plot("loss")
 

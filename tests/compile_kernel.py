@@ -12,20 +12,22 @@ from contextlib import redirect_stdout
 from io import StringIO
 from typing import Any
 
+import torch
 import triton
 import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from token_superposition.loss.kernel import _loss_and_gradient, warps_of  # pyright: ignore
+from token_superposition.loss.kernel import _loss_and_gradient, tile_of, warps_of  # pyright: ignore
 
 CAPABILITIES = (80, 90, 100)  # A100, H100, B200
 LOGITS = {"bf16": "fp32", "fp16": "fp32", "fp32": "fp32", "fp64": "fp64"}
-SHAPES = ((16, 8192), (1, 8192), (4, 64))  # S, TILE
+SHAPES = ((16, 128_256), (1, 128_256), (4, 64))  # S, vocabulary
 
 
-def compile_for(capability: int, logits: str, softcap: bool, s: int, tile: int) -> dict[str, Any]:
+def compile_for(capability: int, logits: str, softcap: bool, s: int, v: int) -> dict[str, Any]:
     acc = LOGITS[logits]
+    tile = tile_of(v, softcap, torch.float64 if acc == "fp64" else torch.float32)
     kinds = {"z_ptr": f"*{logits}", "z_stride": "i32", "y_ptr": "*i64", "w_ptr": f"*{acc}", "loss_ptr": f"*{acc}"}
     kinds |= {"v": "i32", "s": "i32", "z_loss": "fp32", "softcap": "fp32"}
     fixed = {"HAS_SOFTCAP": softcap, "ACC": tl.float64 if acc == "fp64" else tl.float32, "S": s, "TILE": tile}

@@ -257,8 +257,7 @@ class _BagMixin:
         ids = args[0] if args else next(iter(kwargs.values()))
         if ids.dim() == 3:
             return bag_embedding(cast(nn.Module, self), ids, self.place_signal)
-        stock: Any = super()  # the stock class, next in line
-        return stock.forward(*args, **kwargs)
+        return super().forward(*args, **kwargs)  # pyright: ignore  # of the stock class, next in line
 
 
 class _FeedEmbeddings:

@@ -238,6 +238,8 @@ def training_arguments(config: Config, out: Path, launch: Launch) -> TrainingArg
     os.environ["ACCELERATE_MIXED_PRECISION"] = "bf16" if bfloat16 else "no"  # accelerate takes it from nowhere else
     if launch.sharded and t.activation_checkpointing:  # FSDP's own: the other one gathers a layer once more
         os.environ["FSDP_ACTIVATION_CHECKPOINTING"] = "true"
+    # Layer by layer: a tenth of the time to compile, and nothing to compile again at the switch.
+    os.environ.setdefault("ACCELERATE_DYNAMO_USE_REGIONAL_COMPILATION", "true")
     cpu = not torch.accelerator.is_available()
     return TrainingArguments(
         output_dir=str(out / "checkpoints"),
@@ -262,6 +264,7 @@ def training_arguments(config: Config, out: Path, launch: Launch) -> TrainingArg
         save_total_limit=None,
         dataloader_num_workers=t.loader_workers,
         dataloader_pin_memory=not cpu,
+        accelerator_config={"non_blocking": not cpu},  # a batch is copied while the device computes
         prediction_loss_only=True,
         disable_tqdm=True,
         **report_arguments(t, out),

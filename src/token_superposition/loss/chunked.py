@@ -10,11 +10,12 @@ from torch import Tensor
 
 from token_superposition.errors import TokenSuperpositionError
 
-# Rows of a chunk on a CPU and elsewhere: as many as make the matrix products efficient, in no more than these bytes.
-CHUNK_ROWS, CHUNK_ROWS_ACCELERATOR = 240, 2048
-CHUNK_BYTES = 2**29
+# Rows of a chunk on a CPU, elsewhere, and for the Triton kernel: as many as make the matrix products efficient, if their
+# logits take no more than these bytes.
+CHUNK_ROWS, CHUNK_ROWS_ACCELERATOR, CHUNK_ROWS_KERNEL = 240, 2048, 4096
+CHUNK_BYTES = 2**30 + 2**26
 # Head gradients of low precision are summed in float32 through a buffer of at most this many elements.
-TILE_ELEMENTS, TILE_ELEMENTS_ACCELERATOR = 2**22, 2**27
+TILE_ELEMENTS = 2**22
 
 
 @torch.library.custom_op("token_superposition::linear_multi_hot_loss", mutates_args=())
@@ -50,7 +51,7 @@ def linear_multi_hot_loss(
     grad_hidden = torch.empty_like(hidden) if need_hidden else hidden.new_empty(0)
     grad_weight = torch.zeros((v, d), dtype=acc, device=device) if need_weight else weight.new_empty(0)
     grad_bias = torch.zeros(v, dtype=acc, device=device) if need_bias else weight.new_empty(0)
-    usual = CHUNK_ROWS if device.type == "cpu" else CHUNK_ROWS_ACCELERATOR
+    usual = CHUNK_ROWS if device.type == "cpu" else CHUNK_ROWS_KERNEL if kernel == "triton" else CHUNK_ROWS_ACCELERATOR
     widest = dtype if kernel == "triton" else acc
     most = max(chunk_rows or min(usual, CHUNK_BYTES // (v * widest.itemsize)), 1)
     rows = max(ceil_div(n, max(ceil_div(n, most), 1)), 1)  # chunks of equal size
@@ -146,8 +147,10 @@ def _add_product(total: Tensor, g: Tensor, h: Tensor) -> None:  # (V, d) += (n, 
     if g.dtype == total.dtype:
         total.addmm_(g.T, h)
         return
-    elements = TILE_ELEMENTS if total.device.type == "cpu" else TILE_ELEMENTS_ACCELERATOR
-    tile = max(elements // h.shape[1], 1)
+    if total.is_cuda:  # the product itself is added in the precision of the sum
+        torch.addmm(total, g.T, h, out_dtype=total.dtype, out=total)
+        return
+    tile = max(TILE_ELEMENTS // h.shape[1], 1)
     for i in range(0, total.shape[0], tile):
         total[i : i + tile] += g[:, i : i + tile].T @ h
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from typing import Any, Literal, cast, get_args
 
 import torch
@@ -23,6 +24,7 @@ from token_superposition.loss.vocab_parallel import VocabParallel, local_head
 
 Implementation = Literal["auto", "reference", "chunked", "native", "liger", "triton"]
 IMPLEMENTATIONS: tuple[str, ...] = get_args(Implementation)
+HAS_TRITON = find_spec("triton") is not None
 
 
 def linear_multi_hot_cross_entropy(
@@ -111,7 +113,7 @@ def linear_multi_hot_cross_entropy(
         cap,
         logit_scale,
         z_loss,
-        "triton" if impl == "triton" else "torch",
+        "triton" if impl == "triton" or (impl == "auto" and _kernel_serves(hidden, group, loss)) else "torch",
         chunk_rows or 0,
         [t is not None and enabled and t.requires_grad for t in (hidden, weight, bias)],
         vocab_start,
@@ -119,6 +121,10 @@ def linear_multi_hot_cross_entropy(
         loss == "sum-to-one",
     )[0]
     return reduce(total, valid, reduction)
+
+
+def _kernel_serves(hidden: Tensor, group: str, loss: BagLoss) -> bool:
+    return hidden.is_cuda and HAS_TRITON and not group and loss == "multi-hot"
 
 
 def _check(hidden: Tensor, weight: Tensor, softcap: float | None, impl: str, chunk_rows: int | None) -> None:
