@@ -23,7 +23,7 @@ from torch.nn import functional as F
 
 from benchmarks.measure import append_rows, free_bytes, peak_bytes, side_by_side
 from benchmarks.plot import plot
-from token_superposition import TokenSuperpositionError, linear_multi_hot_cross_entropy
+from token_superposition import linear_multi_hot_cross_entropy
 
 BAG = 16
 ROWS = {"cpu": 228, "cuda": 4096}  # those of a chunk of ours

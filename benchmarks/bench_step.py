@@ -2,7 +2,8 @@
 
     python -m benchmarks.bench_step [--rounds 10]
 
-The demo's model, and the 135M shape of SmolLM2 cut to 4 layers; on a GPU the whole shape in bfloat16, its layers compiled.
+The demo's model, and the 135M shape of SmolLM2 cut to 4 layers; on a GPU the whole shape in bfloat16, its layers
+compiled.
 """
 
 from __future__ import annotations
@@ -70,6 +71,7 @@ def main() -> None:
                 layer.compile()
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
         calls = {f"s = {s}": step_of(model, optimizer, batch, length, s) for s in (1, BAG)}
+        title += ", compiled" if gpu else ""
         print(title)
         for name, timing in side_by_side(calls, rounds).items():
             row = {"benchmark": "step", "case": title, "contender": name, **timing.row(), "rounds": rounds}

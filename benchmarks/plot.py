@@ -20,7 +20,7 @@ def latest(benchmark: str) -> dict[str, dict[str, dict[str, str]]]:
     """Rows by case and contender; a later row replaces an earlier one."""
     cases: dict[str, dict[str, dict[str, str]]] = {}
     for row in read_rows():
-        if row["benchmark"] == benchmark:
+        if row["benchmark"] == benchmark and row["contender"] != "peak":  # a rate to compare with, not a contender
             cases.setdefault(row["case"], {})[row["contender"]] = row
     return cases
 

@@ -70,6 +70,10 @@ def load(root: Path) -> list[Result]:
     return found
 
 
+def unfinished_in(root: Path) -> list[Path]:
+    return [p.parent for p in sorted(root.glob("*/curves.csv")) if not (p.parent / "summary.json").is_file()]
+
+
 def rows(path: Path) -> list[dict[str, str]]:
     """Of a CSV file; none if there is no such file."""
     if not path.is_file():
@@ -145,6 +149,30 @@ def section(r: Result) -> str:
         "",
         *((r.about["note"], "") if "note" in r.about else ()),
     ]
+    return "\n".join(lines)
+
+
+def cut_short(folder: Path) -> str:
+    """A comparison that did not end and has no summary: validation losses where at least two runs have one."""
+    about = tomllib.loads((folder / "about.toml").read_text())
+    table: dict[int, dict[str, str]] = defaultdict(dict)
+    for row in rows(folder / "curves.csv"):
+        if row["val_loss"]:
+            table[int(row["step"])].setdefault(row["name"], row["val_loss"])  # a run's last step has two: the first
+    names = list(dict.fromkeys(row["name"] for row in rows(folder / "curves.csv")))
+    lines = [
+        f"### {about['question']}",
+        "",
+        f"Text: {about['text']}.",
+        "",
+        f"| validation loss after step | {' | '.join(names)} |",
+        "|---" * (len(names) + 1) + "|",
+    ]
+    for step, losses in sorted(table.items()):
+        if len(losses) > 1:
+            values = (f"{float(losses[n]):.4f}" if n in losses else "" for n in names)
+            lines.append(f"| {step:,} | {' | '.join(values)} |")
+    lines += ["", f"`{about['command']}`; [results/{folder.name}](../results/{folder.name}).", "", about["note"], ""]
     return "\n".join(lines)
 
 
@@ -309,6 +337,7 @@ def write(root: Path, docs: Path) -> None:
         "## Comparisons\n",
         *map(section, found),
         *(section_of_sweep(folder, docs) for folder in sorted(p.parent for p in root.glob("*/sweep.json"))),
+        *(["## Cut short\n", *map(cut_short, unfinished)] if (unfinished := unfinished_in(root)) else []),
         "## What the switch does to the loss\n",
         f"{sentence}\n\n![Training loss after the switch](findings_switch.svg)\n",
     ]

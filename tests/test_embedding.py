@@ -3,6 +3,7 @@ from __future__ import annotations
 import copy
 import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -111,6 +112,16 @@ def test_any_module_with_an_embedding() -> None:
     superpose(net, net.tokens)
     ids = torch.randint(10, (2, 5, 3))
     torch.testing.assert_close(net(ids), net.tokens.weight[ids].mean(2) + net.positions.weight[:5])
+
+
+@pytest.mark.parametrize("shape", [(2, 8), (2, 8, 4)])
+def test_a_decoder_is_one_graph_in_both_phases(shape: tuple[int, ...]) -> None:
+    decoder: Any = superpose(tiny("llama")).get_decoder()
+    ids = torch.randint(VOCAB, shape)
+    torch._dynamo.reset()
+    compiled: Any = torch.compile(decoder, backend="eager", fullgraph=True)
+    got = compiled(ids, use_cache=False).last_hidden_state
+    torch.testing.assert_close(got, decoder(ids, use_cache=False).last_hidden_state)
 
 
 def test_scaled_embedding_is_scaled_once() -> None:

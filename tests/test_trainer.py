@@ -24,7 +24,10 @@ from token_superposition.data.plan import PlannedDataset, ValidationSet
 from token_superposition.data.store import TokenStore
 from token_superposition.engines.transformers import TSTTrainer
 from token_superposition.engines.transformers.head import Head
+from token_superposition.experiment.config import load_config
+from token_superposition.experiment.launch import Launch
 from token_superposition.experiment.metrics import read_metrics
+from token_superposition.experiment.run import training_arguments
 
 FOUR = ("llama", "qwen3_moe", "gpt2", "mamba")
 
@@ -313,3 +316,39 @@ def test_tst_train_ends_with_stock_models(write_config: Callable[..., Path], tmp
         here = AutoModelForCausalLM.from_pretrained(tmp_path / architecture / "model").eval()
         assert torch.equal(here(torch.arange(12)[None]).logits, logits), architecture
         assert vocab == VOCAB, architecture
+
+
+class Graphs(TrainerCallback):
+    """How many graphs have been compiled after each step."""
+
+    def __init__(self) -> None:
+        self.after: list[int] = []
+
+    def on_step_end(self, *args: Any, **kwargs: Any) -> None:
+        self.after.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
+
+
+def test_layers_are_compiled_once_for_both_phases(
+    prepared: Path, write_config: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At the switch only the embedding is compiled again; losses and saved model are those of the plain run."""
+    for name in ("BACKEND", "MODE", "USE_REGIONAL_COMPILATION"):  # set by what follows, for this test alone
+        monkeypatch.setenv(f"ACCELERATE_DYNAMO_{name}", "no")
+        monkeypatch.delenv(f"ACCELERATE_DYNAMO_{name}")
+    training_arguments(load_config(write_config(append="compile = true\n")), tmp_path, Launch())
+    monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "no")
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    graphs, plan = Graphs(), plan_of(prepared)
+    plain = TSTTrainer(tiny("llama"), arguments(tmp_path), train_dataset=plan, callbacks=[graphs])
+    plain.train()
+    assert not any(graphs.after)
+    graphs.after.clear()
+    settings = arguments(tmp_path, torch_compile=True, torch_compile_backend="aot_eager")
+    compiled = TSTTrainer(tiny("llama"), settings, train_dataset=plan, callbacks=[graphs])
+    compiled.train()
+    assert graphs.after[0] > 1 and graphs.after[-1] - graphs.after[2] <= 1, graphs.after  # the switch is after step 3
+    assert losses(compiled) == pytest.approx(losses(plain), rel=1e-5)
+    compiled.save_model(str(tmp_path / "model"))
+    _, told = AutoModelForCausalLM.from_pretrained(tmp_path / "model", output_loading_info=True)
+    assert not told["missing_keys"] and not told["unexpected_keys"]

@@ -5,6 +5,9 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import math
+import os
+import shutil
+import sys
 import tomllib
 import types
 import typing
@@ -12,6 +15,8 @@ from dataclasses import dataclass, field
 from importlib.resources import files
 from pathlib import Path
 from typing import Any, Literal, TypeVar, cast
+
+import torch
 
 from token_superposition.errors import TokenSuperpositionError, require_int
 from token_superposition.experiment.superposition import SuperpositionConfig
@@ -83,7 +88,7 @@ class TrainConfig:
     activation_checkpointing: bool = False
     """Compute the layers' activations again in the backward pass instead of keeping them: less memory, more time."""
     compile: bool = False
-    """Compile the model with torch.compile."""
+    """Compile the model's layers with torch.compile; on a CPU that takes a C++ compiler."""
     seed: int = 0
     """Decides initial weights and the order of the data."""
     log_every: int = 10
@@ -235,6 +240,8 @@ class Config:
             raise TokenSuperpositionError(
                 f"train.save_at is {list(t.save_at)}, the run has {t.steps} steps; give steps from 0 to {t.steps}"
             )
+        if t.compile:
+            _check_compiler()
         for seed in self.compare.seeds:
             require_int("compare.seeds", seed, 0)
         if len(set(self.compare.seeds)) < len(self.compare.seeds):
@@ -257,6 +264,15 @@ class Config:
                 )
             superposition.schedule(t.steps)
         _ = self.wsd
+
+
+def _check_compiler() -> None:
+    compiler = os.environ.get("CXX") or {"darwin": "clang++", "win32": "cl"}.get(sys.platform, "g++")
+    if not torch.accelerator.is_available() and shutil.which(compiler) is None:
+        raise TokenSuperpositionError(
+            f"train.compile is true, and torch.compile needs a C++ compiler on a CPU: {compiler} is not there; install "
+            "it, name yours in CXX, or give --train.no-compile"
+        )
 
 
 def load_config(name: str | Path) -> Config:

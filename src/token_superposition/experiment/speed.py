@@ -40,6 +40,7 @@ def seconds_per_step(config: Config, vocab_size: int, processes: int) -> float:
 
 def time_steps(config: Config, vocab_size: int, threads: int) -> float:
     """The same in this process alone, with so many threads."""
+    from accelerate.utils import compile_regions
     from transformers import AutoModelForCausalLM
 
     from token_superposition.experiment.launch import Launch
@@ -73,5 +74,8 @@ def time_steps(config: Config, vocab_size: int, threads: int) -> float:
     one = step(1)
     if one * micro > LONG_SECONDS:
         return one * batch
+    if config.train.compile:
+        model = compile_regions(model)
+        step(micro)
     times = [step(micro) for _ in range(6)]
     return sorted(times[2:])[len(times[2:]) // 2] * (batch / micro)
