@@ -14,6 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -82,6 +83,19 @@ def test_a_wrong_value_has_one_line(
     error = capsys.readouterr().err
     assert message in error and error.startswith("tst: error: ") and error.count("\n") == 1
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.skipif(torch.accelerator.is_available(), reason="only a CPU needs a C++ compiler")
+def test_compiling_without_a_compiler_has_one_line(
+    write_config: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    monkeypatch.setenv("CXX", "no-compiler")
+    config = write_config(append="compile = true\n")
+    assert main(["compare", str(config), "--out", str(tmp_path / "out")]) == 2
+    error = capsys.readouterr().err
+    assert "no-compiler is not there" in error and "--train.no-compile" in error and error.count("\n") == 1
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize(
