@@ -53,7 +53,8 @@ def plot(benchmark: str) -> Path:
             panel.locator_params(axis="x", nbins=5)
             panel.set_xlabel("ms, median and range" if measure == "median_ms" else "MB beyond inputs and gradients")
             panel.spines[["top", "right"]].set_visible(False)
-        panels[0].set_title(case, loc="left", fontsize=10)
+        hardware = list(rows.values())[-1]["hardware"]
+        panels[0].set_title(f"{case} ({hardware})", loc="left", fontsize=10)
         if len(panels) > 1:
             panels[1].set_yticklabels([])
     path = DOCS / f"benchmark_{benchmark}.svg"

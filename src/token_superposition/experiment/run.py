@@ -238,7 +238,7 @@ def training_arguments(config: Config, out: Path, launch: Launch) -> TrainingArg
     os.environ["ACCELERATE_MIXED_PRECISION"] = "bf16" if bfloat16 else "no"  # accelerate takes it from nowhere else
     if launch.sharded and t.activation_checkpointing:  # FSDP's own: the other one gathers a layer once more
         os.environ["FSDP_ACTIVATION_CHECKPOINTING"] = "true"
-    # Layer by layer: a tenth of the time to compile, and nothing to compile again at the switch.
+    # Layer by layer: less to compile, and no layer again at the switch.
     os.environ.setdefault("ACCELERATE_DYNAMO_USE_REGIONAL_COMPILATION", "true")
     cpu = not torch.accelerator.is_available()
     return TrainingArguments(
