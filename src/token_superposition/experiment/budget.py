@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 from token_superposition.errors import TokenSuperpositionError, require_int
 from token_superposition.experiment.config import Config
-from token_superposition.loss.chunked import CHUNK_BYTES, CHUNK_ROWS_ACCELERATOR
+from token_superposition.loss.chunked import CHUNK_BYTES, CHUNK_ROWS_KERNEL
 
 GpuType = Literal["A100", "H100", "H200", "B200"]
 
@@ -164,8 +164,8 @@ def memory_of(shape: Shape, gpus: int, tokens: int) -> Memory:
     share = math.ceil(shape.parameters / gpus)
     embedding, layer, head = shape.embedding_parameters, shape.layer_parameters, shape.vocab_size * shape.hidden_size
     gathered = 2 * (embedding + 2 * layer) + 2 * (embedding + layer) if gpus > 1 else 2 * shape.parameters
-    rows = min(CHUNK_ROWS_ACCELERATOR, CHUNK_BYTES // (4 * shape.vocab_size), tokens)
-    loss = 8 * rows * shape.vocab_size + 4 * head
+    rows = min(CHUNK_ROWS_KERNEL, CHUNK_BYTES // (2 * shape.vocab_size), tokens)
+    loss = 2 * rows * shape.vocab_size + 4 * head
     activations = tokens * shape.layers * shape.activation_bytes()
     checkpointed = tokens * (2 * shape.layers * shape.hidden_size + shape.activation_bytes())
     fixed = 16 * share + gathered + loss
