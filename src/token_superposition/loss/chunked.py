@@ -13,7 +13,7 @@ from token_superposition.errors import TokenSuperpositionError
 # Rows of a chunk on a CPU, elsewhere, and for the Triton kernel: as many as make the matrix products efficient, if
 # their logits take no more than these bytes.
 CHUNK_ROWS, CHUNK_ROWS_ACCELERATOR, CHUNK_ROWS_KERNEL = 240, 2048, 4096
-CHUNK_BYTES = 2**30 + 2**26
+CHUNK_BYTES = 2**30
 # Head gradients of low precision are summed in float32 through a buffer of at most this many elements.
 TILE_ELEMENTS = 2**22
 
