@@ -21,7 +21,7 @@ from token_superposition.experiment.config import Config, load_config
 from token_superposition.experiment.metrics import read_metrics
 from token_superposition.experiment.run import train
 from token_superposition.experiment.superposition import SuperpositionConfig
-from token_superposition.place_signal import place_factors, placed_bag_mean
+from token_superposition.places import place_factors, placed_bag_mean
 
 IDS = torch.randint(VOCAB, (2, 6, 3), generator=torch.Generator().manual_seed(1))
 SIGNAL = 0.5
@@ -115,7 +115,7 @@ def test_parts_of_a_vocabulary_sum_to_the_whole() -> None:
     weight = torch.randn(11, 4, dtype=torch.float64, requires_grad=True)
     ids = torch.randint(11, (9, 3))
     whole = by_hand(weight[ids])
-    parts = [placed_bag_mean(weight[a:b], ids, a, 7, SIGNAL) for a, b in ((0, 6), (6, 11))]
+    parts = [placed_bag_mean(weight[a:b], ids, a, 7, SIGNAL, "uniform") for a, b in ((0, 6), (6, 11))]
     torch.testing.assert_close(parts[0] + parts[1], whole)
     (want,) = torch.autograd.grad(whole.square().sum(), weight)
     want[7] = 0

@@ -19,7 +19,7 @@ from tests.processes import spawn
 from token_superposition import TokenSuperpositionError, reference, superpose, unsuperpose
 from token_superposition import linear_multi_hot_cross_entropy as linear
 from token_superposition.loss.vocab_parallel import VocabParallel
-from token_superposition.place_signal import place_factors
+from token_superposition.places import place_factors
 
 V, D, N, S = 11, 4, 9, 3  # 11 rows on two processes: 6 and 5
 

@@ -11,16 +11,20 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from token_superposition.errors import TokenSuperpositionError
-from token_superposition.place_signal import check_signal, place_factors, placed_bag_mean, places
+from token_superposition.places import check_signal, place_factors, placed_bag_mean, places, shares
+from token_superposition.weights import Weighting, place_weights
 
 M = TypeVar("M", bound=nn.Module)
 
 
-def bag_embedding(embedding: nn.Module, ids: Tensor, place_signal: float = 0.0) -> Tensor:  # (..., s) -> (..., d)
+def bag_embedding(  # (..., s) -> (..., d)
+    embedding: nn.Module, ids: Tensor, place_signal: float = 0.0, weighting: Weighting = "uniform"
+) -> Tensor:
     """Mean over the last axis of what ``embedding`` gives for each id, accumulated in float32.
 
-    A place whose id is below 0 is not there: the mean is over the others, and 0 where there are none. With a
-    ``place_signal`` e, the embedding of the token at place i is first multiplied by ``1 + e * p_i``, where p_i is a
+    A place whose id is below 0 is not there: the mean is over the others, and 0 where there are none. Another
+    ``weighting`` than uniform makes it a weighted mean: the last token counts by the first weight of
+    ``place_weights(weighting, s)``, the one before by the second. With a ``place_signal`` e, the embedding of the token at place i is first multiplied by ``1 + e * p_i``, where p_i is a
     fixed vector of +1 and -1.
 
     An ``nn.Embedding``, also one with a padding row, an ``embed_scale`` (Gemma) or a DTensor weight sharded over the
@@ -31,53 +35,59 @@ def bag_embedding(embedding: nn.Module, ids: Tensor, place_signal: float = 0.0) 
     e = cast(Any, embedding)
     base = _stock_class(type(embedding))
     if not isinstance(embedding, nn.Embedding) or e.max_norm is not None or e.sparse or e.scale_grad_by_freq:
-        return _mean_of_rows(base, e, ids, place_signal)
+        return _mean_of_rows(base, e, ids, place_signal, weighting)
     scale: float | Tensor = 1.0
     if base.forward is not nn.Embedding.forward:
         if not hasattr(e, "embed_scale"):
-            return _mean_of_rows(base, e, ids, place_signal)
+            return _mean_of_rows(base, e, ids, place_signal, weighting)
         scale = e.embed_scale
     pad = -1 if e.padding_idx is None else int(e.padding_idx)
     if hasattr(e.weight, "device_mesh"):
-        out = _dtensor_bag_mean(e.weight, ids, pad, place_signal)
-    elif place_signal:
-        out = _local_mean(e.weight, ids, 0, pad, place_signal)
-    elif pad < 0 and (e.weight.is_cuda or e.weight.dtype in (torch.float32, torch.float64)):
-        out = _embedding_bag(e.weight, ids.reshape(-1, ids.shape[-1])).unflatten(0, ids.shape[:-1])
+        out = _dtensor_bag_mean(e.weight, ids, pad, place_signal, weighting)
+    elif not place_signal and pad < 0 and _is_exact(e.weight.dtype):
+        share = shares(rows := ids.reshape(-1, ids.shape[-1]), weighting, e.weight.dtype)
+        out = _embedding_bag(e.weight, rows, share).unflatten(0, ids.shape[:-1])
+    elif not place_signal and pad < 0 and e.weight.is_cuda and weighting == "uniform":
+        there, count = places(rows := ids.reshape(-1, ids.shape[-1]))  # a third in bfloat16 is too far from a third
+        out = (_embedding_bag(e.weight, rows, there.to(e.weight.dtype)) / count).unflatten(0, ids.shape[:-1])
     else:
-        out = _local_mean(e.weight, ids, 0, pad, 0.0)
+        out = _local_mean(e.weight, ids, 0, pad, place_signal, weighting)
     return out if isinstance(scale, float) and scale == 1 else out * torch.as_tensor(scale).to(out.device, out.dtype)
 
 
-def _mean_of_rows(stock: Any, embedding: Any, ids: Tensor, place_signal: float) -> Tensor:  # (..., s) -> (..., d)
+def _is_exact(dtype: torch.dtype) -> bool:
+    return dtype in (torch.float32, torch.float64)
+
+
+def _mean_of_rows(  # (..., s) -> (..., d)
+    stock: Any, embedding: Any, ids: Tensor, place_signal: float, weighting: Weighting
+) -> Tensor:
     there, count = places(ids)
     known = ids.where(there, ids[..., :1].clamp(min=0))
-    if place_signal:
+    if place_signal or weighting != "uniform":
         first: Tensor = stock.forward(embedding, known[..., 0])
         factors = place_factors(ids.shape[-1], first.shape[-1], place_signal, first)
-        total = first * factors[0] * there[..., :1]
+        share = shares(ids, weighting, factors.dtype)
+        total = first * factors[0] * share[..., :1]
         for place in range(1, len(factors)):
-            total = total + stock.forward(embedding, known[..., place]) * factors[place] * there[..., place, None]
-        return (total / count).to(first.dtype)
+            total = total + stock.forward(embedding, known[..., place]) * factors[place] * share[..., place, None]
+        return total.to(first.dtype)
     rows: Tensor = stock.forward(embedding, known)  # (..., s, d)
     rows = rows.where(there.unsqueeze(-1), 0)
     return (rows.to(torch.promote_types(rows.dtype, torch.float32)).sum(-2) / count).to(rows.dtype)
 
 
-def _embedding_bag(weight: Tensor, ids: Tensor) -> Tensor:  # (V, d), (N, s) -> (N, d)
+def _embedding_bag(weight: Tensor, ids: Tensor, share: Tensor) -> Tensor:  # (V, d), (N, s), (N, s) -> (N, d)
     """Torch's, with a weight for every place: no value is looked at, so nothing waits for the device."""
-    there, count = places(ids)
-    share, exact = there.to(weight.dtype), weight.dtype in (torch.float32, torch.float64)
-    if exact:  # in lower precision a third is too far from a third
-        share = share / count
-    total = F.embedding_bag(ids.clamp(min=0), weight, mode="sum", per_sample_weights=share)
-    return total if exact else total / count
+    return F.embedding_bag(ids.clamp(min=0), weight, mode="sum", per_sample_weights=share)
 
 
-def _local_mean(weight: Tensor, ids: Tensor, start: int, padding_idx: int, place_signal: float) -> Tensor:
+def _local_mean(
+    weight: Tensor, ids: Tensor, start: int, padding_idx: int, place_signal: float, weighting: Weighting
+) -> Tensor:
     rows = ids.reshape(-1, ids.shape[-1])
-    if place_signal:
-        return placed_bag_mean(weight, rows, start, padding_idx, place_signal).unflatten(0, ids.shape[:-1])
+    if place_signal or weighting != "uniform":
+        return placed_bag_mean(weight, rows, start, padding_idx, place_signal, weighting).unflatten(0, ids.shape[:-1])
     return bag_mean(weight, rows, start, padding_idx).unflatten(0, ids.shape[:-1])
 
 
@@ -178,7 +188,9 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 bag_mean.register_autograd(_backward, setup_context=_setup_context)
 
 
-def _dtensor_bag_mean(weight: Any, ids: Tensor, padding_idx: int, place_signal: float) -> Tensor:
+def _dtensor_bag_mean(
+    weight: Any, ids: Tensor, padding_idx: int, place_signal: float, weighting: Weighting
+) -> Tensor:
     """The rows that this process holds; ``Partial`` sums them over the processes when it is redistributed."""
     from torch.distributed.tensor import DTensor, Partial, Replicate
 
@@ -186,11 +198,13 @@ def _dtensor_bag_mean(weight: Any, ids: Tensor, padding_idx: int, place_signal: 
 
     rows, start, sharded = local_rows(weight)
     local = ids.to_local() if isinstance(ids, DTensor) else ids
-    out = _local_mean(rows, local, start, padding_idx, place_signal)
+    out = _local_mean(rows, local, start, padding_idx, place_signal, weighting)
     return DTensor.from_local(out, weight.device_mesh, [Partial() if sharded else Replicate()], run_check=False)
 
 
-def superpose(model: M, embedding: nn.Module | None = None, *, place_signal: float = 0.0) -> M:
+def superpose(
+    model: M, embedding: nn.Module | None = None, *, place_signal: float = 0.0, weighting: Weighting = "uniform"
+) -> M:
     """Make ``model`` accept ids of shape (B, L, s) beside (B, L); returns the same object.
 
     The input embedding (``model.get_input_embeddings()``, or ``embedding``, or the model's only ``nn.Embedding``)
@@ -198,21 +212,24 @@ def superpose(model: M, embedding: nn.Module | None = None, *, place_signal: flo
     shape of ``input_ids`` never sees a third axis. Parameters, buffers, their names and the state dict are untouched,
     and ordinary ids take the path they took before. Doing it twice changes nothing; ``unsuperpose`` undoes it.
 
-    ``place_signal``, in [0, 1], lets a bag tell the places of its tokens (see ``bag_embedding``); it means nothing for
-    ordinary ids and is not in the state dict.
+    ``weighting`` weighs the tokens of a bag that is read, and ``place_signal``, in [0, 1], lets it tell their places
+    (see ``bag_embedding``); they mean nothing for ordinary ids and are not in the state dict.
 
-    Raises ``TokenSuperpositionError`` if the input embedding cannot be found, or has another place signal already.
+    Raises ``TokenSuperpositionError`` if the input embedding cannot be found, or reads bags in another way already.
     """
     check_signal("place_signal", place_signal)
+    place_weights(weighting, 1)
     embedding = embedding if embedding is not None else find_embedding(model)
     if not is_superposed(embedding):
         stock = type(embedding)
-        members = {"__module__": __name__, "place_signal": place_signal}
+        members = {"__module__": __name__, "place_signal": place_signal, "weighting": weighting}
         embedding.__class__ = type(f"Bag{stock.__name__}", (_BagMixin, stock), members)
-    elif (present := cast(Any, embedding).place_signal) != place_signal:
-        raise TokenSuperpositionError(
-            f"the model reads bags with place_signal {present} already, not {place_signal}; unsuperpose it first"
-        )
+    else:
+        for name, wanted in (("place_signal", place_signal), ("weighting", weighting)):
+            if (present := getattr(embedding, name)) != wanted:
+                raise TokenSuperpositionError(
+                    f"the model reads bags with {name} {present} already, not {wanted}; unsuperpose it first"
+                )
     if "inputs_embeds" in inspect.signature(model.forward).parameters and not _feeders(model):
         model.register_forward_pre_hook(_FeedEmbeddings(embedding), with_kwargs=True)
     return model
@@ -252,11 +269,12 @@ class _BagMixin:
     """Mixed into the class of an embedding: ids of rank 3 are bags."""
 
     place_signal: float
+    weighting: Weighting
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         ids = args[0] if args else next(iter(kwargs.values()))
         if ids.dim() == 3:
-            return bag_embedding(cast(nn.Module, self), ids, self.place_signal)
+            return bag_embedding(cast(nn.Module, self), ids, self.place_signal, self.weighting)
         return super().forward(*args, **kwargs)  # pyright: ignore  # of the stock class, next in line
 
 

@@ -128,6 +128,7 @@ def train(
         processing_class=tokenizer,
         weighting=config.superposition.weighting,
         bag_loss=config.superposition.loss,
+        input_weighting=config.superposition.input_weighting,
         place_signal=config.superposition.place_signal,
         mtp=mtp,
         lr_factor=config.wsd,

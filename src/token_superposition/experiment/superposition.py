@@ -9,7 +9,7 @@ from typing import Literal
 from token_superposition.data.boundaries import BoundaryKind
 from token_superposition.errors import TokenSuperpositionError, require_int
 from token_superposition.loss.targets import BagLoss
-from token_superposition.place_signal import check_signal
+from token_superposition.places import check_signal
 from token_superposition.schedule import Phase, Schedule
 from token_superposition.weights import Weighting
 
@@ -26,6 +26,8 @@ class SuperpositionConfig:
     """Where bags are used: both is TST; input predicts one token; output reads one token and needs no more data."""
     weighting: Weighting = "uniform"
     """Weights of the places in a target bag."""
+    input_weighting: Weighting = "uniform"
+    """Weights of the places in a bag that is read, from its end on: the last token has the first weight."""
     loss: BagLoss = "multi-hot"
     """multi-hot is the mean of the targets' cross-entropies; sum-to-one takes the bag as one label, without weights."""
     anneal: tuple[int, ...] = ()
@@ -89,6 +91,7 @@ class SuperpositionConfig:
 
 
 VARIANTS = (
+    "input_weighting",
     "loss",
     "shift",
     "boundaries",

@@ -36,8 +36,8 @@ class TSTTrainer(Trainer):
     ``StreamedPlan`` is read in its own order and decides the number of steps; it must agree with the arguments about
     the batch size.
 
-    ``weighting`` weighs the places in a bag; ``bag_loss`` "sum-to-one" takes the bag as one label;
-    ``place_signal`` marks the places of a bag that is read (``superpose``); ``mtp``, heads that were added to the
+    ``weighting`` weighs the places in a target bag, ``input_weighting`` those of a bag that is read and ``place_signal``
+    marks them (``superpose``); ``bag_loss`` "sum-to-one" takes the bag as one label; ``mtp``, heads that were added to the
     model, are trained with it and their loss joins the training loss. ``lr_factor`` maps a 0-based step to a
     learning-rate factor (``WSD``); without it the arguments' own scheduler is used. ``figures`` maps the step, and the
     latent and raw tokens so far, to further figures of every logged line. Checkpoints, resume and the saved model are
@@ -52,6 +52,7 @@ class TSTTrainer(Trainer):
         args: TrainingArguments,
         *,
         weighting: Weighting = "uniform",
+        input_weighting: Weighting = "uniform",
         bag_loss: BagLoss = "multi-hot",
         place_signal: float = 0.0,
         mtp: MTPHeads | None = None,
@@ -59,7 +60,7 @@ class TSTTrainer(Trainer):
         figures: Callable[[int, int, int], Mapping[str, float]] | None = None,
         **kwargs: Any,
     ):
-        superpose(model, place_signal=place_signal)
+        superpose(model, place_signal=place_signal, weighting=input_weighting)
         head = read_head(model)
         if mtp is not None:
             if isinstance(head, str):

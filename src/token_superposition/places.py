@@ -1,15 +1,16 @@
-"""A signal of a token's place in its bag: each place has fixed signs, with which its embedding is stretched."""
+"""How the places of a bag that is read count in its mean, and the fixed signs that may tell them apart."""
 
 from __future__ import annotations
 
 from functools import lru_cache
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from token_superposition.errors import TokenSuperpositionError
+from token_superposition.weights import Weighting, place_weights
 
 SEED = 0x9E3779B9
 
@@ -43,18 +44,20 @@ def placed_bag_mean(
     start: int,
     padding_idx: int,  # this row gets no gradient; -1 for none
     signal: float,
-) -> Tensor:  # (N, d) mean over the places that are there of weight[id] * (1 + signal * p_place)
+    weighting: str,
+) -> Tensor:  # (N, d) sum over the places that are there of share * weight[id] * (1 + signal * p_place)
     """Place by place, (N, d) at a time; sums and gradients are accumulated in float32 (float64 for float64)."""
     factors = place_factors(ids.shape[1], weight.shape[1], signal, weight)
+    share = shares(ids, cast(Weighting, weighting), factors.dtype)
     total = torch.zeros(ids.shape[0], weight.shape[1], dtype=factors.dtype, device=weight.device)
     for place, factor in enumerate(factors):
         inside, local = _local(ids[:, place], start, weight.shape[0])
-        total.addcmul_(F.embedding(local, weight).to(total.dtype), factor * inside)
-    return total.div_(places(ids)[1]).to(weight.dtype)
+        total.addcmul_(F.embedding(local, weight).to(total.dtype), factor * (share[:, place, None] * inside))
+    return total.to(weight.dtype)
 
 
 @placed_bag_mean.register_fake
-def _(weight: Tensor, ids: Tensor, start: int, padding_idx: int, signal: float) -> Tensor:
+def _(weight: Tensor, ids: Tensor, start: int, padding_idx: int, signal: float, weighting: str) -> Tensor:
     return weight.new_empty(ids.shape[0], weight.shape[1])
 
 
@@ -66,20 +69,23 @@ def placed_bag_mean_backward(
     start: int,
     padding_idx: int,
     signal: float,
+    weighting: str,
 ) -> Tensor:  # (V, d)
     factors = place_factors(ids.shape[1], weight.shape[1], signal, weight)
-    share = grad.to(factors.dtype) / places(ids)[1]
+    share, grad = shares(ids, cast(Weighting, weighting), factors.dtype), grad.to(factors.dtype)
     total = torch.zeros_like(weight, dtype=factors.dtype)
     for place, factor in enumerate(factors):
         inside, local = _local(ids[:, place], start, weight.shape[0])
-        total.index_add_(0, local, share * (factor * inside))
+        total.index_add_(0, local, grad * (factor * (share[:, place, None] * inside)))
     if start <= padding_idx < start + weight.shape[0]:
         total[padding_idx - start] = 0
     return total.to(weight.dtype)
 
 
 @placed_bag_mean_backward.register_fake
-def _(grad: Tensor, weight: Tensor, ids: Tensor, start: int, padding_idx: int, signal: float) -> Tensor:
+def _(
+    grad: Tensor, weight: Tensor, ids: Tensor, start: int, padding_idx: int, signal: float, weighting: str
+) -> Tensor:
     return torch.empty_like(weight)
 
 
@@ -89,19 +95,38 @@ def places(ids: Tensor) -> tuple[Tensor, Tensor]:  # (..., s) -> which are there
     return there, there.sum(-1, keepdim=True).clamp(min=1)
 
 
+def shares(ids: Tensor, weighting: Weighting, dtype: torch.dtype) -> Tensor:  # (..., s) -> (..., s)
+    """What each place counts in the mean of its bag: 0 where it is not there, together 1 (0 where none is).
+
+    ``weighting`` gives the weights of ``place_weights`` from the end of the bag on: the last token that is there has the
+    first of them. ``uniform`` is the mean.
+    """
+    there, count = places(ids)
+    if weighting == "uniform":
+        return there.to(dtype) / count
+    from_end = there.flip(-1).cumsum(-1).flip(-1) - 1
+    found = _weights(weighting, ids.shape[-1], ids.device).to(dtype)[from_end.clamp(min=0)] * there
+    return found / found.sum(-1, keepdim=True).clamp(min=torch.finfo(dtype).tiny)
+
+
+@lru_cache
+def _weights(weighting: Weighting, bag_size: int, device: torch.device) -> Tensor:  # (s,)
+    return place_weights(weighting, bag_size).to(device)
+
+
 def _local(ids: Tensor, start: int, rows: int) -> tuple[Tensor, Tensor]:  # (N,) -> (N, 1) bool, (N,)
     local = ids - start
     inside = (local >= 0) & (local < rows)
     return inside.unsqueeze(1), torch.where(inside, local, 0)
 
 
-def _setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, int, int, float], output: Tensor) -> None:
+def _setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, int, int, float, str], output: Tensor) -> None:
     ctx.save_for_backward(*inputs[:2])
     ctx.settings = inputs[2:]
 
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    return placed_bag_mean_backward(grad, *ctx.saved_tensors, *ctx.settings), None, None, None, None
+    return placed_bag_mean_backward(grad, *ctx.saved_tensors, *ctx.settings), None, None, None, None, None
 
 
 placed_bag_mean.register_autograd(_backward, setup_context=_setup_context)
