@@ -10,6 +10,7 @@ from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
 from statistics import mean
+from typing import Any
 
 import pytest
 import torch
@@ -165,6 +166,21 @@ def test_a_comparison_over_seeds() -> None:
     cut = comparison(experiment(longest=2))["speedup"]
     assert (cut["bound"], cut["measured"], cut["high"]) == ("at least", 2, None)
     assert cut["geometric_mean"] < result["speedup"]["geometric_mean"]
+
+
+def test_with_bounds_alone_the_longest_baseline_that_is_beaten_is_the_lower_end() -> None:
+    """Three seeds of which at most one is measured."""
+
+    def found(*deltas: float) -> dict[str, Any]:
+        runs = [run("tst", seed, 1000, 2.9 + delta) for seed, delta in enumerate(deltas)]
+        for name, steps, loss in (("baseline", 1000, 3.0), ("baseline-x1.5", 1500, 2.95), ("baseline-x2", 2000, 2.9)):
+            runs += [run(name, seed, steps, loss) for seed in range(len(deltas))]
+        return comparison(runs)["speedup"]
+
+    assert (found(-0.03, -0.02, -0.04)["low"], found(-0.03, -0.02, -0.04)["high"]) == (2.0, None)
+    assert found(-0.03, 0.005, -0.01)["low"] == 1.5  # one is measured, and the length of 2 is not beaten beyond chance
+    assert found(-0.01, 0.1, -0.4)["low"] is None  # no length is
+    assert found(-0.03)["low"] is None  # one seed
 
 
 def directory_of(runs: list[Run], out: Path) -> Path:

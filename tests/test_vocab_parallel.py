@@ -20,6 +20,7 @@ from token_superposition import TokenSuperpositionError, reference, superpose, u
 from token_superposition import linear_multi_hot_cross_entropy as linear
 from token_superposition.loss.vocab_parallel import VocabParallel
 from token_superposition.places import place_factors
+from token_superposition.weights import place_weights
 
 V, D, N, S = 11, 4, 9, 3  # 11 rows on two processes: 6 and 5
 
@@ -82,7 +83,8 @@ def check_dtensors(rank: int) -> None:
     for p in (*table.parameters(), *out.parameters()):
         p.data.copy_(torch.randn(p.shape, generator=g))
     ids, targets = torch.randint(V, (2, 5, S), generator=g), torch.randint(V, (2, 5, S), generator=g)
-    marked = (table.weight[ids] * place_factors(S, D, 0.5, table.weight)).mean(2)
+    weights = place_weights("power", S).flip(0).unsqueeze(1)
+    marked = (table.weight[ids] * place_factors(S, D, 0.5, table.weight) * weights).sum(2)
     (want_marked,) = torch.autograd.grad(marked.square().sum(), table.weight)
     ragged = ids.clone()
     ragged[0, 1, 1:] = -1
@@ -112,7 +114,7 @@ def check_dtensors(rank: int) -> None:
         linear(hidden, distribute_tensor(whole, mesh, [Shard(1)]), targets)
     with pytest.raises(TokenSuperpositionError, match="choose 'chunked'"):
         linear(hidden, weight, targets, impl="triton")
-    superpose(unsuperpose(model), table, place_signal=0.5)
+    superpose(unsuperpose(model), table, place_signal=0.5, weighting="power")
     got = table(ids)
     close(got, marked)
     close(torch.autograd.grad(got.square().sum(), table.weight)[0], want_marked)

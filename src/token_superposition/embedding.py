@@ -24,8 +24,8 @@ def bag_embedding(  # (..., s) -> (..., d)
 
     A place whose id is below 0 is not there: the mean is over the others, and 0 where there are none. Another
     ``weighting`` than uniform makes it a weighted mean: the last token counts by the first weight of
-    ``place_weights(weighting, s)``, the one before by the second. With a ``place_signal`` e, the embedding of the token at place i is first multiplied by ``1 + e * p_i``, where p_i is a
-    fixed vector of +1 and -1.
+    ``place_weights(weighting, s)``, the one before by the second. With a ``place_signal`` e, the embedding of the token
+    at place i is first multiplied by ``1 + e * p_i``, where p_i is a fixed vector of +1 and -1.
 
     An ``nn.Embedding``, also one with a padding row, an ``embed_scale`` (Gemma) or a DTensor weight sharded over the
     vocabulary or replicated, never holds (..., s, d), forward or backward. Any other one (quantised, adapted) is asked
@@ -188,9 +188,7 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 bag_mean.register_autograd(_backward, setup_context=_setup_context)
 
 
-def _dtensor_bag_mean(
-    weight: Any, ids: Tensor, padding_idx: int, place_signal: float, weighting: Weighting
-) -> Tensor:
+def _dtensor_bag_mean(weight: Any, ids: Tensor, padding_idx: int, place_signal: float, weighting: Weighting) -> Tensor:
     """The rows that this process holds; ``Partial`` sums them over the processes when it is redistributed."""
     from torch.distributed.tensor import DTensor, Partial, Replicate
 

@@ -83,9 +83,7 @@ def placed_bag_mean_backward(
 
 
 @placed_bag_mean_backward.register_fake
-def _(
-    grad: Tensor, weight: Tensor, ids: Tensor, start: int, padding_idx: int, signal: float, weighting: str
-) -> Tensor:
+def _(grad: Tensor, weight: Tensor, ids: Tensor, start: int, padding_idx: int, signal: float, weighting: str) -> Tensor:
     return torch.empty_like(weight)
 
 
@@ -98,8 +96,8 @@ def places(ids: Tensor) -> tuple[Tensor, Tensor]:  # (..., s) -> which are there
 def shares(ids: Tensor, weighting: Weighting, dtype: torch.dtype) -> Tensor:  # (..., s) -> (..., s)
     """What each place counts in the mean of its bag: 0 where it is not there, together 1 (0 where none is).
 
-    ``weighting`` gives the weights of ``place_weights`` from the end of the bag on: the last token that is there has the
-    first of them. ``uniform`` is the mean.
+    ``weighting`` gives the weights of ``place_weights`` from the end of the bag on: the last token that is there has
+    the first of them. ``uniform`` is the mean.
     """
     there, count = places(ids)
     if weighting == "uniform":

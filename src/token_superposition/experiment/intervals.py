@@ -73,7 +73,7 @@ class Speedup:
     the mean is no bound in either direction."""
     low: float | None
     """Lower end of the t-interval on log speed-up. None with one seed, fewer than two measured ones, or where only the
-    upper end holds."""
+    upper end holds. In a summary it is then the longest baseline that the variant beats beyond chance, if it does."""
     high: float | None
     """Upper end, likewise. Where a seed is "at least", more may be true and there is none."""
     seeds: int

@@ -36,12 +36,12 @@ class TSTTrainer(Trainer):
     ``StreamedPlan`` is read in its own order and decides the number of steps; it must agree with the arguments about
     the batch size.
 
-    ``weighting`` weighs the places in a target bag, ``input_weighting`` those of a bag that is read and ``place_signal``
-    marks them (``superpose``); ``bag_loss`` "sum-to-one" takes the bag as one label; ``mtp``, heads that were added to the
-    model, are trained with it and their loss joins the training loss. ``lr_factor`` maps a 0-based step to a
-    learning-rate factor (``WSD``); without it the arguments' own scheduler is used. ``figures`` maps the step, and the
-    latent and raw tokens so far, to further figures of every logged line. Checkpoints, resume and the saved model are
-    the stock ones.
+    ``weighting`` weighs the places in a target bag, ``input_weighting`` those of a bag that is read and
+    ``place_signal`` marks them (``superpose``); ``bag_loss`` "sum-to-one" takes the bag as one label; ``mtp``, heads
+    that were added to the model, are trained with it and their loss joins the training loss. ``lr_factor`` maps a
+    0-based step to a learning-rate factor (``WSD``); without it the arguments' own scheduler is used. ``figures`` maps
+    the step, and the latent and raw tokens so far, to further figures of every logged line. Checkpoints, resume and the
+    saved model are the stock ones.
 
     Raises ``TokenSuperpositionError`` where plan and arguments disagree, and for ``mtp`` where the head is not known.
     """

@@ -1,4 +1,4 @@
-"""The place-in-bag signal against lookups in float64, its limit cases, and that it leaves nothing in the model."""
+"""Weights and signal of the places of a bag that is read: against lookups, limit cases, nothing left in the model."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
@@ -21,18 +23,25 @@ from token_superposition.experiment.config import Config, load_config
 from token_superposition.experiment.metrics import read_metrics
 from token_superposition.experiment.run import train
 from token_superposition.experiment.superposition import SuperpositionConfig
-from token_superposition.places import place_factors, placed_bag_mean
+from token_superposition.places import place_factors, placed_bag_mean, shares
+from token_superposition.weights import Weighting, place_weights
 
 IDS = torch.randint(VOCAB, (2, 6, 3), generator=torch.Generator().manual_seed(1))
 SIGNAL = 0.5
+READINGS: list[tuple[float, Weighting]] = [(SIGNAL, "uniform"), (0.0, "power"), (0.25, "exponential")]
+readings = pytest.mark.parametrize("signal, weighting", READINGS)
 
 
 def signs(bag_size: int, width: int) -> Tensor:
     return place_factors(bag_size, width, 1.0, torch.empty(0, dtype=torch.float64)) - 1
 
 
-def by_hand(rows: Tensor, signal: float = SIGNAL) -> Tensor:  # (..., s, d) -> (..., d)
-    return (rows * (1 + signal * signs(*rows.shape[-2:]))).mean(-2)
+def by_hand(
+    rows: Tensor, signal: float = SIGNAL, weighting: Weighting = "uniform"
+) -> Tensor:  # (..., s, d) -> (..., d)
+    s, d = rows.shape[-2:]
+    weights = place_weights(weighting, s).double().flip(0)  # the last token has the first weight
+    return (rows * (1 + signal * signs(s, d)) * (weights / weights.sum()).unsqueeze(1)).sum(-2)
 
 
 def lines_of(config: Config, out: Path, resume_from: Path | None = None) -> list[dict[str, Any]]:
@@ -49,16 +58,20 @@ def test_signs_are_of_a_place() -> None:
     assert torch.equal(place_factors(2, 8, 0.25, torch.empty(0)), (1 + 0.25 * signs(2, 8)).float())
 
 
+@readings
 @pytest.mark.parametrize("architecture", TINY)
-def test_bags_are_read_with_their_places(architecture: str) -> None:
+def test_bags_are_read_with_their_places(architecture: str, signal: float, weighting: Weighting) -> None:
     """Against float64; the embedding is plain, tied, scaled inside (Gemma 3) or outside it (Gemma 1, 2)."""
     model = tiny(architecture).double().eval()
     if architecture == "qwen3_moe":
         model.set_experts_implementation("eager")  # the grouped product has no float64
     rows = model.get_input_embeddings()(IDS)
-    expected, plain = model(inputs_embeds=by_hand(rows)).logits, model(inputs_embeds=rows.mean(2)).logits
+    expected, plain = (
+        model(inputs_embeds=by_hand(rows, signal, weighting)).logits,
+        model(inputs_embeds=rows.mean(2)).logits,
+    )
     ordinary, names = model(IDS[..., 0]).logits, list(model.state_dict())
-    superpose(model, place_signal=SIGNAL)
+    superpose(model, place_signal=signal, weighting=weighting)
     torch.testing.assert_close(model(input_ids=IDS).logits, expected)
     assert not torch.allclose(expected, plain)
     assert not torch.allclose(model(input_ids=IDS.flip(2)).logits, expected)  # order is seen
@@ -67,34 +80,64 @@ def test_bags_are_read_with_their_places(architecture: str) -> None:
     torch.testing.assert_close(superpose(unsuperpose(model))(input_ids=IDS).logits, plain)
 
 
-def test_without_a_signal_it_is_the_plain_embedding() -> None:
-    model, plain = superpose(tiny("llama"), place_signal=0.0).eval(), superpose(tiny("llama")).eval()
+def test_without_signal_and_weights_it_is_the_plain_embedding() -> None:
+    model = superpose(tiny("llama"), place_signal=0.0, weighting="uniform").eval()
+    plain = superpose(tiny("llama")).eval()
     assert torch.equal(model(input_ids=IDS).logits, plain(input_ids=IDS).logits)
     table = nn.Embedding(9, 4, padding_idx=2)
-    assert torch.equal(bag_embedding(table, IDS % 9, 0.0), bag_embedding(table, IDS % 9))
+    assert torch.equal(bag_embedding(table, IDS % 9, 0.0, "uniform"), bag_embedding(table, IDS % 9))
+    for dtype in (torch.float64, torch.bfloat16):  # the path of weighted bags, with the weights of the plain mean
+        w, ids = torch.randn(9, 4, dtype=dtype), IDS.reshape(-1, 3) % 9
+        got = placed_bag_mean(w, ids, 0, -1, 0.0, "uniform")
+        torch.testing.assert_close(
+            got, w[ids].double().mean(1).to(dtype), rtol=1e-14 if dtype.itemsize == 8 else 0.0, atol=0
+        )
 
 
-def test_one_model_has_one_signal() -> None:
+@settings(deadline=None)
+@given(st.integers(1, 6), st.sampled_from(["uniform", "power", "exponential", "first", "fitted"]), st.integers(0, 999))
+def test_shares_of_ragged_bags(s: int, weighting: Weighting, seed: int) -> None:
+    """Those that are there share 1, by their order from the end; in a whole bag they are the weights themselves."""
+    ids = torch.randint(-2, 3, (20, s), generator=torch.Generator().manual_seed(seed))
+    got = shares(ids, weighting, torch.float64)
+    weights = place_weights(weighting, s).double()
+    for row, share in zip(ids, got, strict=True):
+        there = [i for i in reversed(range(s)) if row[i] >= 0]
+        want = torch.zeros(s, dtype=torch.float64)
+        for rank, place in enumerate(there):
+            want[place] = weights[rank] / weights[: len(there)].sum()
+        torch.testing.assert_close(share, want)
+    whole = shares(torch.ones(1, s, dtype=torch.long), weighting, torch.float64)[0]
+    torch.testing.assert_close(whole.flip(0), weights / weights.sum())
+
+
+def test_a_model_reads_bags_in_one_way() -> None:
     model = superpose(tiny("llama"), place_signal=SIGNAL).eval()
     once = model(input_ids=IDS).logits
     assert torch.equal(superpose(model, place_signal=SIGNAL)(input_ids=IDS).logits, once)
     assert torch.equal(copy.deepcopy(model)(input_ids=IDS).logits, once)
     with pytest.raises(TokenSuperpositionError, match=r"place_signal 0.5 already, not 0.0; unsuperpose it first"):
         superpose(model)
+    with pytest.raises(TokenSuperpositionError, match=r"weighting uniform already, not power; unsuperpose it first"):
+        superpose(model, place_signal=SIGNAL, weighting="power")
     assert type(unsuperpose(model).get_input_embeddings()) is nn.Embedding
     assert not hasattr(model.get_input_embeddings(), "place_signal")
+    assert not hasattr(model.get_input_embeddings(), "weighting")
 
 
+@readings
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 @pytest.mark.parametrize("padding", [None, 5])
-def test_value_and_gradient_are_those_of_lookups(dtype: torch.dtype, padding: int | None) -> None:
+def test_value_and_gradient_are_those_of_lookups(
+    dtype: torch.dtype, padding: int | None, signal: float, weighting: Weighting
+) -> None:
     g = torch.Generator().manual_seed(2)
     ids = torch.randint(12, (4, 7, 5), generator=g)
     ids[0] = 5
     table = nn.Embedding(12, 8, padding_idx=padding, dtype=dtype)
     exact = table.weight.detach().double().requires_grad_()
     weigh = torch.randn(4, 7, 8, generator=g, dtype=torch.float64)
-    expected, got = by_hand(exact[ids]), bag_embedding(table, ids, SIGNAL)
+    expected, got = by_hand(exact[ids], signal, weighting), bag_embedding(table, ids, signal, weighting)
     assert got.dtype == dtype
     rounding = {torch.float32: 1e-6, torch.float64: 1e-14, torch.bfloat16: 2**-8}[dtype]  # once, of the result
     torch.testing.assert_close(got.double(), expected, rtol=rounding, atol=rounding)
@@ -105,53 +148,60 @@ def test_value_and_gradient_are_those_of_lookups(dtype: torch.dtype, padding: in
     torch.testing.assert_close(grad.double(), want, rtol=rounding, atol=10 * rounding)
 
 
-def test_an_embedding_that_is_not_stock_is_asked_for_rows() -> None:
+@readings
+def test_an_embedding_that_is_not_stock_is_asked_for_rows(signal: float, weighting: Weighting) -> None:
     table = nn.Embedding(12, 8, scale_grad_by_freq=True, dtype=torch.float64)
     ids = IDS % 12
-    torch.testing.assert_close(bag_embedding(table, ids, SIGNAL), by_hand(table(ids)))
+    torch.testing.assert_close(bag_embedding(table, ids, signal, weighting), by_hand(table(ids), signal, weighting))
 
 
-def test_parts_of_a_vocabulary_sum_to_the_whole() -> None:
+@readings
+def test_parts_of_a_vocabulary_sum_to_the_whole(signal: float, weighting: Weighting) -> None:
     weight = torch.randn(11, 4, dtype=torch.float64, requires_grad=True)
     ids = torch.randint(11, (9, 3))
-    whole = by_hand(weight[ids])
-    parts = [placed_bag_mean(weight[a:b], ids, a, 7, SIGNAL, "uniform") for a, b in ((0, 6), (6, 11))]
+    whole = by_hand(weight[ids], signal, weighting)
+    parts = [placed_bag_mean(weight[a:b], ids, a, 7, signal, weighting) for a, b in ((0, 6), (6, 11))]
     torch.testing.assert_close(parts[0] + parts[1], whole)
     (want,) = torch.autograd.grad(whole.square().sum(), weight)
     want[7] = 0
     torch.testing.assert_close(torch.autograd.grad((parts[0] + parts[1]).square().sum(), weight)[0], want)
 
 
+@readings
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_rows_of_a_bag_are_never_made(dtype: torch.dtype) -> None:
+def test_rows_of_a_bag_are_never_made(dtype: torch.dtype, signal: float, weighting: Weighting) -> None:
     table, ids = nn.Embedding(10, 256, dtype=dtype), torch.randint(10, (4, 100, 32))
     grad = torch.ones(4, 100, 256, dtype=dtype)
-    peak = peak_bytes(lambda: bag_embedding(table, ids, SIGNAL).backward(grad))
+    peak = peak_bytes(lambda: bag_embedding(table, ids, signal, weighting).backward(grad))
     assert 0 < peak < ids.numel() * 256 * dtype.itemsize / 4  # a quarter of (B, L, s, d)
 
 
-def test_it_compiles_whole() -> None:
+@readings
+def test_it_compiles_whole(signal: float, weighting: Weighting) -> None:
     table = nn.Embedding(10, 8)
-    superpose(table, table, place_signal=SIGNAL)
+    superpose(table, table, place_signal=signal, weighting=weighting)
+    torch._dynamo.reset()
     compiled = torch.compile(table, backend="aot_eager", fullgraph=True)
-    torch.testing.assert_close(compiled(IDS % 10), by_hand(table.weight[IDS % 10].double()).float())
+    torch.testing.assert_close(compiled(IDS % 10), by_hand(table.weight[IDS % 10].double(), signal, weighting).float())
     compiled(IDS % 10).sum().backward()
     assert table.weight.grad is not None
 
 
-@pytest.mark.parametrize("settings", [{"bag_size": 1}, {"sides": "output"}])
+@pytest.mark.parametrize("no_bags", [{"bag_size": 1}, {"sides": "output"}])
 def test_where_no_bag_is_read_it_is_the_plain_method(
-    settings: dict[str, Any], write_config: Callable[..., Path], tmp_path: Path
+    no_bags: dict[str, Any], write_config: Callable[..., Path], tmp_path: Path
 ) -> None:
-    plain = changed(load_config(write_config()), settings)
-    assert lines_of(plain, tmp_path / "plain") == lines_of(changed(plain, {"place_signal": 0.5}), tmp_path / "signal")
+    plain = changed(load_config(write_config()), no_bags)
+    other = changed(plain, {"place_signal": 0.5, "input_weighting": "power"})
+    assert lines_of(plain, tmp_path / "plain") == lines_of(other, tmp_path / "other")
 
 
-def test_a_run_with_the_signal_resumes_and_ends_as_a_stock_model(
-    write_config: Callable[..., Path], tmp_path: Path
+@pytest.mark.parametrize("reading", [{"place_signal": SIGNAL}, {"input_weighting": "power"}], ids=str)
+def test_a_run_resumes_and_ends_as_a_stock_model(
+    reading: dict[str, Any], write_config: Callable[..., Path], tmp_path: Path
 ) -> None:
-    config = changed(load_config(write_config()), {"place_signal": SIGNAL}, save_at=(4, 6, 9))
-    plain = lines_of(changed(config, {"place_signal": 0.0}, save_at=()), tmp_path / "plain")
+    unread = load_config(write_config())
+    config, plain = changed(unread, reading, save_at=(4, 6, 9)), lines_of(unread, tmp_path / "plain")
     whole = lines_of(config, tmp_path / "whole")
     losses = [[m["loss"] for m in lines if "loss" in m] for lines in (plain, whole)]
     assert not set(losses[0]) & set(losses[1]) and all(abs(a - b) < 0.5 for a, b in zip(*losses, strict=True))
@@ -173,3 +223,7 @@ def test_refusals() -> None:
         superpose(tiny("llama"), place_signal=float("nan"))
     with pytest.raises(TokenSuperpositionError, match=r"superposition.place_signal is 0.5; the other engine does not"):
         replace(SuperpositionConfig(), place_signal=0.5).refuse_variants("other")
+    with pytest.raises(TokenSuperpositionError, match=r"input_weighting is 'power'; the other engine does not"):
+        replace(SuperpositionConfig(), input_weighting="power").refuse_variants("other")
+    with pytest.raises(TokenSuperpositionError, match=r"weighting is 'last'; choose one of uniform, power"):
+        superpose(tiny("llama"), weighting="last")  # pyright: ignore
