@@ -89,9 +89,8 @@ def test_without_signal_and_weights_it_is_the_plain_embedding() -> None:
     for dtype in (torch.float64, torch.bfloat16):  # the path of weighted bags, with the weights of the plain mean
         w, ids = torch.randn(9, 4, dtype=dtype), IDS.reshape(-1, 3) % 9
         got = placed_bag_mean(w, ids, 0, -1, 0.0, "uniform")
-        torch.testing.assert_close(
-            got, w[ids].double().mean(1).to(dtype), rtol=1e-14 if dtype.itemsize == 8 else 0.0, atol=0
-        )
+        eps = torch.finfo(dtype).eps
+        torch.testing.assert_close(got.double(), w[ids].double().mean(1), rtol=eps, atol=eps)
 
 
 @settings(deadline=None)
