@@ -46,11 +46,13 @@ class Result:
         c = self.summary["config"]
         options = c["model"]["options"]
         t, bags = c["train"], c["superposition"]
+        of_input = bags.get("input_weighting", "uniform")  # older ones lack it
+        read = "" if of_input == "uniform" else f" of the targets, {of_input} ones of what is read"
         return (
             f"{c['model']['architecture']} {options['num_hidden_layers']} x {options['hidden_size']}, "
             f"{short(self.baseline['parameters'])} parameters, {t['batch_size']} x {c['data']['sequence_length']} "
             f"tokens a step, {t['steps']:,} steps, {t['optimizer']} at {t['learning_rate']:g}; tst: "
-            f"s = {bags['bag_size']}, r = {bags['ratio']:g}, {bags['weighting']} weights"
+            f"s = {bags['bag_size']}, r = {bags['ratio']:g}, {bags['weighting']} weights{read}"
         )
 
     @property
