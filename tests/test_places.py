@@ -13,6 +13,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AutoModelForCausalLM
 
 from benchmarks.measure import peak_bytes
@@ -173,6 +174,16 @@ def test_rows_of_a_bag_are_never_made(dtype: torch.dtype, signal: float, weighti
     grad = torch.ones(4, 100, 256, dtype=dtype)
     peak = peak_bytes(lambda: bag_embedding(table, ids, signal, weighting).backward(grad))
     assert 0 < peak < ids.numel() * 256 * dtype.itemsize / 4  # a quarter of (B, L, s, d)
+
+
+@readings
+def test_shapes_alone_leave_nothing_behind(signal: float, weighting: Weighting) -> None:
+    with FakeTensorMode():
+        ids = torch.zeros(2, 3, 4, dtype=torch.long)
+        assert bag_embedding(nn.Embedding(7, 5), ids, signal, weighting).shape == (2, 3, 5)
+    table, ids = nn.Embedding(7, 5), torch.randint(7, (2, 3, 4))
+    want = by_hand(table.weight[ids].double(), signal, weighting).float()
+    torch.testing.assert_close(bag_embedding(table, ids, signal, weighting), want)
 
 
 @readings

@@ -103,13 +103,9 @@ def shares(ids: Tensor, weighting: Weighting, dtype: torch.dtype) -> Tensor:  # 
     if weighting == "uniform":
         return there.to(dtype) / count
     from_end = there.flip(-1).cumsum(-1).flip(-1) - 1
-    found = _weights(weighting, ids.shape[-1], ids.device).to(dtype)[from_end.clamp(min=0)] * there
+    weights = place_weights(weighting, ids.shape[-1]).to(ids.device, dtype, non_blocking=True)
+    found = weights[from_end.clamp(min=0)] * there
     return found / found.sum(-1, keepdim=True).clamp(min=torch.finfo(dtype).tiny)
-
-
-@lru_cache
-def _weights(weighting: Weighting, bag_size: int, device: torch.device) -> Tensor:  # (s,)
-    return place_weights(weighting, bag_size).to(device)
 
 
 def _local(ids: Tensor, start: int, rows: int) -> tuple[Tensor, Tensor]:  # (N,) -> (N, 1) bool, (N,)
