@@ -229,6 +229,41 @@ def test_a_variant_is_judged_against_plain_tst_too(tmp_path: Path) -> None:
         assert "shifted ends 0.0300 nats below tst" in " ".join(text.split()) and "tst ends 0.0000" not in text
 
 
+def test_a_variant_of_its_own_length_shows_what_steps_another_is_worth(tmp_path: Path) -> None:
+    """TST is 0.01 to 0.03 below a variant that takes 1.2 x the steps."""
+    runs = experiment(longest=4)
+    runs += [run("plain", seed, 1200, 3.0 + delta + 0.01 * (1 + seed)) for seed, delta in enumerate(DELTAS)]
+    found = comparison(runs)["variants"]["plain"]
+    assert (found["steps_ratio"], found["flops_ratio"]) == (1.2, 1.2)
+    assert found["equal_flops"]["baseline_steps"] == found["equal_data"]["baseline_steps"] == 1200
+    assert found["equal_flops"]["baseline_val_loss"] == pytest.approx(3.0 - 0.2 * math.log2(1.2))
+    assert found["against_tst"]["interval"] == pytest.approx(t_interval([0.01, 0.02, 0.03]))
+    steps = [1000 * 2 ** (-(delta + 0.01 * (1 + seed)) / 0.2) for seed, delta in enumerate(DELTAS)]
+    assert [s["speedup"] for s in found["speedup_per_seed"]] == pytest.approx([n / 1200 for n in steps])
+    for text in shown(directory_of(runs, tmp_path / "longer")):
+        words = " ".join(text.split())
+        assert "plain: in 1.2 x the steps" in words and "plain: equal FLOPs" in words and "tst: equal FLOPs" in words
+        assert "its steps take 1.20 x the FLOPs" in words and "plain ends 0.0200 nats above tst" in words
+
+
+def test_a_length_counts_the_steps_of_a_variant_and_1_is_the_plain_one() -> None:
+    longer = Variant("longer", Config().superposition, length=1.25)
+    same = Variant("same", Config().superposition)
+    config = replace(Config(), compare=CompareConfig(seeds=(7,), variants=(longer, same)))
+    config = replace(config, train=replace(config.train, steps=1000, warmup_steps=10))
+    jobs = {j.name: j.config for j in jobs_of(config)}
+    assert {name: c.train.steps for name, c in jobs.items()} == {
+        "baseline": 1000, "tst": 1000, "longer": 1250, "same": 1000
+    }  # fmt: skip
+    assert jobs["same"] == jobs["tst"]
+    assert jobs["longer"].schedule.switches == [round(1250 * config.superposition.ratio)]
+    assert replace(jobs["longer"], train=jobs["tst"].train) == jobs["tst"]
+    for length in (0.0, -1.0, math.inf, math.nan, 1e-9):
+        wrong = replace(config, compare=CompareConfig(variants=(replace(longer, length=length),)))
+        with pytest.raises(TokenSuperpositionError, match=r"the length of longer is .* of 1000 steps; give a"):
+            wrong.check()
+
+
 def test_one_seed_has_no_interval_and_says_so(tmp_path: Path) -> None:
     runs = [r for r in experiment() if r.seed == 1]
     for text in shown(directory_of(runs, tmp_path / "one")):

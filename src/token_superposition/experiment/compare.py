@@ -1,4 +1,7 @@
-"""Baseline and variants at equal compute: same model, data, learning rate and number of steps, paired by seed."""
+"""Baseline and variants at equal compute: same model, data, learning rate and number of steps, paired by seed.
+
+Further lengths, of the baseline or of a variant, are there to count what a way of training is worth in steps.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +13,7 @@ from pathlib import Path
 from rich.console import Console
 
 from token_superposition.data.store import Meta, TokenStore
-from token_superposition.experiment.config import Config, save_config
+from token_superposition.experiment.config import Config, Variant, save_config
 from token_superposition.experiment.generate import generate, load_model
 from token_superposition.experiment.jobs import Job, alone, check_jobs, run_jobs
 from token_superposition.experiment.result import CONFIG, MODEL, write_json
@@ -22,9 +25,9 @@ SUMMARY = "summary.json"
 
 def jobs_of(config: Config) -> list[Job]:
     """The runs of a comparison, those that others branch off first."""
-    variants = {"tst": config.superposition} | {v.name: v.superposition for v in config.compare.variants}
-    bags = [v.schedule(config.train.steps).common_bag for v in variants.values()]
     wanted = config.compare
+    variants = (Variant("tst", config.superposition), *wanted.variants)
+    bags = [v.superposition.schedule(v.steps(config.train.steps)).common_bag for v in variants]
     # A run knows nothing of the others, so that a comparison of more seeds or variants finds it done.
     config = alone(replace(config, data=replace(config.data, common_bag=lcm(config.data.common_bag, *bags))))
     lengths = sorted({1.0, *wanted.baseline_lengths}, reverse=True)
@@ -42,7 +45,9 @@ def jobs_of(config: Config) -> list[Job]:
         longest = baselines[0]
         trunk = replace(longest.config, train=replace(longest.config.train, save_at=save_at))
         jobs += [replace(longest, config=trunk), *baselines[1:]]
-        jobs += [Job(n, n + ending, replace(seeded, superposition=v)) for n, v in variants.items()]
+        for v in variants:
+            of_variant = replace(seeded.train, steps=v.steps(config.train.steps))
+            jobs.append(Job(v.name, v.name + ending, replace(seeded, superposition=v.superposition, train=of_variant)))
     return sorted(jobs, key=lambda j: j.trunk is not None)
 
 

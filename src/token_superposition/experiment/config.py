@@ -140,6 +140,12 @@ class Variant:
     """Name of the run's directory and of its row in the report."""
     superposition: SuperpositionConfig = field(default_factory=SuperpositionConfig)
     """Its first phase."""
+    length: float = 1.0
+    """It takes this multiple of train.steps. Where that is not 1, it takes as many more (or less) FLOPs as well: so it
+    is seen how many steps of one way of training another is worth."""
+
+    def steps(self, of_tst: int) -> int:
+        return round(self.length * of_tst)
 
 
 @dataclass(frozen=True)
@@ -255,14 +261,23 @@ class Config:
             raise TokenSuperpositionError(
                 f"compare.variants are named {', '.join(names[2:])}; give each its own plain name, not baseline or tst"
             )
-        for superposition in (self.superposition, *(v.superposition for v in self.compare.variants)):
+        for v in self.compare.variants:
+            if not 0 < v.length < math.inf or not v.steps(t.steps):
+                raise TokenSuperpositionError(
+                    f"compare.variants: the length of {v.name} is {v.length:g}, of {t.steps} steps; give a multiple "
+                    "of the steps, such as 1.1"
+                )
+        for superposition, steps in (
+            (self.superposition, t.steps),
+            *((v.superposition, v.steps(t.steps)) for v in self.compare.variants),
+        ):
             superposition.check()
             if superposition.mtp_heads >= self.data.sequence_length:
                 raise TokenSuperpositionError(
                     f"superposition.mtp_heads {superposition.mtp_heads} look past the sequence; give less than "
                     f"data.sequence_length {self.data.sequence_length}"
                 )
-            superposition.schedule(t.steps)
+            superposition.schedule(steps)
         _ = self.wsd
 
 

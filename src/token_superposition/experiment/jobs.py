@@ -19,6 +19,9 @@ from token_superposition.experiment.progress import RunProgress
 from token_superposition.experiment.result import CONFIG, METRICS, RESULT
 from token_superposition.experiment.speed import cores, default_parallel, gpus
 
+HUGE_PAGES = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
+"""glibc asks Linux for huge pages: fewer page faults for tensors of megabytes. Any other system ignores it."""
+
 
 @dataclass(frozen=True)
 class Job:
@@ -118,6 +121,7 @@ def _start(job: Job, out: Path, slot: int, parallel: int) -> subprocess.Popen[by
         share = {"CUDA_VISIBLE_DEVICES": str(slot % gpus())}
     else:
         share = {"OMP_NUM_THREADS": str(max(cores() // parallel, 1))}
+        share |= {name: value for name, value in HUGE_PAGES.items() if name not in os.environ}
     with (directory / "log.txt").open("ab") as log:
         return subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=os.environ | share)
 

@@ -62,11 +62,12 @@ def compare_variant(runs: Sequence[Run], name: str) -> dict[str, Any]:
     longer = longer_baselines(runs, ours)
     over_seeds = with_lower_end(speedup(per_seed), longer)
     equal = equal_loss(curve, loss, steps)
-    raw, per_step = next(iter(ours.values())).raw_tokens, next(iter(baseline.values())).raw_tokens / steps
-    data_steps = round(raw / per_step)
+    one, of_baseline = next(iter(ours.values())), next(iter(baseline.values()))
+    data_steps = round(one.raw_tokens / of_baseline.raw_tokens * of_baseline.steps)
     data_loss, data_how = loss_at(curve, data_steps)
-    flops_ratio = next(iter(ours.values())).flops / next(iter(baseline.values())).flops
-    flops_loss, flops_how = loss_at(curve, round(flops_ratio * steps))
+    flops_ratio = one.flops / of_baseline.flops
+    flops_steps = round(flops_ratio * of_baseline.steps)
+    flops_loss, flops_how = loss_at(curve, flops_steps)
     plain = {r.seed: r for r in runs if r.name == "tst"} if name != "tst" else {}
     ratios = [
         r.phase_step_seconds[0] / r.phase_step_seconds[-1] for r in ours.values() if len(r.phase_step_seconds) > 1
@@ -84,9 +85,10 @@ def compare_variant(runs: Sequence[Run], name: str) -> dict[str, Any]:
         "speedup_per_seed": [asdict(s) for s in per_seed],
         "longer_baselines": longer,
         "against_tst": paired(ours, plain),
+        "steps_ratio": steps / of_baseline.steps,
         "flops_ratio": flops_ratio,
         "equal_flops": {
-            "baseline_steps": round(flops_ratio * steps),
+            "baseline_steps": flops_steps,
             "baseline_val_loss": flops_loss,
             "val_loss": loss,
             "how": flops_how,

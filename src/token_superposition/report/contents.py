@@ -29,7 +29,7 @@ class Contents:
 
     @property
     def steps(self) -> int:
-        """Steps of every variant and of the baseline at equal FLOPs."""
+        """Steps of the baseline and of every variant that has no length of its own."""
         return next(r["steps"] for r in self.runs if r["name"] == "baseline")
 
 
@@ -115,11 +115,13 @@ def verdicts(contents: Contents) -> list[tuple[str, str]]:
     for name, c in variants.items():
         label = f"{name}: " if len(variants) > 1 else ""
         several = len(c["speedup_per_seed"]) > 1
-        more = c.get("flops_ratio", 1.0) != 1  # heads for further tokens
-        result.append((f"{label}equal {'steps' if more else 'FLOPs'}", equal_steps(name, c)))
+        length = c.get("steps_ratio", 1.0)  # reports of older comparisons lack both
+        more = c.get("flops_ratio", 1.0) != 1  # heads for further tokens, or a length of its own
+        equal = f"in {length:.3g} x the steps" if length != 1 else f"equal {'steps' if more else 'FLOPs'}"
+        result.append((f"{label}{equal}", equal_steps(name, c)))
         if more:
             result.append((f"{label}equal FLOPs", equal_flops(c)))
-        loss = speedup(c) if several else equal_loss(name, c["equal_loss"], contents.steps)
+        loss = speedup(c) if several else equal_loss(name, c["equal_loss"], round(length * contents.steps))
         result.append((f"{label}equal loss", loss))
         for longer in c.get("longer_baselines", []):  # reports of older comparisons lack them
             other = f"a baseline of {longer['baseline_steps']:,} steps"
@@ -136,7 +138,7 @@ def verdicts(contents: Contents) -> list[tuple[str, str]]:
 
 
 def equal_flops(c: dict[str, Any]) -> str:
-    """Of a variant whose step costs more than the baseline's."""
+    """Of a variant whose steps together cost more (or less) than the baseline's."""
     equal, ratio = c["equal_flops"], c["flops_ratio"]
     text = f"its steps take {ratio:.2f} x the FLOPs of the baseline's, which in as many takes "
     return text + against(equal)
