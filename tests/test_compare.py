@@ -24,7 +24,7 @@ from token_superposition import TokenSuperpositionError
 from token_superposition.experiment.compare import checked_jobs, jobs_of
 from token_superposition.experiment.config import CompareConfig, Config, Variant, load_config, save_config
 from token_superposition.experiment.dry_run import START_SECONDS, cost_of_job, dry_run, makespan
-from token_superposition.experiment.intervals import SeedSpeedup, seed_speedup, speedup, t_interval
+from token_superposition.experiment.intervals import SeedSpeedup, beaten_length, seed_speedup, speedup, t_interval
 from token_superposition.experiment.jobs import unfinished
 from token_superposition.experiment.speed import time_steps
 from token_superposition.experiment.summary import Run, comparison
@@ -178,9 +178,41 @@ def test_with_bounds_alone_the_longest_baseline_that_is_beaten_is_the_lower_end(
         return comparison(runs)["speedup"]
 
     assert (found(-0.03, -0.02, -0.04)["low"], found(-0.03, -0.02, -0.04)["high"]) == (2.0, None)
-    assert found(-0.03, 0.005, -0.01)["low"] == 1.5  # one is measured, and the length of 2 is not beaten beyond chance
+    ends = t_interval([-0.03, 0.005, -0.01])
+    assert ends is not None and 0 < ends[1] < 0.05  # one is measured, and the length of 2 is not beaten beyond chance
+    between = 2 * 0.75 ** (ends[1] / 0.05)  # by so much the baseline is higher there
+    assert found(-0.03, 0.005, -0.01)["low"] == pytest.approx(between) and 1.5 < between < 2
     assert found(-0.01, 0.1, -0.4)["low"] is None  # no length is
     assert found(-0.03)["low"] is None  # one seed
+
+
+def test_the_length_that_is_beaten_is_where_the_paired_interval_touches_0() -> None:
+    curves = [[(1000, 3.2), (1600, 3.0)], [(1000, 3.18), (1600, 3.02)], [(1000, 3.22), (1600, 2.99)]]
+    losses = [3.0, 2.99, 3.0]
+    length = beaten_length(curves, losses)
+    assert length is not None and 1000 < length < 1600
+    share = math.log(length / 1000) / math.log(1.6)
+    there = [loss - (a + share * (b - a)) for loss, ((_, a), (_, b)) in zip(losses, curves, strict=True)]
+    ends = stats.ttest_1samp(there, 0).confidence_interval(0.95)
+    assert ends.high == pytest.approx(0, abs=1e-9)
+    assert beaten_length(curves, [x - 1 for x in losses]) == 1600 and beaten_length(curves, [3.3] * 3) is None
+    assert beaten_length(curves[:1], losses[:1]) is None
+
+
+def test_the_length_that_is_beaten_is_rarely_above_the_true_one() -> None:
+    """2,000 experiments of five seeds, where the true means meet at 1.6 x the steps."""
+    generator = random.Random(0)
+    missed = reported = 0
+    for _ in range(2000):
+        curves: list[list[tuple[int, float]]] = []
+        for _ in range(5):
+            late = generator.gauss(0, 0.03)
+            end = 3.05 - 0.15 + late
+            curves.append([(1000, 3.05 + generator.gauss(0, 0.01) + late / 2), (1600, end)])
+        length = beaten_length(curves, [2.9 + generator.gauss(0, 0.01) for _ in curves])
+        reported += length is not None
+        missed += length is not None and length >= 1600
+    assert reported > 1900 and missed <= 0.025 * 2000 * 1.3  # and the noise of the count
 
 
 def directory_of(runs: list[Run], out: Path) -> Path:

@@ -7,9 +7,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from statistics import mean, stdev
-from typing import Literal
+from typing import Literal, cast
 
-from scipy import stats
+import numpy as np
+from scipy import optimize, stats
 
 CONFIDENCE = 0.95
 Bound = Literal["measured", "at least", "at most", "not comparable"]
@@ -73,7 +74,7 @@ class Speedup:
     the mean is no bound in either direction."""
     low: float | None
     """Lower end of the t-interval on log speed-up. None with one seed, fewer than two measured ones, or where only the
-    upper end holds. In a summary it is then the longest baseline that the variant beats beyond chance, if it does."""
+    upper end holds. In a summary it is then ``beaten_length``, in multiples of the variant's steps."""
     high: float | None
     """Upper end, likewise. Where a seed is "at least", more may be true and there is none."""
     seeds: int
@@ -105,3 +106,26 @@ def speedup(seeds: Sequence[SeedSpeedup]) -> Speedup | None:
         seeds=len(seeds),
         measured=measured,
     )
+
+
+def beaten_length(curves: Sequence[Sequence[tuple[int, float]]], losses: Sequence[float]) -> float | None:
+    """Steps of the longest baseline that a variant ends below with the whole interval of the paired difference.
+
+    ``curves`` are the (steps, loss) baselines of each seed, of the same lengths; ``losses`` the variant's of each.
+    Between two lengths a seed's baseline is linear in log steps, beyond them nothing is assumed. All shorter baselines
+    are beaten as well. None where not even the shortest is, or with one seed.
+    """
+    logs = np.log([steps for steps, _ in curves[0]])
+    rows = [[loss for _, loss in curve] for curve in curves]
+
+    def upper(log_steps: float) -> float:
+        differences = [loss - float(np.interp(log_steps, logs, row)) for loss, row in zip(losses, rows, strict=True)]
+        ends = t_interval(differences)
+        return ends[1] if ends is not None else math.inf
+
+    if upper(logs[0]) >= 0:
+        return None
+    for a, b in pairwise(logs):  # upper is convex in between: there is one zero if it is below 0 at a and not at b
+        if upper(b) >= 0:
+            return math.exp(cast(float, optimize.brentq(upper, a, b)))
+    return float(curves[0][-1][0])

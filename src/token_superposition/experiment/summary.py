@@ -11,7 +11,14 @@ from pathlib import Path
 from statistics import mean, median, stdev
 from typing import Any
 
-from token_superposition.experiment.intervals import CONFIDENCE, Speedup, seed_speedup, speedup, t_interval
+from token_superposition.experiment.intervals import (
+    CONFIDENCE,
+    Speedup,
+    beaten_length,
+    seed_speedup,
+    speedup,
+    t_interval,
+)
 from token_superposition.experiment.result import RESULT, RunResult
 
 
@@ -59,8 +66,7 @@ def compare_variant(runs: Sequence[Run], name: str) -> dict[str, Any]:
     loss, steps = mean(r.val_loss for r in ours.values()), next(iter(ours.values())).steps
     found = [seed_speedup(seed, baseline_curve(runs, seed), r.val_loss, r.steps) for seed, r in ours.items()]
     per_seed = [s for s in found if s is not None]
-    longer = longer_baselines(runs, ours)
-    over_seeds = with_lower_end(speedup(per_seed), longer)
+    over_seeds = with_lower_end(speedup(per_seed), runs, ours)
     equal = equal_loss(curve, loss, steps)
     one, of_baseline = next(iter(ours.values())), next(iter(baseline.values()))
     data_steps = round(one.raw_tokens / of_baseline.raw_tokens * of_baseline.steps)
@@ -83,7 +89,7 @@ def compare_variant(runs: Sequence[Run], name: str) -> dict[str, Any]:
         "equal_loss": asdict(equal) if equal is not None else None,
         "speedup": asdict(over_seeds) if over_seeds is not None else None,
         "speedup_per_seed": [asdict(s) for s in per_seed],
-        "longer_baselines": longer,
+        "longer_baselines": longer_baselines(runs, ours),
         "against_tst": paired(ours, plain),
         "steps_ratio": steps / of_baseline.steps,
         "flops_ratio": flops_ratio,
@@ -100,11 +106,7 @@ def compare_variant(runs: Sequence[Run], name: str) -> dict[str, Any]:
 
 
 def longer_baselines(runs: Sequence[Run], ours: dict[int, Run]) -> list[dict[str, Any]]:
-    """The variant less each baseline of more steps, over the seeds that have both.
-
-    Where such a difference lies below 0 with its interval, the variant is worth more than that many steps: so much is
-    known also where single seeds only bound the speed-up.
-    """
+    """The variant less each baseline of more steps, over the seeds that have both."""
     steps = next(iter(ours.values())).steps
     lengths = sorted({r.steps for r in runs if r.name.startswith("baseline") and r.steps > steps})
     found: list[dict[str, Any]] = []
@@ -115,12 +117,18 @@ def longer_baselines(runs: Sequence[Run], ours: dict[int, Run]) -> list[dict[str
     return found
 
 
-def with_lower_end(found: Speedup | None, longer: Sequence[dict[str, Any]]) -> Speedup | None:
-    """Where too many seeds are bounds for an interval: the longest baseline above the variant, interval and all."""
-    beaten = [b["ratio"] for b in longer if b["interval"] is not None and b["interval"][1] < 0]
-    if found is None or found.bound != "at least" or found.low is not None or not beaten:
+def with_lower_end(found: Speedup | None, runs: Sequence[Run], ours: dict[int, Run]) -> Speedup | None:
+    """Where too many seeds are bounds for an interval of speed-ups: the losses, which no bound cuts off, give its end.
+
+    The variant is worth more steps than every baseline that it ends below with the whole interval of the difference.
+    """
+    if found is None or found.bound != "at least" or found.low is not None:
         return found
-    return replace(found, low=max(beaten))
+    curves = {seed: baseline_curve(runs, seed) for seed in ours}
+    whole = max(len(curve) for curve in curves.values())
+    compared = [seed for seed, curve in curves.items() if len(curve) == whole]
+    low = beaten_length([curves[seed] for seed in compared], [ours[seed].val_loss for seed in compared])
+    return replace(found, low=None if low is None else low / next(iter(ours.values())).steps)
 
 
 def paired(ours: dict[int, Run], others: dict[int, Run]) -> dict[str, Any] | None:
