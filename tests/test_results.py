@@ -23,10 +23,12 @@ from results.copying import losses as copying_losses
 from results.copying import main as copying
 from results.copying import repeated_pairs
 from results.corpora import Language, invented, random_strings, with_strings, write
-from results.findings import Result, ahead
+from results.figures import ahead
 from results.findings import write as write_findings
+from results.kept import Result
 from results.memorisation import losses
 from results.memorisation import main as memorisation
+from results.plain import PLAIN, against_plain, over_batches, recipes
 from tests.sweep.settings import swept
 from tests.sweep.test_report import made_up
 from token_superposition.data.plan import ValidationSet
@@ -35,6 +37,7 @@ from token_superposition.experiment.config import load_config
 from token_superposition.experiment.generate import load_model
 
 REPOSITORY = Path(results.__file__).parent.parent
+Changed = dict[str, object]
 
 
 @pytest.fixture(scope="module")
@@ -96,6 +99,47 @@ def test_where_tst_passes_the_baseline() -> None:
     alone = [x for x in curves if x["seed"] == "0"]
     _, table = ahead([Result("alone", {}, {"config": settings}, alone, [], [])])
     assert "| alone | 30 | 40 | one seed |" in table
+
+
+def made_of(
+    tst: dict[str, object], variants: dict[str, tuple[dict[str, object], float]], text: str = "python"
+) -> Result:
+    """Of two seeds: baseline 3, tst 2.9, each further variant 0.1 below the one before; seed 1 is 0.01 above seed 0."""
+    names = ["baseline", "tst", *variants]
+    runs = [
+        {"name": n, "seed": s, "val_loss": 3 - 0.1 * i + 0.01 * s, "latent_tokens": 8000, "parameters": 1000}
+        for i, n in enumerate(names)
+        for s in (0, 1)
+    ]
+    config = {
+        "superposition": PLAIN | tst,
+        "train": {"steps": 100, "batch_size": 4},
+        "data": {"sequence_length": 20},
+        "compare": {
+            "variants": [{"name": n, "superposition": PLAIN | c, "length": x} for n, (c, x) in variants.items()]
+        },
+    }
+    return Result("made-up", {"text": text}, {"config": config, "runs": runs}, [], [], [])
+
+
+def test_plain_tst_is_found_wherever_it_stands() -> None:
+    weights: Changed = {"weighting": "exponential"}
+    first, second = made_of({}, {"exp": (weights, 1.0)}), made_of(weights, {"uniform": ({}, 1.0), "x1.1": ({}, 1.1)})
+    _, table = over_batches([first, second])
+    assert "| 80 | 100 | 8.0 | 1k | -0.100 (-0.100 to -0.100) | 2 |" in table
+    assert "| 80 | 100 | 8.0 | 1k | -0.200 (-0.200 to -0.200) | 2 |" in table
+    table = against_plain([first, second])
+    assert "| `weighting = exponential` | -0.100 (-0.100 to -0.100) | 2 | better |" in table
+    assert "| `weighting = exponential` | +0.100 (+0.100 to +0.100) | 2 | worse |" in table
+    assert len(table.splitlines()) == 4  # plain TST itself is not listed, nor the one of another length
+    (row,) = recipes([first, second]).splitlines()[2:]
+    assert row == "| made-up | python | `weighting = exponential` | +0.200 (+0.200 to +0.200) | worse |"
+
+
+def test_results_without_plain_tst_or_of_other_texts_are_left_out() -> None:
+    other = made_of({"ratio": 0.5}, {})
+    assert len(over_batches([other, made_of({}, {}, "English")])[1].splitlines()) == 2
+    assert len(against_plain([other]).splitlines()) == 2 and len(recipes([other]).splitlines()) == 2
 
 
 def test_a_sweep_is_on_the_page_with_its_pictures(kept: Path, tmp_path: Path) -> None:

@@ -1,0 +1,106 @@
+"""Figures of the findings page over all comparisons."""
+
+from __future__ import annotations
+
+import itertools
+from collections import defaultdict
+from statistics import mean
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from results.kept import Result, verdict
+from token_superposition.experiment.intervals import t_interval
+from token_superposition.report.figures import COLOURS, svg
+
+
+def forest(found: list[Result]) -> str:
+    """Every difference with its interval, one line each."""
+    entries = [(f"{r.name}: {name}", c) for r in found for name, c in r.variants.items()][::-1]
+    figure = Figure(figsize=(7.6, 1.2 + 0.3 * len(entries)), layout="constrained")
+    axes = figure.subplots()
+    colours = {"better": COLOURS[1], "worse": COLOURS[2]}
+    for y, (_, c) in enumerate(entries):
+        colour = colours.get(verdict(c["delta_val_loss_interval"]), COLOURS[0])
+        if ends := c["delta_val_loss_interval"]:
+            axes.plot(ends, (y, y), color=colour, lw=2)
+        axes.plot(c["delta_val_loss_per_seed"], [y] * len(c["delta_val_loss_per_seed"]), ".", color=colour, alpha=0.5)
+        axes.plot(c["delta_val_loss"], y, "o", color=colour, ms=6)
+    axes.axvline(0, color="#000000", lw=1)
+    axes.set_yticks(range(len(entries)), [name for name, _ in entries], fontsize=9)
+    axes.set_xlabel("validation loss minus the baseline's, nats per token (left is better)")
+    bare(axes)
+    return svg(figure)
+
+
+def after_switch(r: Result, steps: int = 150) -> tuple[str, str]:
+    """Training loss after the switch of the run tst and the baseline's at the same steps, means over seeds."""
+    c = r.summary["config"]
+    at = round(c["superposition"]["ratio"] * c["train"]["steps"])
+    longest = max((x for x in r.summary["runs"] if x["name"].startswith("baseline")), key=lambda x: x["steps"])["name"]
+    figure = Figure(figsize=(7.2, 3.6), layout="constrained")
+    axes = figure.subplots()
+    losses: dict[str, dict[int, float]] = {}
+    for name, colour in ((longest, COLOURS[0]), ("tst", COLOURS[1])):
+        shown: dict[int, list[float]] = defaultdict(list)
+        for x in r.curves:
+            if x["name"] == name and x["loss"] and at < int(x["step"]) <= at + steps:
+                shown[int(x["step"]) - at].append(float(x["loss"]))
+        losses[name] = {step: mean(values) for step, values in sorted(shown.items())}
+        axes.plot(list(losses[name]), list(losses[name].values()), ".-", color=colour, label=name)
+    axes.set_xlabel("steps after the switch")
+    axes.set_ylabel("training loss (nats per token)")
+    axes.legend(frameon=False)
+    bare(axes)
+    gaps = [(step, loss - losses[longest][step]) for step, loss in losses["tst"].items()]
+    seeds = f"mean of {len(r.seeds)} seeds" if len(r.seeds) > 1 else f"seed {r.seeds[0]}"
+    told = ", ".join(f"{gap:+.2f} after {step} steps" for step, gap in (gaps[0], gaps[len(gaps) // 2], gaps[-1]))
+    return svg(figure), (
+        f"{r.name}, {seeds}: training loss less the baseline's at the same step (each logged loss "
+        f"is the mean since the one before): {told}."
+    )
+
+
+def differences_by_step(r: Result) -> dict[int, list[float]]:
+    """Validation loss of the run tst less the baseline's, seed by seed, before the learning rate decays."""
+    c = r.summary["config"]["train"]
+    constant = c["steps"] - round(c["decay_ratio"] * c["steps"])
+    losses: dict[tuple[str, str, int], float] = {
+        (x["name"], x["seed"], int(x["step"])): float(x["val_loss"]) for x in r.curves if x["val_loss"]
+    }
+    found: dict[int, list[float]] = defaultdict(list)
+    for (name, seed, step), loss in sorted(losses.items(), key=lambda item: item[0][1:]):
+        if name == "tst" and step <= constant:
+            found[step].append(loss - losses["baseline", seed, step])
+    return dict(sorted(found.items()))
+
+
+def ahead(found: list[Result]) -> tuple[str, str]:
+    """Where TST passes the baseline on the way: a figure of all comparisons, and a table."""
+    figure = Figure(figsize=(7.2, 4.0), layout="constrained")
+    axes = figure.subplots()
+    lines = [
+        "| comparison | the switch, after | behind at last after | ahead beyond chance from |",
+        "|---|---|---|---|",
+    ]
+    for r, colour, marker in zip(found, itertools.cycle(COLOURS), "osD^vPX*<>", strict=False):
+        by_step = differences_by_step(r)
+        switch = round(r.summary["config"]["superposition"]["ratio"] * r.summary["config"]["train"]["steps"])
+        after = [step for step in by_step if step > switch]
+        axes.plot(after, [mean(by_step[step]) for step in after], f"{marker}-", color=colour, ms=4, label=r.name)
+        behind = [step for step in by_step if mean(by_step[step]) >= 0]
+        unsure = [step for step in after if (ends := t_interval(by_step[step])) is None or ends[1] >= 0]
+        first = next((step for step in after if step > max(unsure, default=0)), None)
+        found_at = f"{first:,}" if first else "never" if len(by_step[after[0]]) > 1 else "one seed"
+        lines.append(f"| {r.name} | {switch:,} | {max(behind, default=0):,} | {found_at} |")
+    axes.axhline(0, color="#000000", lw=1)
+    axes.set_xlabel("step, up to where the learning rate decays")
+    axes.set_ylabel("validation loss minus the baseline's\n(nats per token, mean over seeds)")
+    axes.legend(frameon=False, fontsize=8)
+    bare(axes)
+    return svg(figure), "\n".join([*lines, ""])
+
+
+def bare(axes: Axes) -> None:
+    axes.grid(alpha=0.25)
+    axes.spines[["top", "right"]].set_visible(False)

@@ -1,0 +1,87 @@
+"""What is kept of comparisons: the folders of results, read."""
+
+from __future__ import annotations
+
+import csv
+import json
+import tomllib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from token_superposition.report.contents import short
+
+
+@dataclass(frozen=True)
+class Result:
+    name: str
+    about: dict[str, str]
+    summary: dict[str, Any]
+    curves: list[dict[str, str]]
+    strings: list[dict[str, str]]
+    """What was memorised (results.memorisation), where that was measured."""
+    copying: list[dict[str, str]]
+    """Losses by what can be copied from the window (results.copying), where that was measured."""
+
+    @property
+    def variants(self) -> dict[str, dict[str, Any]]:
+        return self.summary["comparison"]["variants"]
+
+    @property
+    def baseline(self) -> dict[str, Any]:
+        return next(r for r in self.summary["runs"] if r["name"] == "baseline")
+
+    @property
+    def setting(self) -> str:
+        """Model, batch and length in one line."""
+        c = self.summary["config"]
+        options = c["model"]["options"]
+        t, bags = c["train"], c["superposition"]
+        of_input = bags.get("input_weighting", "uniform")  # older ones lack it
+        read = "" if of_input == "uniform" else f" of the targets, {of_input} ones of what is read"
+        return (
+            f"{c['model']['architecture']} {options['num_hidden_layers']} x {options['hidden_size']}, "
+            f"{short(self.baseline['parameters'])} parameters, {t['batch_size']} x {c['data']['sequence_length']} "
+            f"tokens a step, {t['steps']:,} steps, {t['optimizer']} at {t['learning_rate']:g}; tst: "
+            f"s = {bags['bag_size']}, r = {bags['ratio']:g}, {bags['weighting']} weights{read}"
+        )
+
+    @property
+    def seeds(self) -> list[int]:
+        return sorted({r["seed"] for r in self.summary["runs"]})
+
+
+def load(root: Path) -> list[Result]:
+    """Comparisons in the order of their names, the shipped proof first."""
+    found: list[Result] = []
+    for folder in sorted(root.iterdir(), key=lambda p: (p.name != "proof-cpu", p.name)):
+        if (folder / "summary.json").is_file():
+            about = tomllib.loads((folder / "about.toml").read_text())
+            summary = json.loads((folder / "summary.json").read_text())
+            tables = (rows(folder / f"{name}.csv") for name in ("curves", "strings", "copying"))
+            found.append(Result(folder.name, about, summary, *tables))
+    return found
+
+
+def unfinished_in(root: Path) -> list[Path]:
+    return [p.parent for p in sorted(root.glob("*/curves.csv")) if not (p.parent / "summary.json").is_file()]
+
+
+def rows(path: Path) -> list[dict[str, str]]:
+    """Of a CSV file; none if there is no such file."""
+    if not path.is_file():
+        return []
+    with path.open() as f:
+        return list(csv.DictReader(f))
+
+
+def verdict(ends: Sequence[float] | None) -> str:
+    """What an interval of a difference says; None is that of one seed.
+
+    >>> verdict((-0.2, -0.05)), verdict((-0.1, 0.1))
+    ('better', 'not told from chance')
+    """
+    if ends is None:
+        return "one seed: a lead"
+    return "better" if ends[1] < 0 else "worse" if ends[0] > 0 else "not told from chance"
