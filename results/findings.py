@@ -53,13 +53,27 @@ def against_tst(variants: dict[str, dict[str, Any]]) -> list[str]:
     return [*lines, ""]
 
 
+def baselines(r: Result) -> str:
+    """Their mean losses, that of equal steps first."""
+    losses: dict[str, list[float]] = defaultdict(list)
+    for x in r.summary["runs"]:
+        if x["name"].startswith("baseline"):
+            losses[x["name"]].append(x["val_loss"])
+    others = (
+        f"{name.removeprefix('baseline-x')} x the steps {mean(values):.4f}"
+        for name, values in losses.items()
+        if name != "baseline"
+    )
+    told = "; ".join(others)
+    return f"Baseline {mean(losses['baseline']):.4f}" + (f" ({told})" if told else "")
+
+
 def section(r: Result) -> str:
-    losses = [x["val_loss"] for x in r.summary["runs"] if x["name"] == "baseline"]
     v = r.baseline["versions"]
     lines = [
         f"### {r.about['question']}",
         "",
-        f"Text: {r.about['text']}. {r.setting}. Baseline {mean(losses):.4f}, seeds {', '.join(map(str, r.seeds))}.",
+        f"Text: {r.about['text']}. {r.setting}. {baselines(r)}, seeds {', '.join(map(str, r.seeds))}.",
         "",
         "| variant | difference, nats (95%) | steps to equal loss (95%) | by seed | |",
         "|---|---|---|---|---|",
