@@ -76,18 +76,22 @@ def differences_by_step(r: Result) -> dict[int, list[float]]:
 
 
 def ahead(found: list[Result]) -> tuple[str, str]:
-    """Where TST passes the baseline on the way: a figure of all comparisons, and a table."""
-    figure = Figure(figsize=(7.2, 4.0), layout="constrained")
+    """Where TST passes the baseline on the way: a figure of the comparisons of several seeds, and a table of all."""
+    figure = Figure(figsize=(8.6, 4.4), layout="constrained")
     axes = figure.subplots()
+    several = [r for r in found if len(r.seeds) > 1]
+    styles = dict(zip([r.name for r in several], itertools.product("osD^", COLOURS), strict=False))
     lines = [
         "| comparison | the switch, after | behind at last after | ahead beyond chance from |",
         "|---|---|---|---|",
     ]
-    for r, colour, marker in zip(found, itertools.cycle(COLOURS), "osD^vPX*<>", strict=False):
+    for r in found:
         by_step = differences_by_step(r)
         switch = round(r.summary["config"]["superposition"]["ratio"] * r.summary["config"]["train"]["steps"])
         after = [step for step in by_step if step > switch]
-        axes.plot(after, [mean(by_step[step]) for step in after], f"{marker}-", color=colour, ms=4, label=r.name)
+        if r.name in styles:
+            marker, colour = styles[r.name]
+            axes.plot(after, [mean(by_step[step]) for step in after], f"{marker}-", color=colour, ms=4, label=r.name)
         behind = [step for step in by_step if mean(by_step[step]) >= 0]
         unsure = [step for step in after if (ends := t_interval(by_step[step])) is None or ends[1] >= 0]
         first = next((step for step in after if step > max(unsure, default=0)), None)
@@ -96,7 +100,7 @@ def ahead(found: list[Result]) -> tuple[str, str]:
     axes.axhline(0, color="#000000", lw=1)
     axes.set_xlabel("step, up to where the learning rate decays")
     axes.set_ylabel("validation loss minus the baseline's\n(nats per token, mean over seeds)")
-    axes.legend(frameon=False, fontsize=8)
+    figure.legend(loc="outside right center", frameon=False, fontsize=8)
     bare(axes)
     return svg(figure), "\n".join([*lines, ""])
 

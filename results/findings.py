@@ -199,9 +199,9 @@ def write(root: Path, docs: Path) -> None:
     (docs / "findings_batches.svg").write_text(picture)
     parts += [
         "## Batch, steps and tokens per parameter\n",
-        "Plain TST (s = 4, r = 0.3, uniform weights) on Python source, all comparisons.\n",
+        "Plain TST (s = 4, r = 0.3, uniform weights) on Python source, all comparisons. Tokens are latent ones.\n",
         table,
-        "![Difference by steps and tokens a step](findings_batches.svg)\n",
+        "![Difference by tokens a parameter](findings_batches.svg)\n",
         "## Which variant ends below plain TST?\n",
         "Every variant less plain TST of the same seeds, model and steps, those of several seeds first.\n",
         against_plain(found),

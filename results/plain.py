@@ -63,26 +63,28 @@ def over_batches(found: list[Result]) -> tuple[str, str]:
             tokens = c["train"]["batch_size"] * c["data"]["sequence_length"]
             per_parameter = r.baseline["latent_tokens"] / r.baseline["parameters"]
             entries.append((tokens, c["train"]["steps"], per_parameter, differences(r, name, "baseline"), r))
-    entries.sort(key=lambda e: e[:2])
+    entries.sort(key=lambda e: (e[2], e[:2]))
     lines = [
-        "| tokens a step | steps | tokens a parameter | parameters | TST less the baseline, nats (95%) | seeds | |",
+        "| tokens a parameter | tokens a step | steps | parameters | TST less the baseline, nats (95%) | seeds | |",
         "|---|---|---|---|---|---|---|",
     ]
-    for tokens, steps, per_parameter, values, r in entries:
-        lines.append(
-            f"| {tokens:,} | {steps:,} | {per_parameter:.1f} | {short(r.baseline['parameters'])} | {told(values)} | "
-            f"{len(values)} | [{r.name}](../results/{r.name}) |"
-        )
     figure = Figure(figsize=(7.2, 3.8), layout="constrained")
     axes = figure.subplots()
-    for tokens, steps, _, values, _ in entries:
-        few = steps < 1000
-        axes.plot([steps] * len(values), values, ".", color=COLOURS[0], alpha=0.4)
-        axes.plot(steps, mean(values), "s" if few else "o", color=COLOURS[1], ms=7)
-        axes.annotate(f"{tokens:,}", (steps, mean(values)), (7, 0), textcoords="offset points", fontsize=8, va="center")
+    labelled: set[str] = set()
+    for tokens, steps, per_parameter, values, r in entries:
+        lines.append(
+            f"| {per_parameter:.1f} | {tokens:,} | {steps:,} | {short(r.baseline['parameters'])} | {told(values)} | "
+            f"{len(values)} | [{r.name}](../results/{r.name}) |"
+        )
+        axes.plot([per_parameter] * len(values), values, ".", color=COLOURS[0], alpha=0.4)
+        axes.plot(per_parameter, mean(values), "o", color=COLOURS[1], ms=7)
+        if (label := f"{tokens:,} x {steps:,}") not in labelled:
+            place = (per_parameter, mean(values))
+            axes.annotate(label, place, (8, 0), textcoords="offset points", fontsize=8, va="center")
+        labelled.add(label)
     axes.axhline(0, color="#000000", lw=1)
-    axes.set_xscale("log")
-    axes.set_xlabel("steps (beside each point: tokens a step)")
+    axes.set_xlim(right=1.15 * max((e[2] for e in entries), default=1.0))
+    axes.set_xlabel("tokens a parameter (beside the points: tokens a step x steps)")
     axes.set_ylabel("validation loss minus the baseline's\n(nats per token)")
     bare(axes)
     return svg(figure), "\n".join([*lines, ""])

@@ -126,8 +126,8 @@ def test_plain_tst_is_found_wherever_it_stands() -> None:
     weights: Changed = {"weighting": "exponential"}
     first, second = made_of({}, {"exp": (weights, 1.0)}), made_of(weights, {"uniform": ({}, 1.0), "x1.1": ({}, 1.1)})
     _, table = over_batches([first, second])
-    assert "| 80 | 100 | 8.0 | 1k | -0.100 (-0.100 to -0.100) | 2 |" in table
-    assert "| 80 | 100 | 8.0 | 1k | -0.200 (-0.200 to -0.200) | 2 |" in table
+    assert "| 8.0 | 80 | 100 | 1k | -0.100 (-0.100 to -0.100) | 2 |" in table
+    assert "| 8.0 | 80 | 100 | 1k | -0.200 (-0.200 to -0.200) | 2 |" in table
     table = against_plain([first, second])
     assert "| `weighting = exponential` | -0.100 (-0.100 to -0.100) | 2 | better |" in table
     assert "| `weighting = exponential` | +0.100 (+0.100 to +0.100) | 2 | worse |" in table
