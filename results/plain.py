@@ -111,6 +111,7 @@ def recipes(found: list[Result], length: float = 1.1) -> str:
         "| comparison | text | recipe | less plain TST of 1.1 x the steps, nats (95%) | |",
         "|---|---|---|---|---|",
     ]
+    saves: set[bool] = set()
     for r in found:
         if reference := plain(r, length):
             for name, changed, steps in ways(r):
@@ -118,5 +119,9 @@ def recipes(found: list[Result], length: float = 1.1) -> str:
                     values = differences(r, name, reference)
                     how = ", ".join(f"{k} = {v}" for k, v in changed.items())
                     text = r.about["text"].partition(" (")[0]
-                    lines.append(f"| {r.name} | {text} | `{how}` | {told(values)} | {verdict(t_interval(values))} |")
+                    judged = verdict(t_interval(values))
+                    saves.add(judged == "better")
+                    lines.append(f"| {r.name} | {text} | `{how}` | {told(values)} | {judged} |")
+    if saves == {False}:
+        lines += ["", "Nothing that was tried does, so the default of `tst train` is plain TST."]
     return "\n".join([*lines, ""])
