@@ -9,10 +9,9 @@ from statistics import mean
 from typing import Any
 
 from results.figures import after_switch, ahead, forest
-from results.kept import Result, load, rows, unfinished_in, verdict
+from results.kept import Result, load, rows, told, unfinished_in, verdict
 from results.plain import against_plain, over_batches, recipes
 from results.sweeps import section as section_of_sweep
-from token_superposition.experiment.intervals import t_interval
 from token_superposition.report.contents import interval
 
 
@@ -150,9 +149,7 @@ def copied(r: Result) -> str:
     for name in dict.fromkeys(x["name"] for x in r.copying if x["name"] != "baseline"):
         cells: list[str] = []
         for kind in ("new", "repeated"):
-            differences = [by[name, kind, seed] - by["baseline", kind, seed] for seed in r.seeds]
-            ends = t_interval(differences)
-            cells.append(f"{mean(differences):+.3f}" + (f" ({interval(ends, '+.3f')})" if ends else ""))
+            cells.append(told([by[name, kind, seed] - by["baseline", kind, seed] for seed in r.seeds]))
         lines.append(f"| {name} | {' | '.join(cells)} |")
     return "\n".join([*lines, ""])
 

@@ -8,9 +8,11 @@ import tomllib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
-from token_superposition.report.contents import short
+from token_superposition.experiment.intervals import t_interval
+from token_superposition.report.contents import interval, short
 
 
 @dataclass(frozen=True)
@@ -85,3 +87,13 @@ def verdict(ends: Sequence[float] | None) -> str:
     if ends is None:
         return "one seed: a lead"
     return "better" if ends[1] < 0 else "worse" if ends[0] > 0 else "not told from chance"
+
+
+def told(values: list[float]) -> str:
+    """Mean and interval of differences.
+
+    >>> told([-0.1, -0.12]), told([0.25])
+    ('-0.110 (-0.237 to +0.017)', '+0.250')
+    """
+    ends = t_interval(values)
+    return f"{mean(values):+.3f}" + (f" ({interval(ends, '+.3f')})" if ends else "")

@@ -15,10 +15,10 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from results.figures import bare
-from results.kept import Result, verdict
+from results.kept import Result, told, verdict
 from token_superposition.experiment.intervals import t_interval
 from token_superposition.experiment.superposition import SuperpositionConfig
-from token_superposition.report.contents import interval, short
+from token_superposition.report.contents import short
 from token_superposition.report.figures import COLOURS, svg
 
 PLAIN = json.loads(json.dumps(asdict(SuperpositionConfig(bag_size=4, ratio=0.3))))  # as a summary has it
@@ -42,16 +42,6 @@ def differences(r: Result, name: str, reference: str) -> list[float]:
     """Of the validation losses, seed by seed."""
     losses = {(x["name"], x["seed"]): x["val_loss"] for x in r.summary["runs"]}
     return [losses[name, seed] - losses[reference, seed] for seed in r.seeds]
-
-
-def told(values: list[float]) -> str:
-    """Mean and interval of differences.
-
-    >>> told([-0.1, -0.12]), told([0.25])
-    ('-0.110 (-0.237 to +0.017)', '+0.250')
-    """
-    ends = t_interval(values)
-    return f"{mean(values):+.3f}" + (f" ({interval(ends, '+.3f')})" if ends else "")
 
 
 def over_batches(found: list[Result]) -> tuple[str, str]:
