@@ -147,9 +147,10 @@ def copied(r: Result) -> str:
         "|---|---|---|",
     ]
     for name in dict.fromkeys(x["name"] for x in r.copying if x["name"] != "baseline"):
-        cells: list[str] = []
-        for kind in ("new", "repeated"):
-            cells.append(told([by[name, kind, seed] - by["baseline", kind, seed] for seed in r.seeds]))
+        cells = (
+            told([by[name, kind, seed] - by["baseline", kind, seed] for seed in r.seeds])
+            for kind in ("new", "repeated")
+        )
         lines.append(f"| {name} | {' | '.join(cells)} |")
     return "\n".join([*lines, ""])
 
