@@ -58,13 +58,12 @@ def baselines(r: Result) -> str:
     for x in r.summary["runs"]:
         if x["name"].startswith("baseline"):
             losses[x["name"]].append(x["val_loss"])
-    others = (
+    others = "; ".join(
         f"{name.removeprefix('baseline-x')} x the steps {mean(values):.4f}"
         for name, values in losses.items()
         if name != "baseline"
     )
-    told = "; ".join(others)
-    return f"Baseline {mean(losses['baseline']):.4f}" + (f" ({told})" if told else "")
+    return f"Baseline {mean(losses['baseline']):.4f}" + (f" ({others})" if others else "")
 
 
 def section(r: Result) -> str:

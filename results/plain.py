@@ -69,11 +69,12 @@ def over_batches(found: list[Result]) -> tuple[str, str]:
         axes.plot([per_parameter] * len(values), values, ".", color=COLOURS[0], alpha=0.4)
         axes.plot(per_parameter, mean(values), "o", color=COLOURS[1], ms=7)
         if (label := f"{tokens:,} x {steps:,}") not in labelled:
-            place = (per_parameter, mean(values))
-            axes.annotate(label, place, (8, 0), textcoords="offset points", fontsize=8, va="center")
+            offset = (0, -12 if len(labelled) % 2 else 12)  # neighbours on either side
+            at = (per_parameter, mean(values))
+            axes.annotate(label, at, offset, textcoords="offset points", fontsize=8, ha="center", va="center")
         labelled.add(label)
     axes.axhline(0, color="#000000", lw=1)
-    axes.set_xlim(right=1.15 * max((e[2] for e in entries), default=1.0))
+    axes.set_xlim(left=0, right=1.1 * max((e[2] for e in entries), default=1.0))
     axes.set_xlabel("tokens a parameter (beside the points: tokens a step x steps)")
     axes.set_ylabel("validation loss minus the baseline's\n(nats per token)")
     bare(axes)

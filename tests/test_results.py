@@ -71,6 +71,8 @@ def test_the_page_says_what_was_measured(kept: Path, tmp_path: Path) -> None:
     tst = summary["comparison"]["variants"]["tst"]
     low, high = tst["delta_val_loss_interval"]
     assert f"| tst | {tst['delta_val_loss']:+.3f} ({low:+.3f} to {high:+.3f}) |" in page
+    baselines = mean(r["val_loss"] for r in summary["runs"] if r["name"] == "baseline")
+    assert f"Baseline {baselines:.4f}" in page
     assert "Does it win?" in page and "seeds 3, 4" in page and summary["runs"][0]["hardware"] in page
     assert "tst compare results/tiny/config.toml --out tiny" in page
     for name in ("findings_forest.svg", "findings_switch.svg", "findings_ahead.svg"):
