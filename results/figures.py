@@ -79,8 +79,7 @@ def ahead(found: list[Result]) -> tuple[str, str]:
     """Where TST passes the baseline on the way: a figure of the comparisons of several seeds, and a table of all."""
     figure = Figure(figsize=(8.6, 4.4), layout="constrained")
     axes = figure.subplots()
-    several = [r for r in found if len(r.seeds) > 1]
-    styles = dict(zip([r.name for r in several], itertools.product("osD^", COLOURS), strict=False))
+    styles = itertools.cycle(itertools.product("osD^", COLOURS))
     lines = [
         "| comparison | the switch, after | behind at last after | ahead beyond chance from |",
         "|---|---|---|---|",
@@ -89,8 +88,8 @@ def ahead(found: list[Result]) -> tuple[str, str]:
         by_step = differences_by_step(r)
         switch = round(r.summary["config"]["superposition"]["ratio"] * r.summary["config"]["train"]["steps"])
         after = [step for step in by_step if step > switch]
-        if r.name in styles:
-            marker, colour = styles[r.name]
+        if len(by_step[after[0]]) > 1:
+            marker, colour = next(styles)
             axes.plot(after, [mean(by_step[step]) for step in after], f"{marker}-", color=colour, ms=4, label=r.name)
         behind = [step for step in by_step if mean(by_step[step]) >= 0]
         unsure = [step for step in after if (ends := t_interval(by_step[step])) is None or ends[1] >= 0]
@@ -100,7 +99,8 @@ def ahead(found: list[Result]) -> tuple[str, str]:
     axes.axhline(0, color="#000000", lw=1)
     axes.set_xlabel("step, up to where the learning rate decays")
     axes.set_ylabel("validation loss minus the baseline's\n(nats per token, mean over seeds)")
-    figure.legend(loc="outside right center", frameon=False, fontsize=8)
+    if axes.get_legend_handles_labels()[0]:
+        figure.legend(loc="outside right center", frameon=False, fontsize=8)
     bare(axes)
     return svg(figure), "\n".join([*lines, ""])
 
