@@ -159,8 +159,8 @@ HEAD = """\
 
 Made by `python -m results.findings` from the folders in [results](../results), each of which holds the configuration,
 the seeds, the hardware and the versions; no number of a table is typed in by hand. Small models on two CPU cores: they
-say what TST does there, not what it does at 3B. Loss is next-token cross-entropy on held-out text in nats per token; an interval
-is Student's t over paired seeds ([how to read a comparison](compare.md)). The texts come from
+say what TST does there, not what it does at 3B. Loss is next-token cross-entropy on held-out text in nats per token; an
+interval is Student's t over paired seeds ([how to read a comparison](compare.md)). The texts come from
 `python -m results.corpora`. What is a lead of one seed, or was tried and left, is in the [log](../LOG.md).
 
 ![Differences of all comparisons with their intervals](findings_forest.svg)
