@@ -21,6 +21,8 @@ from token_superposition.experiment.superposition import SuperpositionConfig
 from token_superposition.report.contents import short
 from token_superposition.report.figures import COLOURS, svg
 
+TEXTS = ("python", "English", "sentences of a grammar")  # read at most once in every comparison
+MARKERS = "osD"
 PLAIN = json.loads(json.dumps(asdict(SuperpositionConfig(bag_size=4, ratio=0.3))))  # as a summary has it
 
 
@@ -44,39 +46,43 @@ def differences(r: Result, name: str, reference: str) -> list[float]:
     return [losses[name, seed] - losses[reference, seed] for seed in r.seeds]
 
 
+def text_of(r: Result) -> str:
+    """Its name, without the commands that make it."""
+    return r.about["text"].partition(" (")[0]
+
+
 def over_batches(found: list[Result]) -> tuple[str, str]:
-    """Plain TST less the baseline by batch and steps: a figure and a table of the comparisons on Python source."""
-    entries: list[tuple[int, int, float, list[float], Result]] = []
+    """Plain TST less the baseline by batch and steps: a figure and a table, the comparisons on TEXTS alone."""
+    entries: list[tuple[int, float, int, int, list[float], Result]] = []
     for r in found:
-        if (name := plain(r)) and r.about["text"].startswith("python"):
+        if (name := plain(r)) and text_of(r) in TEXTS:
             c = r.summary["config"]
             tokens = c["train"]["batch_size"] * c["data"]["sequence_length"]
             per_parameter = r.baseline["latent_tokens"] / r.baseline["parameters"]
-            entries.append((tokens, c["train"]["steps"], per_parameter, differences(r, name, "baseline"), r))
-    entries.sort(key=lambda e: (e[2], e[:2]))
+            values = differences(r, name, "baseline")
+            entries.append((TEXTS.index(text_of(r)), per_parameter, tokens, c["train"]["steps"], values, r))
+    entries.sort(key=lambda e: e[:4])
     lines = [
-        "| tokens a parameter | tokens a step | steps | parameters | TST less the baseline, nats (95%) | seeds | |",
-        "|---|---|---|---|---|---|---|",
+        "| text | tokens a parameter | tokens a step | steps | parameters | TST less the baseline, nats (95%) | seeds | |",
+        "|---|---|---|---|---|---|---|---|",
     ]
     figure = Figure(figsize=(7.2, 3.8), layout="constrained")
     axes = figure.subplots()
-    labelled: set[str] = set()
-    for tokens, steps, per_parameter, values, r in entries:
+    for text, per_parameter, tokens, steps, values, r in entries:
         lines.append(
-            f"| {per_parameter:.1f} | {tokens:,} | {steps:,} | {short(r.baseline['parameters'])} | {told(values)} | "
-            f"{len(values)} | [{r.name}](../results/{r.name}) |"
+            f"| {TEXTS[text]} | {per_parameter:.1f} | {tokens:,} | {steps:,} | {short(r.baseline['parameters'])} | "
+            f"{told(values)} | {len(values)} | [{r.name}](../results/{r.name}) |"
         )
-        axes.plot([per_parameter] * len(values), values, ".", color=COLOURS[0], alpha=0.4)
-        axes.plot(per_parameter, mean(values), "o", color=COLOURS[1], ms=7)
-        if (label := f"{tokens:,} x {steps:,}") not in labelled:
-            offset = (0, -12 if len(labelled) % 2 else 12)  # neighbours on either side
-            at = (per_parameter, mean(values))
-            axes.annotate(label, at, offset, textcoords="offset points", fontsize=8, ha="center", va="center")
-        labelled.add(label)
+        axes.plot([per_parameter] * len(values), values, ".", color=COLOURS[text], alpha=0.4)
+        known = axes.get_legend_handles_labels()[1]
+        label = None if TEXTS[text] in known else TEXTS[text]
+        axes.plot(per_parameter, mean(values), MARKERS[text], color=COLOURS[text], ms=7, label=label)
     axes.axhline(0, color="#000000", lw=1)
-    axes.set_xlim(left=0, right=1.1 * max((e[2] for e in entries), default=1.0))
-    axes.set_xlabel("tokens a parameter (beside the points: tokens a step x steps)")
+    axes.set_xlim(left=0, right=1.1 * max((e[1] for e in entries), default=1.0))
+    axes.set_xlabel("latent tokens a parameter")
     axes.set_ylabel("validation loss minus the baseline's\n(nats per token)")
+    if entries:
+        axes.legend(frameon=False)
     bare(axes)
     return svg(figure), "\n".join([*lines, ""])
 
@@ -109,10 +115,9 @@ def recipes(found: list[Result], length: float = 1.1) -> str:
                 if changed and steps == 1:
                     values = differences(r, name, reference)
                     how = ", ".join(f"{k} = {v}" for k, v in changed.items())
-                    text = r.about["text"].partition(" (")[0]
                     judged = verdict(t_interval(values))
                     saves.add(judged == "better")
-                    lines.append(f"| {r.name} | {text} | `{how}` | {told(values)} | {judged} |")
+                    lines.append(f"| {r.name} | {text_of(r)} | `{how}` | {told(values)} | {judged} |")
     if saves == {False}:
         lines += ["", "Nothing that was tried does, so the default of `tst train` is plain TST."]
     return "\n".join([*lines, ""])

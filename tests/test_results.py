@@ -128,8 +128,10 @@ def test_plain_tst_is_found_wherever_it_stands() -> None:
     weights: Changed = {"weighting": "exponential"}
     first, second = made_of({}, {"exp": (weights, 1.0)}), made_of(weights, {"uniform": ({}, 1.0), "x1.1": ({}, 1.1)})
     _, table = over_batches([first, second])
-    assert "| 8.0 | 80 | 100 | 1k | -0.100 (-0.100 to -0.100) | 2 |" in table
-    assert "| 8.0 | 80 | 100 | 1k | -0.200 (-0.200 to -0.200) | 2 |" in table
+    assert "| python | 8.0 | 80 | 100 | 1k | -0.100 (-0.100 to -0.100) | 2 |" in table
+    assert "| python | 8.0 | 80 | 100 | 1k | -0.200 (-0.200 to -0.200) | 2 |" in table
+    rows = over_batches([made_of({}, {}, "English (`a command`)"), first])[1].splitlines()[2:]
+    assert [row.split(" | ")[0] for row in rows] == ["| python", "| English"]
     table = against_plain([first, second])
     assert "| `weighting = exponential` | -0.100 (-0.100 to -0.100) | 2 | better |" in table
     assert "| `weighting = exponential` | +0.100 (+0.100 to +0.100) | 2 | worse |" in table
@@ -141,7 +143,7 @@ def test_plain_tst_is_found_wherever_it_stands() -> None:
 
 def test_results_without_plain_tst_or_of_other_texts_are_left_out() -> None:
     other = made_of({"ratio": 0.5}, {})
-    assert len(over_batches([other, made_of({}, {}, "English")])[1].splitlines()) == 2
+    assert len(over_batches([other, made_of({}, {}, "369k tokens of Python source")])[1].splitlines()) == 2
     assert len(against_plain([other]).splitlines()) == 2 and len(recipes([other]).splitlines()) == 2
 
 
