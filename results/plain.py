@@ -68,21 +68,25 @@ def over_batches(found: list[Result]) -> tuple[str, str]:
     ]
     figure = Figure(figsize=(7.2, 3.8), layout="constrained")
     axes = figure.subplots()
+    sizes = list(dict.fromkeys(short(e[-1].baseline["parameters"]) for e in entries))
+    labelled: set[str] = set()
     for text, per_parameter, tokens, steps, values, r in entries:
+        size = short(r.baseline["parameters"])
         lines.append(
-            f"| {TEXTS[text]} | {per_parameter:.1f} | {tokens:,} | {steps:,} | {short(r.baseline['parameters'])} | "
-            f"{told(values)} | {len(values)} | [{r.name}](../results/{r.name}) |"
+            f"| {TEXTS[text]} | {per_parameter:.1f} | {tokens:,} | {steps:,} | {size} | {told(values)} | "
+            f"{len(values)} | [{r.name}](../results/{r.name}) |"
         )
-        axes.plot([per_parameter] * len(values), values, ".", color=COLOURS[text], alpha=0.4)
-        known = axes.get_legend_handles_labels()[1]
-        label = None if TEXTS[text] in known else TEXTS[text]
-        axes.plot(per_parameter, mean(values), MARKERS[text], color=COLOURS[text], ms=7, label=label)
+        colour, label = COLOURS[sizes.index(size) % len(COLOURS)], f"{TEXTS[text]}, {size} parameters"
+        axes.plot([per_parameter] * len(values), values, ".", color=colour, alpha=0.4)
+        shown = None if label in labelled else label
+        axes.plot(per_parameter, mean(values), MARKERS[text], color=colour, ms=7, label=shown)
+        labelled.add(label)
     axes.axhline(0, color="#000000", lw=1)
     axes.set_xlim(left=0, right=1.1 * max((e[1] for e in entries), default=1.0))
     axes.set_xlabel("latent tokens a parameter")
     axes.set_ylabel("validation loss minus the baseline's\n(nats per token)")
     if entries:
-        axes.legend(frameon=False)
+        axes.legend(frameon=False, fontsize=8)
     bare(axes)
     return svg(figure), "\n".join([*lines, ""])
 
