@@ -63,7 +63,7 @@ def over_batches(found: list[Result]) -> tuple[str, str]:
             entries.append((TEXTS.index(text_of(r)), per_parameter, tokens, c["train"]["steps"], values, r))
     entries.sort(key=lambda e: e[:4])
     lines = [
-        "| text | tokens a parameter | tokens a step | steps | parameters | TST less the baseline, nats (95%) | seeds | |",
+        "| text | tokens a parameter | tokens a step | steps | parameters | TST less baseline, nats (95%) | seeds | |",
         "|---|---|---|---|---|---|---|---|",
     ]
     figure = Figure(figsize=(7.2, 3.8), layout="constrained")
