@@ -113,20 +113,27 @@ def cut_short(folder: Path) -> str:
 
 def memorised(r: Result) -> str:
     """A table of what the loss on repeated strings is below that on strings that were in no text."""
-    by: dict[str, dict[int, list[float]]] = defaultdict(lambda: defaultdict(list))
-    for x in r.strings:
-        by[x["name"]][int(x["repetitions"])].append(float(x["loss"]))
-    times = sorted({int(x["repetitions"]) for x in r.strings} - {0})
+    losses = {(x["name"], int(x["repetitions"]), int(x["seed"])): float(x["loss"]) for x in r.strings}
+    times = sorted({n for _, n, _ in losses})
+    names = list(dict.fromkeys(name for name, *_ in losses))
+
+    def less(name: str, n: int, other: str, m: int) -> list[float]:
+        return [losses[name, n, seed] - losses[other, m, seed] for seed in r.seeds]
+
     lines = [
         f"From {r.name}: loss on random strings, by how often each is in the text, less the loss on such strings "
         "that are in no text. More below 0 is more memorised; means over seeds.",
         "",
+        f"| run | {' | '.join(f'{n} x' for n in times[1:])} |",
+        f"|---|{'---|' * len(times[1:])}",
+        *(f"| {name} | {' | '.join(f'{mean(less(name, n, name, 0)):+.2f}' for n in times[1:])} |" for name in names),
+        "",
+        "Loss less the baseline's on the same strings, nats per token (95% interval over seeds); 0 x are the "
+        "strings that are in no text.",
+        "",
         f"| run | {' | '.join(f'{n} x' for n in times)} |",
         f"|---|{'---|' * len(times)}",
-        *(
-            f"| {name} | {' | '.join(f'{mean(found[n]) - mean(found[0]):+.2f}' for n in times)} |"
-            for name, found in by.items()
-        ),
+        *(f"| {x} | {' | '.join(told(less(x, n, 'baseline', n)) for n in times)} |" for x in names if x != "baseline"),
         "",
     ]
     return "\n".join(lines)

@@ -24,6 +24,7 @@ from results.copying import main as copying
 from results.copying import repeated_pairs
 from results.corpora import Language, invented, random_strings, with_strings, write
 from results.figures import ahead
+from results.findings import memorised
 from results.findings import write as write_findings
 from results.kept import Result
 from results.memorisation import losses
@@ -177,6 +178,21 @@ def test_a_loss_on_a_string_is_that_of_what_follows_its_beginning(two_seeds: tup
         logits = model(input_ids=torch.tensor([known + rest])).logits[0]
     expected = F.cross_entropy(logits[len(known) - 1 : -1], torch.tensor(rest))
     assert losses(directory, {"0123456789abcdef0123": 4}) == {4: pytest.approx(float(expected), rel=1e-5)}
+
+
+def test_what_is_memorised_is_told_on_the_page() -> None:
+    """Two runs of two seeds; the baseline knows strings of 4 repetitions by 1 nat, tst by 0.8 on average."""
+    by_run = {"baseline": ((5.0, 4.0), (5.2, 4.2)), "tst": ((5.1, 4.2), (5.3, 4.6))}
+    strings = [
+        {"name": name, "seed": str(seed), "repetitions": str(n), "loss": str(loss)}
+        for name, by_seed in by_run.items()
+        for seed, pair in enumerate(by_seed)
+        for n, loss in zip((0, 4), pair, strict=True)
+    ]
+    runs = [{"seed": 0}, {"seed": 1}]
+    table = memorised(Result("made-up", {}, {"runs": runs}, [], strings, []))
+    assert "| baseline | -1.00 |" in table and "| tst | -0.80 |" in table
+    assert "| tst | +0.100 (+0.100 to +0.100) | +0.300 (-0.971 to +1.571) |" in table
 
 
 @given(st.lists(st.lists(st.integers(0, 3), min_size=9, max_size=9), min_size=1, max_size=4))
