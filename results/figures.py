@@ -86,18 +86,20 @@ def ahead(found: list[Result]) -> tuple[str, str]:
     ]
     for r in found:
         by_step = differences_by_step(r)
-        switch = round(r.summary["config"]["superposition"]["ratio"] * r.summary["config"]["train"]["steps"])
+        steps = r.summary["config"]["train"]["steps"]
+        switch = round(r.summary["config"]["superposition"]["ratio"] * steps)
         after = [step for step in by_step if step > switch]
         if len(by_step[after[0]]) > 1:
             marker, colour = next(styles)
-            axes.plot(after, [mean(by_step[step]) for step in after], f"{marker}-", color=colour, ms=4, label=r.name)
+            done = [step / steps for step in after]
+            axes.plot(done, [mean(by_step[step]) for step in after], f"{marker}-", color=colour, ms=4, label=r.name)
         behind = [step for step in by_step if mean(by_step[step]) >= 0]
         unsure = [step for step in after if (ends := t_interval(by_step[step])) is None or ends[1] >= 0]
         first = next((step for step in after if step > max(unsure, default=0)), None)
         found_at = f"{first:,}" if first else "never" if len(by_step[after[0]]) > 1 else "one seed"
         lines.append(f"| {r.name} | {switch:,} | {max(behind, default=0):,} | {found_at} |")
     axes.axhline(0, color="#000000", lw=1)
-    axes.set_xlabel("step, up to where the learning rate decays")
+    axes.set_xlabel("share of the steps done, up to where the learning rate decays")
     axes.set_ylabel("validation loss minus the baseline's\n(nats per token, mean over seeds)")
     if axes.get_legend_handles_labels()[0]:
         figure.legend(loc="outside right center", frameon=False, fontsize=8)

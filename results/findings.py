@@ -197,7 +197,7 @@ def write(root: Path, docs: Path) -> None:
         "Before the learning rate decays: the validation loss on the way less that of the baseline of the same seed "
         "after the same step.\n",
         table,
-        "![Validation loss of TST minus the baseline's by step](findings_ahead.svg)\n",
+        "![Validation loss of TST minus the baseline's over the run](findings_ahead.svg)\n",
     ]
     picture, table = over_batches(found)
     (docs / "findings_batches.svg").write_text(picture)
