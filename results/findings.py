@@ -112,7 +112,7 @@ def cut_short(folder: Path) -> str:
 
 
 def memorised(r: Result) -> str:
-    """A table of what the loss on repeated strings is below that on strings that were in no text."""
+    """Tables of the loss on repeated strings, less that on strings of no text and less the baseline's."""
     losses = {(x["name"], int(x["repetitions"]), int(x["seed"])): float(x["loss"]) for x in r.strings}
     times = sorted({n for _, n, _ in losses})
     names = list(dict.fromkeys(name for name, *_ in losses))
