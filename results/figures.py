@@ -81,7 +81,7 @@ def ahead(found: list[Result]) -> tuple[str, str]:
     axes = figure.subplots()
     styles = itertools.cycle(itertools.product("osD^", COLOURS))
     lines = [
-        "| comparison | the switch, after | behind at last after | ahead beyond chance from |",
+        "| comparison | switch after step | last validation behind | first step ahead beyond chance |",
         "|---|---|---|---|",
     ]
     for r in found:

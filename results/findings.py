@@ -11,6 +11,7 @@ from typing import Any
 from results.figures import after_switch, ahead, forest
 from results.kept import Result, load, rows, told, unfinished_in, verdict
 from results.plain import against_plain, over_batches, recipes
+from results.short_answers import short_answers
 from results.sweeps import section as section_of_sweep
 from token_superposition.report.contents import interval
 
@@ -168,7 +169,8 @@ Made by `python -m results.findings` from the folders in [results](../results), 
 the seeds, the hardware and the versions; no number of a table is typed in by hand. Small models on two CPU cores: they
 say what TST does there, not what it does at 3B. Loss is next-token cross-entropy on held-out text in nats per token; an
 interval is Student's t over paired seeds ([how to read a comparison](compare.md)). The texts come from
-`python -m results.corpora`. What is a lead of one seed, or was tried and left, is in the [log](../LOG.md).
+`python -m results.corpora`. Sections of one seed or two say so; further leads, and what was
+tried and left, are in the [log](../LOG.md).
 
 ![Differences of all comparisons with their intervals](findings_forest.svg)
 
@@ -183,6 +185,7 @@ def write(root: Path, docs: Path) -> None:
     (docs / "findings_switch.svg").write_text(picture)
     parts = [
         HEAD,
+        *(["## In short\n", answers] if (answers := short_answers(found)) else []),
         "## Comparisons\n",
         *map(section, found),
         *(section_of_sweep(folder, docs) for folder in sorted(p.parent for p in root.glob("*/sweep.json"))),
@@ -193,7 +196,7 @@ def write(root: Path, docs: Path) -> None:
     picture, table = ahead(found)
     (docs / "findings_ahead.svg").write_text(picture)
     parts += [
-        "## From which step on TST is ahead\n",
+        "## When TST overtakes the baseline\n",
         "Before the learning rate decays: the validation loss on the way less that of the baseline of the same seed "
         "after the same step.\n",
         table,

@@ -100,9 +100,14 @@ def against_plain(found: list[Result]) -> str:
                 if changed and length == 1:
                     values = differences(r, name, reference)
                     how = ", ".join(f"{k} = {v}" for k, v in changed.items())
-                    row = f"| `{how}` | {told(values)} | {len(values)} | {verdict(t_interval(values))} | {r.name} |"
+                    times = next(x["epochs"] for x in r.summary["runs"] if x["name"] == name)
+                    read = "once at most" if times <= 1 else f"{times:.0f} times"
+                    row = (
+                        f"| `{how}` | {told(values)} | {len(values)} | {verdict(t_interval(values))} | {read} | "
+                        f"{r.name} |"
+                    )
                     table.append((len(values) == 1, mean(values), row))
-    head = ["| changed | less plain TST, nats (95%) | seeds | | comparison |", "|---|---|---|---|---|"]
+    head = ["| changed | less plain TST, nats (95%) | seeds | | text read | comparison |", "|---|---|---|---|---|---|"]
     return "\n".join([*head, *(row for *_, row in sorted(table)), ""])
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import re
 import shutil
 import xml.etree.ElementTree as ElementTree
 from collections import Counter
@@ -30,6 +31,7 @@ from results.kept import Result
 from results.memorisation import losses
 from results.memorisation import main as memorisation
 from results.plain import PLAIN, against_plain, over_batches, recipes
+from results.short_answers import short_answers
 from tests.sweep.settings import swept
 from tests.sweep.test_report import made_up
 from token_superposition.data.plan import ValidationSet
@@ -105,14 +107,19 @@ def test_where_tst_passes_the_baseline() -> None:
 
 
 def made_of(
-    tst: dict[str, object], variants: dict[str, tuple[dict[str, object], float]], text: str = "python"
+    tst: dict[str, object],
+    variants: dict[str, tuple[dict[str, object], float]],
+    text: str = "python",
+    seeds: int = 2,
+    epochs: float = 0.5,
 ) -> Result:
-    """Of two seeds: baseline 3, tst 2.9, each further variant 0.1 below the one before; seed 1 is 0.01 above seed 0."""
+    """Baseline 3, tst 2.9, each further variant 0.1 below the one before; every seed is 0.01 above the one before."""
     names = ["baseline", "tst", *variants]
     runs = [
         {"name": n, "seed": s, "val_loss": 3 - 0.1 * i + 0.01 * s, "latent_tokens": 8000, "parameters": 1000}
+        | {"epochs": epochs}
         for i, n in enumerate(names)
-        for s in (0, 1)
+        for s in range(seeds)
     ]
     config = {
         "superposition": PLAIN | tst,
@@ -134,12 +141,29 @@ def test_plain_tst_is_found_wherever_it_stands() -> None:
     rows = over_batches([made_of({}, {}, "English (`a command`)"), first])[1].splitlines()[2:]
     assert [row.split(" | ")[0] for row in rows] == ["| python", "| English"]
     table = against_plain([first, second])
-    assert "| `weighting = exponential` | -0.100 (-0.100 to -0.100) | 2 | better |" in table
-    assert "| `weighting = exponential` | +0.100 (+0.100 to +0.100) | 2 | worse |" in table
+    assert "| `weighting = exponential` | -0.100 (-0.100 to -0.100) | 2 | better | once at most |" in table
+    assert "| `weighting = exponential` | +0.100 (+0.100 to +0.100) | 2 | worse | once at most |" in table
+    assert "| better | 11 times |" in against_plain([made_of({}, {"exp": (weights, 1.0)}, epochs=11.1)])
     assert len(table.splitlines()) == 4  # plain TST itself is not listed, nor the one of another length
     _, _, row, _, conclusion = recipes([first, second]).splitlines()
     assert conclusion.startswith("Nothing that was tried does")
     assert row == "| made-up | python | `weighting = exponential` | +0.200 (+0.200 to +0.200) | worse |"
+
+
+def test_the_short_answers_are_those_of_comparisons_of_three_seeds() -> None:
+    weights: Changed = {"weighting": "exponential"}
+    won = made_of({}, {"exp": (weights, 1.0)}, seeds=3)
+    (by_text, from_where, below) = short_answers([won, made_of({}, {}), made_of({}, {}, "other", 3)]).splitlines()
+    assert by_text.endswith("at least 3 seeds: python: 1 below the baseline.")
+    assert from_where == "- Latent tokens a parameter, python, 1k parameters: ahead from 8.0 on."
+    assert below.startswith("- Below plain TST beyond chance: `weighting = exponential` -0.100")
+    assert short_answers([made_of({}, {})]) == ""
+
+
+def test_the_intervals_of_the_readme_are_those_of_the_findings() -> None:
+    findings = (REPOSITORY / "docs" / "findings.md").read_text()
+    found = re.findall(r"[+-]\d\.\d{3} \([^)]*\)", (REPOSITORY / "README.md").read_text())
+    assert len(found) > 5 and not [x for x in found if x not in findings]
 
 
 def test_results_without_plain_tst_or_of_other_texts_are_left_out() -> None:

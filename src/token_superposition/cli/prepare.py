@@ -27,7 +27,7 @@ class PrepareCommand:
     sources: tyro.conf.Positional[tuple[str, ...]]
     out: Path = Path("data")
     """Directory to write; it appears when it is whole."""
-    options: tyro.conf.OmitArgPrefixes[PrepareOptions] = field(default_factory=PrepareOptions)
+    preparation: tyro.conf.OmitArgPrefixes[PrepareOptions] = field(default_factory=PrepareOptions)
 
 
 def run(args: Sequence[str]) -> None:
@@ -43,7 +43,7 @@ def run(args: Sequence[str]) -> None:
     console = Console()
     start = time.monotonic()
     with bars(console) as progress:
-        meta = prepare(command.sources, command.out, command.options, progress)
+        meta = prepare(command.sources, command.out, command.preparation, progress)
     for split, s in (("train", meta.train), ("validation", meta.validation)):
         console.print(f"{split}: {s.tokens:,} tokens, {s.documents:,} documents, {s.bytes_per_token:.3f} bytes/token")
     if meta.cut:

@@ -17,9 +17,9 @@ from token_superposition.experiment.config import Config
 class TrainCommand:
     """Train one model: tst train CONFIG.toml|PRESET [OPTIONS]
 
-    Presets: 270m, 600m, 3b, 10b-a1b (the paper's), demo. Options override the file. The directory --out holds the
-    configuration, metrics.jsonl, checkpoints/, and, when it is done, model/ (an ordinary transformers model) and
-    run.json. Calling it again continues from the newest checkpoint that is whole.
+    Presets: 270m, 600m, 3b, 10b-a1b (the paper's), demo, proof-cpu. Options override the file. The directory --out
+    holds the configuration, metrics.jsonl, checkpoints/, and, when it is done, model/ (an ordinary transformers model)
+    and run.json. Calling it again continues from the newest checkpoint that is whole.
     SIGTERM (or SIGUSR1) finishes the step, saves a checkpoint and exits with status 143: start it again. 1: a process
     died or hung, start it again. 2: one line says what to change first.
     Several processes: torchrun --nproc-per-node 2 -m token_superposition train CONFIG.toml
