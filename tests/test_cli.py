@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 import shutil
 import subprocess
@@ -105,7 +106,10 @@ def test_compiling_without_a_compiler_has_one_line(
         ("[superpositon]\nbag_size = 2\n", "unknown key superpositon; did you mean superposition?"),
         ("[train\n", "is not a TOML file"),
         ("[[compare.variants]]\nname = 'tst'\n", "give each its own plain name"),
+        ("[[compare.variants]]\nname = 'baseline-ema'\n", "does not begin with baseline"),
         ("[compare]\nbaseline_lengths = [0]\n", "baseline_lengths are (0.0,); give numbers above 0"),
+        ("[compare]\nbaseline_lengths = [inf]\n", "baseline_lengths are (inf,); give numbers above 0"),
+        ("[compare]\nbaseline_lengths = [1.5, 1.501]\n", "of 12 steps; give lengths that differ by a step"),
         ("[compare]\nseeds = [-1]\n", "compare.seeds is -1"),
     ],
 )
@@ -347,7 +351,9 @@ def test_equal_loss_is_read_off_the_baselines() -> None:
     assert below is not None and below.how == "at least" and below.baseline_steps == 2000
     short = equal_loss(curve[:2], 3.1, 1000)
     assert short is not None and short.how == "extrapolated" and short.baseline_steps == 1414
-    assert equal_loss(curve[:1], 3.1, 1000) is None and equal_loss(curve, 3.5, 1000) is None
+    above = equal_loss(curve, 3.5, 1000)
+    assert above is not None and (above.how, above.baseline_steps) == ("at most", 500)
+    assert equal_loss(curve[:1], 3.1, 1000) is None and equal_loss(curve, math.nan, 1000) is None
     assert loss_at(curve, 1000) == (3.2, "measured")
     value, how = loss_at(curve, 4000)
     assert value == pytest.approx(2.8) and how == "extrapolated"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from statistics import mean
@@ -18,11 +18,12 @@ from scipy import stats
 
 from tests.conftest import VOCAB
 from token_superposition import TokenSuperpositionError
+from token_superposition.experiment import jobs as jobs_module
 from token_superposition.experiment.compare import checked_jobs, jobs_of
-from token_superposition.experiment.config import CompareConfig, Config, Variant, load_config, save_config
+from token_superposition.experiment.config import CompareConfig, Config, Variant, load_config
 from token_superposition.experiment.dry_run import START_SECONDS, cost_of_job, dry_run, makespan
 from token_superposition.experiment.intervals import t_interval
-from token_superposition.experiment.jobs import unfinished
+from token_superposition.experiment.jobs import share, unfinished
 from token_superposition.experiment.speed import time_steps
 from token_superposition.experiment.summary import Run, comparison
 from token_superposition.report import print_table, write_report
@@ -101,8 +102,8 @@ def directory_of(runs: list[Run], out: Path) -> Path:
         (out / "runs" / r.directory / "metrics.jsonl").write_text("".join(json.dumps(x) + "\n" for x in lines))
     data = {"train": {"tokens": 1, "documents": 1}, "validation": {"bytes_per_token": 3.0}, "vocab_size": 8}
     summary = {"runs": [asdict(r) for r in runs], "comparison": comparison(runs), "data": data}
+    summary["config"] = asdict(Config())
     (out / "summary.json").write_text(json.dumps(summary))
-    save_config(Config(), out / "config.toml")
     return out
 
 
@@ -180,6 +181,26 @@ def test_one_seed_has_no_interval_and_says_so(tmp_path: Path) -> None:
         assert "the baseline would need about" in text
 
 
+@pytest.mark.parametrize(
+    ("loss", "expected"),
+    [
+        (3.1, "at most 1,000 steps, 1.00 x the 1,000 (the shortest that was run, which is below already)"),
+        (2.9, "about 1,414 steps, 1.41 x the 1,000 (between baselines that were run)"),
+        (2.7, "at least 2,000 steps, 2.00 x the 1,000 (the longest that was run, which is still above)"),
+    ],
+)
+def test_one_seed_has_a_bound_where_it_is_not_between_baselines(loss: float, expected: str, tmp_path: Path) -> None:
+    runs = [run("baseline", 0, 1000, 3.0), run("tst", 0, 1000, loss), run("baseline-x2", 0, 2000, 2.8)]
+    assert all(expected in text for text in shown(directory_of(runs, tmp_path / "out")))
+
+
+def test_text_that_is_read_again_is_told(tmp_path: Path) -> None:
+    once_each, again = experiment(), [replace(r, epochs=1 + (r.name == "tst")) for r in experiment()]
+    for text in shown(directory_of(again, tmp_path / "again")):
+        assert "tst reads its text 2.0 times, the baseline 1.0 times" in text
+    assert all("reads its text" not in text for text in shown(directory_of(once_each, tmp_path / "once")))
+
+
 def test_the_report_of_an_older_summary_says_what_to_do(tmp_path: Path) -> None:
     out = directory_of(experiment(), tmp_path / "old")
     summary = json.loads((out / "summary.json").read_text())
@@ -221,8 +242,48 @@ def test_more_seeds_and_variants_find_the_others_done(two_seeds: tuple[Path, Pat
     left = unfinished(checked_jobs(lengths, out), out)  # the longest of before is now one that branches off
     assert {j.directory for j in left} == {f"baseline-x{x}-seed{s}" for x in ("1.25", "2") for s in (3, 4)}
     longer = replace(config, train=replace(config.train, steps=24))
-    with pytest.raises(TokenSuperpositionError, match="is a run of another configuration; choose another --out"):
+    with pytest.raises(
+        TokenSuperpositionError, match=r"another configuration \(train.steps 18 -> 36\); choose another"
+    ):
         checked_jobs(longer, out)
+    smaller = replace(config, train=replace(config.train, micro_batch_size=2, timeout_minutes=5.0))
+    assert not unfinished(checked_jobs(smaller, out), out)  # neither changes what is learnt
+
+
+def test_runs_on_another_text_are_not_compared(two_seeds: tuple[Path, Path, str], tmp_path: Path) -> None:
+    path, finished, _ = two_seeds
+    out = shutil.copytree(finished, tmp_path / "copy")
+    result = out / "runs/tst-seed3/run.json"
+    content = json.loads(result.read_text())
+    result.write_text(json.dumps(content | {"data_sha256": ""}))  # an older one does not say what it read
+    checked_jobs(load_config(path), out)
+    result.write_text(json.dumps(content | {"data_sha256": "0" * 64}))
+    with pytest.raises(TokenSuperpositionError, match="tst-seed3 read another text than"):
+        checked_jobs(load_config(path), out)
+
+
+@pytest.mark.parametrize(("mask", "expected"), [(None, "01"), ("2,5", "25"), ("GPU-a,GPU-b", ["GPU-a", "GPU-b"])])
+def test_each_run_has_one_of_the_gpus_that_are_ours(
+    mask: str | None, expected: Sequence[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(jobs_module, "gpus", lambda: 2)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if mask is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", mask)
+    given = [share(slot, 4)["CUDA_VISIBLE_DEVICES"] for slot in range(4)]
+    assert given == [*expected, *expected]
+
+
+def test_a_run_that_diverged_is_told_and_nothing_is_made_of_it(tmp_path: Path) -> None:
+    runs = [replace(r, val_loss=math.nan) if (r.name, r.seed) == ("tst", 1) else r for r in experiment(4)]
+    found = comparison(runs)
+    assert math.isnan(found["delta_val_loss"]) and found["delta_val_loss_interval"] is found["speedup"] is None
+    for text in shown(directory_of(runs, tmp_path / "one")):
+        assert "diverged with 1 of 3 seeds" in text and "tst or a baseline of 4,000 steps diverged" in text
+    alone = [r for r in runs if r.seed == 1]
+    found = comparison(alone)
+    assert found["equal_loss"] is found["speedup"] is None and found["speedup_per_seed"] == []
+    assert all("a run diverged" in text for text in shown(directory_of(alone, tmp_path / "alone")))
 
 
 def test_a_comparison_of_two_seeds_has_its_intervals(two_seeds: tuple[Path, Path, str]) -> None:

@@ -113,10 +113,13 @@ def test_waste_at_a_switch_is_less_than_one_window() -> None:
     for steps in range(1, 20):
         schedule = Schedule([Phase(steps, 3, 3), Phase(steps, 4, 4), Phase(steps)])
         plan = PlannedDataset(np.arange(10**6), schedule, length, batch)
-        used = schedule.raw_tokens(batch, length) / plan.block_tokens
-        blocks = plan.epochs * plan.blocks
+        used = ceil(schedule.raw_tokens(batch, length) / plan.block_tokens)
+        blocks = used + MIXED_BATCHES * batch * len(schedule.phases)
         assert plan.block_tokens == lcm(3, 4) * length
-        assert used <= blocks < used + MIXED_BATCHES * batch * len(schedule.phases) and ceil(used) <= round(blocks)
+        tight = PlannedDataset(np.arange((blocks + 1) * plan.block_tokens), schedule, length, batch)
+        samples = [(tight.start_of(i), schedule.at(i // batch).input_bag) for i in range(len(tight))]
+        read = Counter(start + j for start, bag in samples for j in range(0, bag * length, length))
+        assert max(read.values()) == 1
 
 
 def test_too_little_text() -> None:
@@ -149,7 +152,7 @@ def test_shifted_samples_start_inside_the_first_bag(phases: list[Phase], length:
     """Each sample is that of the plain plan moved by 0 to a - 1 tokens, as far into the text as its targets reach."""
     schedule, tokens = Schedule(phases), np.arange(20_000)
     plain = PlannedDataset(tokens, schedule, length, batch, seed)
-    lookahead = max(p.output_bag + p.input_bag - 1 for p in schedule.phases)
+    lookahead = max(plain.block_bags, *(p.output_bag for p in phases))
     tokens = tokens[: plain.blocks * plain.block_tokens + lookahead]  # as many blocks, and not a token more
     shifted = PlannedDataset(tokens, schedule, length, batch, seed, shift=True)
     for i in range(len(plain)):
@@ -157,6 +160,14 @@ def test_shifted_samples_start_inside_the_first_bag(phases: list[Phase], length:
         assert 0 <= offset < phase.input_bag
         for key, value in plain[i].items():
             assert torch.equal(shifted[i][key], value + offset)
+
+
+@pytest.mark.parametrize("more", range(9))
+def test_runs_of_one_common_bag_read_the_same_blocks(more: int) -> None:
+    tokens, bags = np.arange(100 * 64 * 4 + more), Schedule.two_phase(10, 4)
+    plans = [PlannedDataset(tokens, s, 64, 4, common_bag=4) for s in (Schedule([Phase(10)]), bags)]
+    plans.append(PlannedDataset(tokens, bags, 64, 4, shift=True))
+    assert {p.blocks for p in plans} == {100 - (more < 4)}
 
 
 def test_shifts_are_even_and_without_bags_there_are_none() -> None:
@@ -171,13 +182,18 @@ def test_shifts_are_even_and_without_bags_there_are_none() -> None:
 
 def test_steps_that_come_back_to_a_bag_size_finish_its_window() -> None:
     """Bag sizes in turn, step by step: the text is read once, and no more blocks are used than by one phase each."""
-    tokens, length, batch = np.arange(40_000), 4, 3
+    length, batch = 4, 3
     turns = Schedule([Phase(1, s, s) for _ in range(24) for s in (4, 2, 1)])
     phases = Schedule([Phase(24, s, s) for s in (4, 2, 1)])
-    plan, compact = (PlannedDataset(tokens, s, length, batch) for s in (turns, phases))
-    assert len(turns.phases) == 72 and plan.epochs == compact.epochs
-    read = Counter(int(t) for i in range(len(plan)) for t in plan[i]["input_ids"].flatten())
-    assert max(read.values()) == 1 and sum(read.values()) == turns.raw_tokens(batch, length)
+    assert len(turns.phases) == 72
+    most: set[tuple[int, int]] = set()
+    for blocks in range(127, 250, 9):  # 126 are read
+        plans = (PlannedDataset(np.arange(blocks * 16 + 4), s, length, batch) for s in (turns, phases))
+        read = [Counter(int(t) for i in range(len(p)) for t in p[i]["input_ids"].flatten()) for p in plans]
+        assert {sum(r.values()) for r in read} == {turns.raw_tokens(batch, length)}
+        most.add((max(read[0].values()), max(read[1].values())))
+    assert most == {(2, 2), (1, 1)}
+    plan = PlannedDataset(np.arange(40_000), turns, length, batch)
     order = np.random.default_rng(0).permutation(len(plan)).tolist()
-    again = PlannedDataset(tokens, turns, length, batch)
+    again = PlannedDataset(plan.tokens, turns, length, batch)
     assert {i: again.start_of(i) for i in order} == {i: plan.start_of(i) for i in range(len(plan))}

@@ -206,6 +206,25 @@ def test_other_data_is_refused_with_the_difference(
     assert train(again, tmp_path / "again", resume_from=finished / "checkpoints/checkpoint-10").steps == 12
 
 
+def test_a_branch_has_the_time_of_all_its_steps(finished: Path, tmp_path: Path) -> None:
+    """Also of those after the last line of the metrics: here there is none."""
+    config = load_config(finished.parent / "config.toml")
+    config = replace(config, train=replace(config.train, log_every=100, eval_every=100, save_at=(8,), save_every=0))
+    train(config, tmp_path / "trunk")
+    checkpoint = tmp_path / "trunk/checkpoints/checkpoint-8"
+    before = json.loads((checkpoint / "pending_loss.json").read_text())["seconds"]
+    branch = train(config, tmp_path / "branch", resume_from=checkpoint)
+    assert 0 < before < branch.train_seconds
+
+
+def test_a_checkpoint_later_than_the_run_is_refused(
+    finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = ("--train.steps", 8, "--branch-from", finished / "checkpoints/checkpoint-10")
+    error = refused(capsys, finished.parent / "config.toml", "--out", tmp_path / "other", *options)
+    assert "checkpoint-10 is later than the 8 steps of the run" in error
+
+
 @pytest.mark.parametrize(
     ("flags", "difference"),
     [

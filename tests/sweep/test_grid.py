@@ -102,6 +102,8 @@ def test_what_contradicts_the_configuration_is_refused() -> None:
     config = swept(bag_sizes=(2, 4))
     with pytest.raises(TokenSuperpositionError, match=r"superposition.anneal is \(4, 2\), which fixes the bag sizes"):
         grid_of(replace(config, superposition=replace(config.superposition, anneal=(4, 2))))
+    with pytest.raises(TokenSuperpositionError, match=r"superposition.mtp_heads is 2: heads add FLOPs"):
+        grid_of(replace(config, superposition=replace(config.superposition, mtp_heads=2)))
     with pytest.raises(TokenSuperpositionError, match="no place weights"):
         summed = replace(config.superposition, loss="sum-to-one")
         grid_of(replace(swept(weightings=("uniform", "power")), superposition=summed))

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import csv
 import json
+import math
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -74,6 +76,37 @@ def test_a_second_call_trains_nothing_and_the_report_is_written_again(
     assert "Every run is done; tst sweep" in printed and "1: 3 runs, 0 to train" in printed
     assert main([*arguments, "--train.weight-decay", "0.3"]) == 2
     assert "is a run of another configuration" in capsys.readouterr().err
+
+
+def test_a_sweep_that_lacks_a_baseline_of_an_earlier_round_trains_it(
+    tiny_sweep: tuple[list[str], Path], tmp_path: Path
+) -> None:
+    """As one is left that was interrupted when all cells of a round were done."""
+    arguments, finished = tiny_sweep
+    out = shutil.copytree(finished, tmp_path / "out")
+    (out / "runs/baseline-lr0.003-seed3/run.json").unlink()
+    assert main([*arguments[:-1], str(out)]) == 0
+    assert (out / "sweep.csv").read_text().count("baseline-lr0.003-seed3") == 1
+    assert (
+        json.loads((out / "sweep.json").read_text())["best"]
+        == json.loads((finished / "sweep.json").read_text())["best"]
+    )
+
+
+def test_a_rate_with_which_all_diverges_is_a_result(
+    tiny_sweep: tuple[list[str], Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config, out = tiny_sweep[0][1], tmp_path / "out"
+    rates = ["--sweep.learning-rates", "0.003", "1e20", "--sweep.bag-sizes", "2", "--compare.seeds", "3"]
+    arguments = ["sweep", config, *rates, "--out", str(out)]
+    assert main(arguments) == 0
+    printed = capsys.readouterr().out
+    assert printed.count("diverged: the run") == 2 and "learning rate 0.003" in printed
+    diverged = {row.run for row in read_rows(out / "sweep.csv") if math.isnan(row.val_loss)}
+    assert diverged == {p.parent.name for p in out.glob("runs/*/diverged.json")}
+    assert diverged == {"baseline-lr1e+20-seed3", "s2-r0.5-lr1e+20-seed3"}
+    before = {p: p.stat().st_mtime_ns for p in out.rglob("runs/**/*")}
+    assert main(arguments) == 0 and {p: p.stat().st_mtime_ns for p in out.rglob("runs/**/*")} == before
 
 
 def test_a_larger_sweep_in_the_same_place_trains_only_what_is_new(tiny_sweep: tuple[list[str], Path]) -> None:

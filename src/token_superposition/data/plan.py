@@ -62,8 +62,8 @@ class PlannedDataset(Dataset[Sample]):
 
     ``common_bag`` (a multiple of every bag size) widens the blocks: give runs that are compared the same one and they
     cut the stream at the same places. ``shift`` starts every sample 0 to a - 1 tokens later, drawn for its index, so
-    that the boundaries of bags fall anywhere: neighbours then overlap or leave out up to a - 1 tokens. For bags of one
-    token it changes nothing.
+    that the boundaries of bags fall anywhere: neighbours then overlap or leave out up to a - 1 tokens. The text ends
+    where it ends: its last sample starts no later than fits in. For bags of one token it changes nothing.
 
     ``boundaries`` ends bags early, so that none reaches over a boundary (``ragged_fold``: empty places are -1 in
     input_ids, -100 in shift_labels). A sample begins where it would begin without them and has the same tokens at its
@@ -92,7 +92,8 @@ class PlannedDataset(Dataset[Sample]):
         self.seed = require_int("seed", seed, 0)
         self.block_bags = lcm(schedule.common_bag, require_int("common_bag", common_bag, 1))
         self.block_tokens = sequence_length * self.block_bags
-        lookahead = max(p.output_bag + (p.input_bag - 1 if shift else 0) for p in schedule.phases)
+        # Of runs that have the same common bag the same, whatever they do with it: then they have the same blocks.
+        lookahead = max(self.block_bags, *(p.output_bag for p in schedule.phases))
         self.blocks = (len(tokens) - lookahead) // self.block_tokens
         if self.blocks < 1:
             raise TokenSuperpositionError(
@@ -115,7 +116,7 @@ class PlannedDataset(Dataset[Sample]):
             if opened := ceil(done[bag] / steps) - ceil(before / steps):
                 block += opened * size
                 unfinished[bag] = block - size
-        self.epochs = block / self.blocks
+        self.epochs = schedule.raw_tokens(batch_size, sequence_length) / (self.blocks * self.block_tokens)
         """How often the run reads the text; above 1, text is repeated."""
         if self.epochs > 1:
             warnings.warn(
@@ -170,7 +171,10 @@ class PlannedDataset(Dataset[Sample]):
         epoch, block = divmod(first_block + block_in_window, self.blocks)
         block = permute(block, self.blocks, (self.seed, ~epoch))
         start = block * self.block_tokens + place_in_block * self.sequence_length * plan.phase.input_bag
-        return plan, start + (draw(plan.phase.input_bag, (self.seed, index, 1)) if self.shift else 0)
+        if not self.shift:
+            return plan, start
+        room = len(self.tokens) - start - span(self.sequence_length, plan.phase.input_bag, plan.phase.output_bag)
+        return plan, start + min(draw(plan.phase.input_bag, (self.seed, index, 1)), room)
 
 
 class ValidationSet(Dataset[Sample]):

@@ -110,7 +110,8 @@ def samples(config: Config, out: Path, runs: list[Run], prompt_tokens: int = 24)
     prompt_ids = TokenStore(config.data.path, "validation")[:prompt_tokens].tolist()
     result: list[dict[str, str]] = []
     for run in runs:
-        if run.seed == runs[0].seed and not run.name.startswith("baseline-"):
+        there = (out / "runs" / run.directory / MODEL).is_dir()  # else it diverged, or was removed
+        if there and run.seed == runs[0].seed and not run.name.startswith("baseline-"):
             model, tokenizer = load_model(out / "runs" / run.directory / MODEL)
             prompt = str(tokenizer.decode(prompt_ids))
             room = config.data.sequence_length - len(prompt_ids)

@@ -6,6 +6,7 @@ import dataclasses
 import difflib
 import math
 import os
+import re
 import shutil
 import sys
 import tomllib
@@ -134,12 +135,12 @@ class TrainConfig:
 
 @dataclass(frozen=True)
 class Variant:
-    """One more way of training in a comparison: a name and what differs from [superposition]."""
+    """One more way of training in a comparison: its name and a [superposition] of its own."""
 
     name: str = "tst"
     """Name of the run's directory and of its row in the report."""
     superposition: SuperpositionConfig = field(default_factory=SuperpositionConfig)
-    """Its first phase."""
+    """Its first phase, whole: what is left out has its default, not the value that [superposition] gives it."""
     length: float = 1.0
     """It takes this multiple of train.steps. Where that is not 1, it takes as many more (or less) FLOPs as well: so it
     is seen how many steps of one way of training another is worth."""
@@ -252,14 +253,19 @@ class Config:
             require_int("compare.seeds", seed, 0)
         if len(set(self.compare.seeds)) < len(self.compare.seeds):
             raise TokenSuperpositionError(f"compare.seeds are {list(self.compare.seeds)}; give each seed once")
-        if any(x <= 0 for x in self.compare.baseline_lengths):
+        lengths = self.compare.baseline_lengths
+        if any(not 0 < x < math.inf for x in lengths):
+            raise TokenSuperpositionError(f"compare.baseline_lengths are {lengths}; give numbers above 0")
+        if len({round(x * t.steps) for x in (1.0, *lengths)}) < len({1.0, *lengths}):
             raise TokenSuperpositionError(
-                f"compare.baseline_lengths are {self.compare.baseline_lengths}; give numbers above 0"
+                f"compare.baseline_lengths are {lengths}, of {t.steps} steps; give lengths that differ by a step"
             )
-        names = ["baseline", "tst", *(v.name for v in self.compare.variants)]
-        if len(set(names)) < len(names) or any(not n or "/" in n for n in names):
+        names = ["tst", *(v.name for v in self.compare.variants)]
+        plain = re.compile(r"(?!baseline)[^./\\\s][^/\\]*")  # the names of baselines are told by how they begin
+        if len(set(names)) < len(names) or not all(map(plain.fullmatch, names)):
             raise TokenSuperpositionError(
-                f"compare.variants are named {', '.join(names[2:])}; give each its own plain name, not baseline or tst"
+                f"compare.variants are named {', '.join(names[1:])}; give each its own plain name, which is not tst "
+                "and does not begin with baseline"
             )
         for v in self.compare.variants:
             if not 0 < v.length < math.inf or not v.steps(t.steps):

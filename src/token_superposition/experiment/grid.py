@@ -150,6 +150,11 @@ def _check(config: Config) -> None:
         raise TokenSuperpositionError(
             f"sweep.selection_seeds is {wanted.selection_seeds}, there are {seeds} seeds; give more compare.seeds"
         )
+    if base.trained_heads:
+        raise TokenSuperpositionError(
+            f"superposition.mtp_heads is {base.mtp_heads}: heads add FLOPs to every setting and none to the baseline; "
+            "leave them out, or give such a run to tst compare"
+        )
     if base.anneal:
         raise TokenSuperpositionError(
             f"superposition.anneal is {base.anneal}, which fixes the bag sizes; leave it out and sweep "

@@ -19,6 +19,10 @@ WINDOW, ENOUGH, DEVIATIONS = 50, 20, 6.0
 NORMAL = 1.4826  # standard deviations in a median deviation of normal noise
 
 
+class Diverged(TokenSuperpositionError):
+    """A gradient that is not finite ended a run."""
+
+
 class GradientGuard(TrainerCallback):
     """Keeps gradients that are not finite from the optimizer, and tells of them.
 
@@ -54,7 +58,7 @@ class GradientGuard(TrainerCallback):
                 p.grad = None
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Raises ``TokenSuperpositionError`` for a step that was left out, or warns of it."""
+        """Raises ``Diverged`` for a step that was left out, or warns of it."""
         waits = control.should_log or control.should_evaluate or control.should_save or control.should_training_stop
         if not self._norms or not (waits or self._norms[0].device.type == "cpu"):
             return
@@ -67,7 +71,7 @@ class GradientGuard(TrainerCallback):
             step = first + i
             line = f"the gradient of step {step} has the norm {norms[i].item()}, {self.tell(step)}"
             if self.action == "stop":
-                raise TokenSuperpositionError(f"{line}; train.on_nonfinite skip would leave such steps out")
+                raise Diverged(f"{line}; train.on_nonfinite skip would leave such steps out")
             self.skipped.append(step)
             if state.is_world_process_zero:
                 warnings.warn(f"left out: {line}", stacklevel=1)

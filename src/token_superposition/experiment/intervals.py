@@ -17,14 +17,14 @@ Bound = Literal["measured", "at least", "at most", "not comparable"]
 
 
 def t_interval(values: Sequence[float]) -> tuple[float, float] | None:
-    """Student's interval of the mean at ``CONFIDENCE``, two-sided; None for fewer than two values.
+    """Student's interval of the mean at ``CONFIDENCE``, two-sided; None for fewer than two values, or infinite ones.
 
     >>> low, high = t_interval([1.0, 2.0, 3.0])
     >>> f"{low:.4f} {high:.4f}"
     '-0.4841 4.4841'
     """
     n = len(values)
-    if n < 2:
+    if n < 2 or not all(map(math.isfinite, values)):
         return None
     half = float(stats.t.ppf((1 + CONFIDENCE) / 2, n - 1)) * stdev(values) / math.sqrt(n)
     return mean(values) - half, mean(values) + half
@@ -47,9 +47,9 @@ def seed_speedup(seed: int, curve: Sequence[tuple[int, float]], loss: float, ste
     """Where the (steps, loss) baselines of one seed, each with its own decay, first come down to ``loss``.
 
     Linear in log steps between two lengths that were run, and never beyond them: outside it is a bound. None without
-    a curve of two lengths.
+    a curve of two lengths, or where one of the losses is not finite.
     """
-    if len(curve) < 2:
+    if len(curve) < 2 or not all(map(math.isfinite, (loss, *(x for _, x in curve)))):
         return None
     n: float = curve[-1][0]
     bound: Bound = "at least"

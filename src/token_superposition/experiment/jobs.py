@@ -12,11 +12,13 @@ from pathlib import Path
 
 from rich.console import Console
 
+from token_superposition.data.store import Meta
 from token_superposition.errors import TokenSuperpositionError
 from token_superposition.experiment.config import CompareConfig, Config, SweepConfig, load_config, save_config
 from token_superposition.experiment.metrics import read_metrics
 from token_superposition.experiment.progress import RunProgress
-from token_superposition.experiment.result import CONFIG, METRICS, RESULT
+from token_superposition.experiment.result import CONFIG, METRICS, read_result, result_file
+from token_superposition.experiment.resume import changes, data_digest
 from token_superposition.experiment.speed import cores, default_parallel, gpus
 
 HUGE_PAGES = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
@@ -45,25 +47,33 @@ def alone(config: Config) -> Config:
 
 
 def check_jobs(jobs: list[Job], out: Path) -> None:
-    """Raise ``TokenSuperpositionError`` for what cannot be trained, or not into ``out``."""
+    """Raise ``TokenSuperpositionError`` for what cannot be trained, or not into ``out`` beside what is there."""
+    data = data_digest(Meta.load(Path(jobs[0].config.data.path)))
     for job in jobs:
         job.config.check()
-        saved = out / "runs" / job.directory / CONFIG
-        if not saved.exists():
-            continue
-        there = alone(load_config(saved))
-        if _finished(out, job.directory):  # whatever branched off it: it is the same run
-            there = replace(there, train=replace(there.train, save_at=job.config.train.save_at))
-        if there != job.config:
-            raise TokenSuperpositionError(f"{saved.parent} is a run of another configuration; choose another --out")
+        directory = out / "runs" / job.directory
+        if (directory / CONFIG).exists() and (differences := changes(load_config(directory / CONFIG), job.config)):
+            raise TokenSuperpositionError(
+                f"{directory} is a run of another configuration ({'; '.join(differences)}); choose another --out"
+            )
+        # Older runs do not say what they read.
+        if (path := result_file(directory)) and (read_result(path).data_sha256 or data) != data:
+            raise TokenSuperpositionError(
+                f"{directory} read another text than {job.config.data.path} holds now, so their losses cannot be "
+                "compared; prepare that text again, or choose another --out"
+            )
 
 
 def run_jobs(
     jobs: list[Job], out: Path, parallel: int, console: Console, finished: Callable[[Job], None] = lambda job: None
 ) -> None:
-    """Train every unfinished job with ``tst train`` in a process of its own; ``finished`` is called after each."""
+    """Train every unfinished job with ``tst train`` in a process of its own; ``finished`` is called after each.
+
+    A run that diverges is told of and is over, too: the others go on.
+    Raises ``TokenSuperpositionError`` where a run failed in another way.
+    """
     waiting = unfinished(jobs, out)
-    parallel = parallel or default_parallel(len(startable(waiting, out)))
+    parallel = min(parallel, len(waiting)) or default_parallel(len(startable(waiting, out)))
     running: dict[int, tuple[Job, subprocess.Popen[bytes]]] = {}
     try:
         with RunProgress(console, len(waiting)) as progress:
@@ -77,8 +87,10 @@ def run_jobs(
                     progress.update(job.directory, job.config.train.steps, lines)
                     if process.poll() is not None:
                         del running[slot]
+                        if process.returncode and not _over(out, job.directory):
+                            raise TokenSuperpositionError(f"{_failure(job, out)}; see {_log(job, out)}")
                         if process.returncode:
-                            raise TokenSuperpositionError(_failure(job, out))
+                            console.print(f"[yellow]diverged[/yellow]: {_failure(job, out)}", highlight=False)
                         progress.finish(job.directory)
                         finished(job)
                 time.sleep(0.5)
@@ -90,16 +102,16 @@ def run_jobs(
 
 
 def unfinished(jobs: list[Job], out: Path) -> list[Job]:
-    return [j for j in jobs if not _finished(out, j.directory)]
+    return [j for j in jobs if not _over(out, j.directory)]
 
 
 def startable(jobs: list[Job], out: Path) -> list[Job]:
     """Those that wait for no trunk."""
-    return [j for j in jobs if j.trunk is None or _finished(out, j.trunk)]
+    return [j for j in jobs if j.trunk is None or _over(out, j.trunk)]
 
 
-def _finished(out: Path, directory: str) -> bool:
-    return (out / "runs" / directory / RESULT).exists()
+def _over(out: Path, directory: str) -> bool:
+    return result_file(out / "runs" / directory) is not None
 
 
 def branch_checkpoint(job: Job, out: Path) -> Path | None:
@@ -117,16 +129,24 @@ def _start(job: Job, out: Path, slot: int, parallel: int) -> subprocess.Popen[by
     trunk = branch_checkpoint(job, out)
     if trunk is not None and trunk.exists():  # else it trains from the start
         command += ["--branch-from", str(trunk)]
-    if gpus():
-        share = {"CUDA_VISIBLE_DEVICES": str(slot % gpus())}
-    else:
-        share = {"OMP_NUM_THREADS": str(max(cores() // parallel, 1))}
-        share |= {name: value for name, value in HUGE_PAGES.items() if name not in os.environ}
-    with (directory / "log.txt").open("ab") as log:
-        return subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=os.environ | share)
+    environment = os.environ | share(slot, parallel)
+    with _log(job, out).open("ab") as log:
+        return subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=environment)
+
+
+def share(slot: int, parallel: int) -> dict[str, str]:
+    """What a run's environment says of its part of the machine: one GPU of those that are ours, or some cores."""
+    if count := gpus():
+        ours = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(count)))).split(",")
+        return {"CUDA_VISIBLE_DEVICES": ours[slot % count]}
+    pages = {name: value for name, value in HUGE_PAGES.items() if name not in os.environ}
+    return {"OMP_NUM_THREADS": str(max(cores() // parallel, 1))} | pages
+
+
+def _log(job: Job, out: Path) -> Path:
+    return out / "runs" / job.directory / "log.txt"
 
 
 def _failure(job: Job, out: Path) -> str:
-    log = out / "runs" / job.directory / "log.txt"
-    lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
-    return f"the run {job.directory} failed ({lines[-1] if lines else 'no message'}); see {log}"
+    lines = [line for line in _log(job, out).read_text(errors="replace").splitlines() if line.strip()]
+    return f"the run {job.directory} failed ({lines[-1] if lines else 'no message'})"

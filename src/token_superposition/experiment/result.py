@@ -16,8 +16,11 @@ import torch
 from token_superposition.data.plan import PlannedDataset
 from token_superposition.experiment.config import Config
 from token_superposition.experiment.metrics import read_metrics
+from token_superposition.experiment.resume import data_digest
 
 RESULT = "run.json"
+DIVERGED = "diverged.json"
+"""What run.json would say of a run that ended with a gradient that is not finite; its loss is nan."""
 CONFIG = "config.toml"
 METRICS = "metrics.jsonl"
 MODEL = "model"
@@ -54,6 +57,8 @@ class RunResult:
     """Of the finished model."""
     hardware: str
     versions: dict[str, str]
+    data_sha256: str = ""
+    """Of what was read: vocabulary, tokens and documents of both splits; files of older versions lack it."""
 
     @classmethod
     def of(
@@ -69,7 +74,10 @@ class RunResult:
         parameters: int,
         engine: str | None = None,
     ) -> RunResult:
-        """The counts follow from the plan, hardware and versions from this process; ``engine`` names a package."""
+        """The counts follow from the plan, which reads a token store, hardware and versions from this process.
+
+        ``engine`` names a package.
+        """
         schedule, counts = plan.schedule, (plan.batch_size, plan.sequence_length)
         packages = ("token-superposition", "torch", "transformers", *([engine] if engine else []))
         return cls(
@@ -88,6 +96,7 @@ class RunResult:
             parameters=parameters,
             hardware=hardware(),
             versions={name: version(name) for name in packages} | {"python": platform.python_version()},
+            data_sha256=data_digest(plan.tokens.meta),
         )
 
 
@@ -103,6 +112,15 @@ def phase_step_seconds(out: Path, starts: list[int]) -> list[float]:
             steps = inside[-1]["step"] - inside[0]["step"]
             result.append((inside[-1]["seconds"] - inside[0]["seconds"]) / steps)
     return result
+
+
+def result_file(directory: Path) -> Path | None:
+    """Of a run that is over, finished or diverged."""
+    return next((p for name in (RESULT, DIVERGED) if (p := directory / name).exists()), None)
+
+
+def read_result(path: Path) -> RunResult:
+    return RunResult(**json.loads(path.read_text()))
 
 
 def write_json(path: Path, content: Any) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from hashlib import sha256
@@ -22,6 +23,7 @@ from token_superposition.experiment.shards import check_shards
 
 Resume = Literal["auto", "never"] | Path
 MAY_CHANGE = (
+    "save_at",
     "micro_batch_size",
     "activation_checkpointing",
     "loader_workers",
@@ -52,6 +54,22 @@ def data_identity(meta: Meta) -> dict[str, Any]:
         "train_sha256": of(meta.train),
         "validation_sha256": of(meta.validation),
     }
+
+
+def data_digest(meta: Meta) -> str:
+    """SHA-256 of ``data_identity``."""
+    return sha256(json.dumps(data_identity(meta), sort_keys=True).encode()).hexdigest()
+
+
+def changes(old: Config, new: Config) -> list[str]:
+    """What a run may not go on with, as "section.name old -> new"."""
+    return [
+        f"{section}.{name} {getattr(a, name)!r} -> {getattr(b, name)!r}"
+        for section in ("model", "data", "superposition", "train")
+        if (a := getattr(old, section)) != (b := getattr(new, section))
+        for name in a.__dataclass_fields__
+        if getattr(a, name) != getattr(b, name) and not (section == "train" and name in MAY_CHANGE)
+    ]
 
 
 def facts(config: Config, meta: Meta) -> dict[str, Any]:
@@ -108,6 +126,11 @@ def check_start(checkpoint: Path, config: Config, meta: Meta) -> None:
     Up to the checkpoint, the run must have read what this configuration reads; how it trained may differ.
     """
     manifest = read_manifest(checkpoint)
+    if step_of(checkpoint) > config.train.steps:
+        raise TokenSuperpositionError(
+            f"{checkpoint} is later than the {config.train.steps} steps of the run; give more train.steps, or an "
+            "earlier checkpoint"
+        )
     old = from_dict(Config, manifest["config"], str(checkpoint))
     differences = [
         f"data's {name} {_short(value)} -> {_short(now)}"

@@ -39,13 +39,14 @@ from token_superposition.errors import TokenSuperpositionError
 from token_superposition.experiment.checkpoints import checkpoints_in, damage, step_of
 from token_superposition.experiment.config import Config, save_config
 from token_superposition.experiment.flops import flops_per_sequence
-from token_superposition.experiment.health import GradientGuard
+from token_superposition.experiment.health import Diverged, GradientGuard
 from token_superposition.experiment.launch import Launch
 from token_superposition.experiment.metrics import MetricsWriter, Report, read_metrics
 from token_superposition.experiment.model import build_model, empty_model
 from token_superposition.experiment.preempt import TERMINATED, Preemption
 from token_superposition.experiment.result import (
     CONFIG,
+    DIVERGED,
     METRICS,
     MODEL,
     RESULT,
@@ -53,7 +54,7 @@ from token_superposition.experiment.result import (
     phase_step_seconds,
     write_json,
 )
-from token_superposition.experiment.resume import MAY_CHANGE, Resume, Start, check_start, facts
+from token_superposition.experiment.resume import Resume, Start, changes, check_start, facts
 from token_superposition.experiment.shards import weights_only
 from token_superposition.experiment.tracking import Rates, check_trackers, device_peak, report_arguments
 from token_superposition.experiment.trainer import RunTrainer
@@ -71,7 +72,8 @@ def train(
     """Train one run into ``out``; continues from its newest whole checkpoint, or from ``resume_from``, if there is one.
 
     ``resume`` "never" refuses a directory with checkpoints, a path is the checkpoint to go on from.
-    ``run.json`` and ``model/`` appear when the run is finished. No pickle is loaded but with ``weights_only``.
+    ``run.json`` and ``model/`` appear when the run is finished, ``diverged.json`` when it diverged.
+    No pickle is loaded but with ``weights_only``.
     Raises ``TokenSuperpositionError`` before any work for a configuration that cannot be trained, and where a
     checkpoint cannot be written or a gradient is not finite; ``SystemExit`` with status 143 after SIGTERM, for which a
     checkpoint is saved, and with status 1 where another process is gone.
@@ -132,6 +134,7 @@ def train(
         place_signal=config.superposition.place_signal,
         mtp=mtp,
         lr_factor=config.wsd,
+        metrics=metrics,
         figures=lambda step, latent, raw: rates.at(step, metrics.seconds, latent, raw),
         optimizers=(muon(config, model), None),
         callbacks=[metrics, *at_switch(config), preemption, watchdog, guard],
@@ -149,6 +152,20 @@ def train(
             lines = read_metrics(checkpoint.parent.parent / METRICS)
             before = [m for m in lines if m["step"] <= step_of(checkpoint)]
             (out / METRICS).write_text("".join(json.dumps(m) + "\n" for m in before))
+
+    def result(val_loss: float) -> RunResult:
+        starts = [0, *schedule.switches[-1:]] if config.superposition.mixture else schedule.starts
+        return RunResult.of(
+            config,
+            plan,
+            flops=step_flops * schedule.total_steps,
+            train_seconds=metrics.seconds,
+            phase_step_seconds=phase_step_seconds(out, starts),
+            val_loss=val_loss,
+            bits_per_byte=bits_per_byte,
+            parameters=parameters,
+        )
+
     with preemption, watchdog, lost_processes(launch), weights_only():
         try:
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint is not None else None)
@@ -158,6 +175,8 @@ def train(
             ) from None
         except Exception as e:
             traceback.clear_frames(e.__traceback__)  # lets the loader go, whose processes do not end by SIGTERM
+            if isinstance(e, Diverged) and first:
+                write_json(out / DIVERGED, asdict(result(math.nan)))
             raise
         if preemption.stopped:
             if first:
@@ -165,21 +184,10 @@ def train(
             raise SystemExit(TERMINATED)
         val_loss = trainer.evaluate(cast(Any, final))["eval_loss"]
         save_model(trainer, out / MODEL)
-    result = RunResult.of(
-        config,
-        plan,
-        flops=step_flops * schedule.total_steps,
-        train_seconds=metrics.seconds,
-        phase_step_seconds=phase_step_seconds(
-            out, [0, *schedule.switches[-1:]] if config.superposition.mixture else schedule.starts
-        ),
-        val_loss=val_loss,
-        bits_per_byte=bits_per_byte,
-        parameters=parameters,
-    )
-    if trainer.is_world_process_zero():
-        write_json(out / RESULT, asdict(result))
-    return result
+    finished = result(val_loss)
+    if first:
+        write_json(out / RESULT, asdict(finished))
+    return finished
 
 
 def batch_of(plan: PlannedDataset, out: Path, step: int) -> str:
@@ -282,19 +290,12 @@ def prepare_directory(config: Config, out: Path) -> None:
 
     if (out / RESULT).exists():
         raise TokenSuperpositionError(f"{out} holds a finished run; choose another --out or remove it")
-    if (out / CONFIG).exists() and (old := load_config(out / CONFIG)) != config:
-        differences = [
-            f"{section}.{name} {getattr(a, name)!r} -> {getattr(b, name)!r}"
-            for section in ("model", "data", "superposition", "train")
-            if (a := getattr(old, section)) != (b := getattr(config, section))
-            for name in a.__dataclass_fields__
-            if getattr(a, name) != getattr(b, name) and not (section == "train" and name in MAY_CHANGE)
-        ]
-        if differences:
-            raise TokenSuperpositionError(
-                f"{out} holds a run of another configuration ({'; '.join(differences)}); choose another --out"
-            )
+    if (out / CONFIG).exists() and (differences := changes(load_config(out / CONFIG), config)):
+        raise TokenSuperpositionError(
+            f"{out} holds a run of another configuration ({'; '.join(differences)}); choose another --out"
+        )
     out.mkdir(parents=True, exist_ok=True)
+    (out / DIVERGED).unlink(missing_ok=True)  # it is tried again
     written = out / f".{CONFIG}.{os.getpid()}.partial"  # every process writes it, and none reads half of another's
     save_config(config, written)
     written.rename(out / CONFIG)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
@@ -11,6 +10,7 @@ from pathlib import Path
 from statistics import mean, median, stdev
 from typing import Any
 
+from token_superposition.errors import TokenSuperpositionError
 from token_superposition.experiment.intervals import (
     CONFIDENCE,
     Speedup,
@@ -19,7 +19,7 @@ from token_superposition.experiment.intervals import (
     speedup,
     t_interval,
 )
-from token_superposition.experiment.result import RESULT, RunResult
+from token_superposition.experiment.result import RunResult, read_result, result_file
 
 
 @dataclass(frozen=True)
@@ -39,15 +39,17 @@ class EqualLoss:
     speedup: float
     """baseline_steps / steps of the variant; also the ratio of FLOPs, unless the variant has heads of its own."""
     how: str
-    """interpolated (between baselines that were run), at least (the longest was still above), or extrapolated."""
+    """interpolated (between baselines that were run), at least (the longest was still above), at most (the shortest
+    was below already), or extrapolated."""
 
 
 def load_runs(out: Path, jobs: Sequence[tuple[str, str]]) -> list[Run]:
     """Results of (name, directory) pairs under ``out/runs``."""
     runs: list[Run] = []
     for name, directory in jobs:
-        content = json.loads((out / "runs" / directory / RESULT).read_text())
-        runs.append(Run(**content, name=name, directory=directory))
+        if (path := result_file(out / "runs" / directory)) is None:
+            raise TokenSuperpositionError(f"{out / 'runs' / directory} holds no result; give the same command again")
+        runs.append(Run(**asdict(read_result(path)), name=name, directory=directory))
     return runs
 
 
@@ -66,7 +68,8 @@ def compare_variant(runs: Sequence[Run], name: str) -> dict[str, Any]:
     loss, steps = mean(r.val_loss for r in ours.values()), next(iter(ours.values())).steps
     found = [seed_speedup(seed, baseline_curve(runs, seed), r.val_loss, r.steps) for seed, r in ours.items()]
     per_seed = [s for s in found if s is not None]
-    over_seeds = with_lower_end(speedup(per_seed), runs, ours)
+    # Without the seeds that diverged, those that are left would say too much good.
+    over_seeds = with_lower_end(speedup(per_seed), runs, ours) if len(per_seed) == len(ours) else None
     equal = equal_loss(curve, loss, steps)
     one, of_baseline = next(iter(ours.values())), next(iter(baseline.values()))
     data_steps = round(one.raw_tokens / of_baseline.raw_tokens * of_baseline.steps)
@@ -82,7 +85,7 @@ def compare_variant(runs: Sequence[Run], name: str) -> dict[str, Any]:
     return {
         "delta_val_loss": mean(deltas),
         "delta_val_loss_per_seed": deltas,
-        "delta_val_loss_sd": stdev(deltas) if len(deltas) > 1 else None,
+        "delta_val_loss_sd": stdev(deltas) if t_interval(deltas) else None,
         "delta_val_loss_interval": t_interval(deltas),
         "confidence": CONFIDENCE,
         "equal_loss_speedup": equal.speedup if equal is not None and "extrapolated" not in equal.how else None,
@@ -142,12 +145,14 @@ def paired(ours: dict[int, Run], others: dict[int, Run]) -> dict[str, Any] | Non
 def equal_time(ours: Sequence[Run], baseline: Sequence[Run], curve: Sequence[tuple[int, float]]) -> dict[str, Any]:
     """Seconds in training steps, medians over seeds, and where the baseline is after the variant's seconds."""
     seconds, baseline_seconds = (median(r.train_seconds for r in runs) for runs in (ours, baseline))
-    steps = round(baseline[0].steps * seconds / baseline_seconds)
+    # Of a few steps nothing was logged that has a time.
+    ratio = seconds / baseline_seconds if baseline_seconds else math.nan
+    steps = round(baseline[0].steps * ratio) if baseline_seconds else 0
     loss, how = loss_at(curve, steps)
     return {
         "train_seconds": seconds,
         "baseline_train_seconds": baseline_seconds,
-        "ratio": seconds / baseline_seconds,
+        "ratio": ratio,
         "baseline_steps": steps,
         "baseline_val_loss": loss,
         "val_loss": mean(r.val_loss for r in ours),
@@ -167,18 +172,20 @@ def baseline_curve(runs: Sequence[Run], seed: int | None = None) -> list[tuple[i
 def equal_loss(curve: Sequence[tuple[int, float]], loss: float, steps: int) -> EqualLoss | None:
     """Steps at which the baseline's losses, linear in log steps between the lengths that were run, reach ``loss``.
 
-    Past the longest baseline: "at least" its steps if it is longer than the variant, else the line through the two
-    longest is followed up to 4 x the steps ("extrapolated"). None with one baseline or where that line never comes
-    down to the loss.
+    Before the shortest one: "at most" its steps. Past the longest: "at least" its steps if it is longer than the
+    variant, else the line through the two longest is followed up to 4 x the steps ("extrapolated"). None with one
+    baseline, where that line never comes down to the loss, or where one of the losses is not finite.
     """
-    if len(curve) < 2:
+    if len(curve) < 2 or not all(map(math.isfinite, (loss, *(x for _, x in curve)))):
         return None
     for (n0, l0), (n1, l1) in pairwise(curve):
         if min(l0, l1) <= loss <= max(l0, l1) and l0 != l1:
             n = round(math.exp(_line(loss, l0, math.log(n0), l1, math.log(n1))))
             return EqualLoss(n, n / steps, "interpolated")
+    if loss > curve[0][1]:
+        return EqualLoss(curve[0][0], curve[0][0] / steps, "at most")
     (n0, l0), (n1, l1) = curve[-2:]
-    if loss > curve[0][1] or l1 >= l0:
+    if l1 >= l0:
         return None
     if n1 > steps:
         return EqualLoss(n1, n1 / steps, "at least")

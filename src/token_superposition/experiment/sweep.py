@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import json
 import shutil
 import typing
 from collections.abc import Sequence
@@ -20,8 +19,8 @@ from token_superposition.experiment.dry_run import DryRun, cost_of_rounds
 from token_superposition.experiment.grid import Cell, Grid, directory, grid_of
 from token_superposition.experiment.halving import Best, Design, Round
 from token_superposition.experiment.intervals import CONFIDENCE
-from token_superposition.experiment.jobs import Job, check_jobs, run_jobs
-from token_superposition.experiment.result import CONFIG, MODEL, RESULT, RunResult, write_json
+from token_superposition.experiment.jobs import Job, check_jobs, run_jobs, unfinished
+from token_superposition.experiment.result import CONFIG, MODEL, RunResult, read_result, result_file, write_json
 from token_superposition.weights import Weighting
 
 SUMMARY = "sweep.json"
@@ -81,8 +80,9 @@ def sweep(config: Config, out: str | Path, console: Console, command: str = "") 
 
     while True:
         rounds = design.rounds(grid.candidates, losses_of(results(grid, out)))
-        jobs = jobs_of(grid, rounds[-1])
-        if all((out / "runs" / job.directory / RESULT).exists() for job in jobs):
+        # Of all rounds: one that was interrupted may have its cells, but not yet all of its baselines.
+        jobs = [job for one in rounds for job in jobs_of(grid, one)]
+        if not unfinished(jobs, out):
             break
         cells, seeds = len(rounds[-1].cells), ", ".join(map(str, rounds[-1].seeds))
         console.print(f"round {len(rounds)}: {_count(cells, 'setting')}, seed {seeds}", highlight=False)
@@ -156,9 +156,8 @@ def results(grid: Grid, out: Path) -> Results:
     found: Results = {}
     for cell in (*grid.baselines, *grid.candidates):
         for seed in grid.seeds:
-            path = out / "runs" / directory(cell, seed) / RESULT
-            if path.exists():
-                found[cell, seed] = RunResult(**json.loads(path.read_text()))
+            if path := result_file(out / "runs" / directory(cell, seed)):
+                found[cell, seed] = read_result(path)
     return found
 
 

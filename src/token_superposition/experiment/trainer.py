@@ -22,32 +22,35 @@ from token_superposition.engines.transformers import TSTTrainer
 from token_superposition.errors import TokenSuperpositionError
 from token_superposition.experiment.checkpoints import ASIDE, checkpoints_in, checksums, commit, damage, rotate
 from token_superposition.experiment.health import GradientGuard
+from token_superposition.experiment.metrics import MetricsWriter
 from token_superposition.experiment.preempt import SIGNALS
 
 T = TypeVar("T")
 PENDING = "pending_loss.json"
-"""In a checkpoint: what the next log will tell of the steps before it, the losses by process."""
+"""In a checkpoint: what the next log will tell of the steps before it, the losses by process; the time they took."""
 
 
 class RunTrainer(TSTTrainer):
     """Writes each checkpoint into a directory aside, with all its processes, then checksums it and renames it.
 
     ``facts`` go into its manifest; all but the newest ``keep`` and those of ``kept_steps`` are removed. ``guard`` sees
-    the norm of every step's gradient before the optimizer does. A checkpoint that cannot be written is removed and
-    raises ``TokenSuperpositionError``.
+    the norm of every step's gradient before the optimizer does; ``metrics`` has the time of the steps. A checkpoint
+    that cannot be written is removed and raises ``TokenSuperpositionError``.
     """
 
     def __init__(
         self,
         *args: Any,
         guard: GradientGuard,
+        metrics: MetricsWriter,
         facts: dict[str, Any],
         keep: int = 0,
         kept_steps: tuple[int, ...] = (),
         **kwargs: Any,
     ):
         super().__init__(*args, **kwargs)
-        self.guard, self.facts, self.keep, self.kept_steps = guard, facts, keep, kept_steps
+        self.guard, self.metrics = guard, metrics
+        self.facts, self.keep, self.kept_steps = facts, keep, kept_steps
         self.checkpoints = Path(str(self.args.output_dir))
         self._aside: Path | None = None
 
@@ -110,7 +113,7 @@ class RunTrainer(TSTTrainer):
         losses: list[float] = gather_object([cast(Tensor, self._tr_loss).item()])
         if self.args.should_save:
             content = {"since": self._globalstep_last_logged, "losses": losses, "skipped": self.guard.skipped}
-            (Path(output_dir) / PENDING).write_text(json.dumps(content))
+            (Path(output_dir) / PENDING).write_text(json.dumps(content | {"seconds": self.metrics.seconds}))
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
         super()._load_rng_state(checkpoint)
@@ -122,6 +125,7 @@ class RunTrainer(TSTTrainer):
         self._tr_loss += losses[self.args.process_index] if same else sum(losses) / len(losses)
         self._globalstep_last_logged = int(pending["since"])
         self.guard.skipped[:] = pending["skipped"]
+        self.metrics.go_on_from(pending.get("seconds"))
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
         norm = super()._get_grad_norm(model, grad_norm)

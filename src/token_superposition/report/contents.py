@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
-import tomllib
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import tomli_w
+
 from token_superposition.errors import TokenSuperpositionError
+from token_superposition.experiment.config import without_none
 
 
 @dataclass(frozen=True)
@@ -28,17 +31,21 @@ class Contents:
         return self.summary["comparison"]
 
     @property
-    def steps(self) -> int:
-        """Steps of the baseline and of every variant that has no length of its own."""
-        return next(r["steps"] for r in self.runs if r["name"] == "baseline")
+    def baseline(self) -> dict[str, Any]:
+        """The first seed's. It has the steps of every variant that has no length of its own."""
+        return next(r for r in self.runs if r["name"] == "baseline")
+
+    @property
+    def lengths(self) -> int:
+        """In how many lengths the baseline was run."""
+        return len({r["steps"] for r in self.runs if r["name"].startswith("baseline")})
 
 
 def read(directory: Path) -> Contents:
     """Raises ``TokenSuperpositionError`` if ``directory`` holds no finished comparison."""
     try:
         summary = json.loads((directory / "summary.json").read_text())
-        config_text = (directory / "config.toml").read_text()
-        tomllib.loads(config_text)
+        config_text = tomli_w.dumps(without_none(summary["config"]))  # config.toml may already ask for more
         metrics = {
             r["directory"]: [
                 json.loads(line)
@@ -75,19 +82,20 @@ def rows(contents: Contents) -> list[tuple[str, ...]]:
 HEADERS = ("run", "seed", "bags", "steps", "latent tokens", "raw tokens", "time", "val. loss", "bits/byte")
 
 
-INTERVAL_HEADERS = ("variant", "difference", "95% interval", "seeds", "speed-up", "95% interval", "time")
+INTERVAL_HEADERS = ("variant", "difference", "95% interval", "seeds", "speed-up", "95% interval", "FLOPs", "time")
 
 
 def interval_rows(contents: Contents) -> list[tuple[str, ...]]:
-    """A row for each variant: mean loss difference, speed-up to equal loss, time of its steps; with intervals."""
+    """A row for each variant: mean loss difference and speed-up to equal loss, with intervals; its FLOPs and time."""
     return [
         (
             name,
-            f"{c['delta_val_loss']:+.3f}",
+            f"{c['delta_val_loss']:+.3f}" if math.isfinite(c["delta_val_loss"]) else "diverged",
             interval(c["delta_val_loss_interval"], "+.3f"),
             str(len(c["delta_val_loss_per_seed"])),
             f"{BOUNDS[s['bound']]}{s['geometric_mean']:.2f}" if (s := c["speedup"]) else "not measured",
             interval((s["low"], s["high"]), ".2f") if s else "none",
+            f"{c.get('flops_ratio', 1.0):.2f}",  # older ones lack it
             f"{c['equal_time']['ratio']:.2f}",
         )
         for name, c in contents.comparison["variants"].items()
@@ -112,16 +120,18 @@ def verdicts(contents: Contents) -> list[tuple[str, str]]:
     """(accounting, sentence) for each variant: equal FLOPs, loss, data and time, and the cost of a step."""
     result: list[tuple[str, str]] = []
     variants: dict[str, dict[str, Any]] = contents.comparison["variants"]
+    epochs = {r["name"]: r.get("epochs", 0.0) for r in contents.runs}
     for name, c in variants.items():
         label = f"{name}: " if len(variants) > 1 else ""
-        several = len(c["speedup_per_seed"]) > 1
+        several = c["speedup"] is not None and len(c["delta_val_loss_per_seed"]) > 1
         length = c.get("steps_ratio", 1.0)  # reports of older comparisons lack both
         more = c.get("flops_ratio", 1.0) != 1  # heads for further tokens, or a length of its own
         equal = f"in {length:.3g} x the steps" if length != 1 else f"equal {'steps' if more else 'FLOPs'}"
         result.append((f"{label}{equal}", equal_steps(name, c)))
         if more:
             result.append((f"{label}equal FLOPs", equal_flops(c)))
-        loss = speedup(c) if several else equal_loss(name, c["equal_loss"], round(length * contents.steps))
+        steps = round(length * contents.baseline["steps"])
+        loss = speedup(c) if several else equal_loss(name, c["equal_loss"], steps, one_length=contents.lengths == 1)
         result.append((f"{label}equal loss", loss))
         for longer in c.get("longer_baselines", []):  # reports of older comparisons lack them
             other = f"a baseline of {longer['baseline_steps']:,} steps"
@@ -129,6 +139,9 @@ def verdicts(contents: Contents) -> list[tuple[str, str]]:
         if plain := c.get("against_tst"):
             result.append((f"{label}against tst", paired(name, "tst", plain)))
         result.append((f"{label}equal data", equal_data(c["equal_data"])))
+        if epochs[name] > 1:
+            text = f"{name} reads its text {epochs[name]:.1f} times, the baseline {epochs['baseline']:.1f} times"
+            result.append((f"{label}repeated text", f"{text}; fresh text is what TST pays with, so prepare more"))
         result.append((f"{label}equal time", equal_time(c["equal_time"])))
         if c["phase_step_time_ratio"] is not None:
             result.append(
@@ -147,6 +160,9 @@ def equal_flops(c: dict[str, Any]) -> str:
 def equal_steps(name: str, c: dict[str, Any]) -> str:
     delta, seeds = c["delta_val_loss"], len(c["delta_val_loss_per_seed"])
     ends = c["delta_val_loss_interval"]
+    if not math.isfinite(delta):
+        lost = sum(not math.isfinite(d) for d in c["delta_val_loss_per_seed"])
+        return f"{name} or its baseline diverged with {lost} of {seeds} seeds, so there is no difference to tell"
     known = (
         f" (mean of {seeds} paired seeds; 95% interval of the difference {interval(ends, '+.4f')}, "
         f"{told_from_chance(ends)})"
@@ -160,6 +176,8 @@ def equal_steps(name: str, c: dict[str, Any]) -> str:
 
 def paired(name: str, other: str, difference: dict[str, Any]) -> str:
     delta, ends = difference["delta_val_loss"], difference["interval"]
+    if not math.isfinite(delta):
+        return f"{name} or {other} diverged"
     known = f"95% interval {interval(ends, '+.4f')}, {told_from_chance(ends)}" if ends is not None else "one seed"
     return f"{name} ends {abs(delta):.4f} nats {'below' if delta < 0 else 'above'} {other} ({known})"
 
@@ -190,18 +208,30 @@ def speedup(c: dict[str, Any]) -> str:
     return text + ")"
 
 
-def equal_loss(name: str, equal: dict[str, Any] | None, steps: int) -> str:
+def equal_loss(name: str, equal: dict[str, Any] | None, steps: int, *, one_length: bool) -> str:
+    if equal is None and not one_length:
+        return "not measured: a run diverged, or the baselines of more steps do not end lower"
     if equal is None:
         return (
             f"not measured; longer baselines (--compare.baseline-lengths 1 1.5 2) show what they need for {name}'s loss"
         )
     n, how = equal["baseline_steps"], equal["how"]
-    about = "at least" if how.startswith("at least") else "about"
-    source = " (extrapolated from shorter baselines)" if "extrapolated" in how else " (between baselines that were run)"
-    return f"the baseline would need {about} {n:,} steps, {equal['speedup']:.2f} x the {steps:,}{source}"
+    about = how.partition(",")[0] if how.startswith("at ") else "about"
+    source = SOURCES["extrapolated" if "extrapolated" in how else how]
+    return f"the baseline would need {about} {n:,} steps, {equal['speedup']:.2f} x the {steps:,} ({source})"
+
+
+SOURCES = {
+    "extrapolated": "extrapolated from shorter baselines",
+    "interpolated": "between baselines that were run",
+    "at least": "the longest that was run, which is still above",
+    "at most": "the shortest that was run, which is below already",
+}
 
 
 def equal_time(equal: dict[str, Any]) -> str:
+    if not math.isfinite(equal["ratio"]):
+        return "not measured: no step of the baseline was timed"
     text = (
         f"{duration(equal['train_seconds'])} of training against {duration(equal['baseline_train_seconds'])} (medians "
         f"over seeds), {equal['ratio']:.2f} x; in that time the baseline takes {equal['baseline_steps']:,} steps"

@@ -50,7 +50,7 @@ def _comparison(directory: Path) -> dict[str, Any]:
         "note": contents.summary.get("note"),
         "samples": contents.summary.get("samples", []),
         "config": contents.config_text,
-        "hardware": first["hardware"],
+        "hardware": "; ".join(dict.fromkeys(r["hardware"] for r in contents.runs)),
         "versions": first["versions"],
         "parameters": first["parameters"],
         "data": contents.summary["data"],

@@ -194,7 +194,8 @@ def _edges(contents: SweepContents, cell: Cell, baseline: Cell) -> list[str]:
         ("its learning rate", cell.learning_rate, rates),
         ("the baseline's learning rate", baseline.learning_rate, rates),
     ):
-        if min(values) < max(values) and value in (min(values), max(values)):
+        beyond = value != 2 or what != "s"  # below bags of 2 is the baseline
+        if beyond and min(values) < max(values) and value in (min(values), max(values)):
             least = "smallest" if value == min(values) else "largest"
             found.append(f"{what} = {value:g} is the {least} that was tried")
     return found
