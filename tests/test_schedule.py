@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+from typing import Any
+
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -46,6 +49,17 @@ def test_ratio_outside_the_limits(ratio: object) -> None:
 def test_bag_size_outside_the_limits(bag: object) -> None:
     with pytest.raises(TokenSuperpositionError, match="bag_size is"):
         Schedule.two_phase(10, bag, 0.3)  # pyright: ignore[reportArgumentType]
+
+
+@pytest.mark.parametrize("kind", [np.int64, np.uint8, torch.tensor])
+def test_whole_numbers_of_other_kinds(kind: Any) -> None:
+    """They are taken as ints: 200 + 200 steps in eight bits are 400."""
+    schedule = Schedule([Phase(kind(200), kind(4), kind(4)), Phase(kind(200))])
+    assert schedule == Schedule([Phase(200, 4, 4), Phase(200)]) and schedule.total_steps == 400
+    assert schedule.at(kind(199)).input_bag == 4 and schedule.at(kind(200)).input_bag == 1
+    assert Schedule.two_phase(kind(200), kind(4)) == Schedule.two_phase(200, 4)
+    assert Schedule.annealed(kind(200), [kind(4), kind(2)]) == Schedule.annealed(200, [4, 2])
+    assert WSD(kind(200), kind(10)) == WSD(200, 10)
 
 
 @given(st.integers(1, 300), st.integers(0, 40), st.floats(0, 1))

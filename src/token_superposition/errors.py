@@ -1,12 +1,24 @@
 """The one exception type of this package."""
 
+from __future__ import annotations
+
+import operator
+from typing import SupportsIndex, cast
+
 
 class TokenSuperpositionError(ValueError):
     """An input that cannot be used. Its message is one line: the value, the limit and the remedy."""
 
 
 def require_int(name: str, value: object, minimum: int) -> int:
-    """Return ``value`` if it is an int of at least ``minimum``, else raise ``TokenSuperpositionError``."""
-    if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
+    """``value`` as an int if it is a whole number (numpy's, too) of at least ``minimum``.
+
+    Raises ``TokenSuperpositionError`` for anything else, also for a bool.
+    """
+    try:
+        number = minimum - 1 if isinstance(value, bool) else operator.index(cast(SupportsIndex, value))
+    except TypeError:
+        number = minimum - 1
+    if number < minimum:
         raise TokenSuperpositionError(f"{name} is {value!r}; give a whole number of at least {minimum}")
-    return value
+    return number

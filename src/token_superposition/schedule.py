@@ -27,9 +27,8 @@ class Phase:
     """Raw tokens predicted by one latent position."""
 
     def __post_init__(self) -> None:
-        require_int("steps", self.steps, 0)
-        require_int("input_bag", self.input_bag, 1)
-        require_int("output_bag", self.output_bag, 1)
+        for name, minimum in (("steps", 0), ("input_bag", 1), ("output_bag", 1)):
+            object.__setattr__(self, name, require_int(name, getattr(self, name), minimum))
 
     @property
     def is_superposed(self) -> bool:
@@ -75,7 +74,7 @@ class Schedule:
         ``bag_size`` sets both bags; ``input_bag`` or ``output_bag`` alone give the one-sided variants.
         Ratio 0 or bag size 1 is ordinary training. The switch is at step ``round(ratio * total_steps)``.
         """
-        require_int("total_steps", total_steps, 1)
+        total_steps = require_int("total_steps", total_steps, 1)
         if not isinstance(ratio, (int, float)) or isinstance(ratio, bool) or not 0 <= ratio < 1:
             raise TokenSuperpositionError(
                 f"ratio is {ratio!r}; give a share of the steps in [0, 1): the recovery phase must not be empty"
@@ -94,6 +93,7 @@ class Schedule:
         >>> [(p.steps, p.input_bag) for p in Schedule.annealed(100, (4, 2, 1), 0.3).phases]
         [(15, 4), (15, 2), (70, 1)]
         """
+        total_steps = require_int("total_steps", total_steps, 1)
         recovery = cls.two_phase(total_steps, 2, ratio).phases[-1].steps
         sizes = [s for s in bag_sizes if require_int("bag size", s, 1) > 1]
         cuts = [round(k * (total_steps - recovery) / max(len(sizes), 1)) for k in range(len(sizes) + 1)]
@@ -141,8 +141,7 @@ class Schedule:
 
     def phase_index(self, step: int) -> int:
         """Index of the phase of a step; steps past the end belong to the last phase."""
-        require_int("step", step, 0)
-        return bisect_right(self.starts, step) - 1
+        return bisect_right(self.starts, require_int("step", step, 0)) - 1
 
     def at(self, step: int) -> Phase:
         return self.phases[self.phase_index(step)]
@@ -185,8 +184,8 @@ class WSD:
     """Step from which the warm-up comes once more, for an optimizer that was reset there."""
 
     def __post_init__(self) -> None:
-        require_int("total_steps", self.total_steps, 1)
-        require_int("warmup_steps", self.warmup_steps, 0)
+        for name, minimum in (("total_steps", 1), ("warmup_steps", 0)):
+            object.__setattr__(self, name, require_int(name, getattr(self, name), minimum))
         if not 0 <= self.decay_ratio <= 1:
             raise TokenSuperpositionError(f"decay_ratio is {self.decay_ratio!r}; give a share of the steps in [0, 1]")
         if self.warmup_steps + self.decay_steps > self.total_steps:
