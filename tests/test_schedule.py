@@ -74,6 +74,7 @@ def test_wsd_is_one_trapezium(total: int, warmup: int, decay: float) -> None:
     stable = curve[warmup : total - wsd.decay_steps]
     assert set(stable) <= {1.0}
     assert curve[:warmup] == sorted(curve[:warmup]) and curve[warmup:] == sorted(curve[warmup:], reverse=True)
+    assert wsd(total) == wsd(total + 7) == (0 if wsd.decay_steps else 1)  # past the end it stays where it is
 
 
 def test_wsd_is_what_lambda_lr_takes() -> None:

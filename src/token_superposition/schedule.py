@@ -205,4 +205,4 @@ class WSD:
         if self.restart is not None and self.restart <= step < self.restart + self.warmup_steps:
             again = (step - self.restart + 1) / self.warmup_steps
         left = self.total_steps - step
-        return again if left >= self.decay_steps else again * max(left, 0) / self.decay_steps
+        return again if left >= self.decay_steps or not self.decay_steps else again * max(left, 0) / self.decay_steps
