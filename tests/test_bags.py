@@ -14,6 +14,7 @@ def test_fold_is_the_reference(length: int, a: int, b: int, batch: int) -> None:
     ids, targets = fold(tokens, a, b)
     assert ids.shape == ((batch, length, a) if a > 1 else (batch, length))
     assert targets.shape == ((batch, length, b) if b > 1 else (batch, length))
+    assert torch.equal(targets.view(-1), targets.flatten())  # nanoGPT's loss asks for a view
     for row, i, t in zip(tokens.tolist(), ids, targets, strict=True):
         inputs, outputs = reference.fold(row, length, a, b)
         assert i.reshape(length, a).tolist() == inputs
@@ -26,6 +27,12 @@ def test_labels_mask_targets_and_leave_inputs() -> None:
     ids, targets = fold(tokens, 2, 2, labels=labels)
     assert ids.tolist() == [[0, 1], [2, 3], [4, 5]]
     assert targets.tolist() == [[2, 3], [4, -100], [6, 7]]
+
+
+@pytest.mark.parametrize("shape", [(2, 9), (2, 7), (8,)])
+def test_labels_of_another_shape(shape: tuple[int, ...]) -> None:
+    with pytest.raises(TokenSuperpositionError, match="one label for each token"):
+        fold(torch.zeros(2, 8), labels=torch.zeros(shape))
 
 
 @pytest.mark.parametrize(("n", "a", "b"), [(9, 2, 2), (3, 4, 4), (0, 1, 1), (1, 1, 1)])

@@ -29,9 +29,11 @@ def fold(
     Position ``j`` reads tokens ``[j*a, (j+1)*a)`` and predicts the multiset of the ``b`` tokens after them
     (``a = input_bag``, ``b = output_bag``). ``a = b = s`` is token superposition, ``a = s, b = 1`` input-only,
     ``a = 1, b = s`` output-only superposition, ``a = b = 1`` ordinary next-token training (arXiv 2605.06546).
-    A bag size of 1 adds no axis: the rank of the tensors carries the phase. Nothing is copied.
+    A bag size of 1 adds no axis: the rank of the tensors carries the phase. The ids are a view of the tokens; the
+    targets are contiguous, as models that flatten them by ``view`` want them.
 
-    Raises ``TokenSuperpositionError`` unless the length of ``tokens`` is ``L * a + b`` for a whole ``L >= 1``.
+    Raises ``TokenSuperpositionError`` unless the length of ``tokens`` is ``L * a + b`` for a whole ``L >= 1``, and for
+    labels of another shape.
 
     >>> import torch
     >>> ids, targets = fold(torch.arange(8), 2, 2)
@@ -43,13 +45,18 @@ def fold(
     """
     a, b = require_int("input_bag", input_bag, 1), require_int("output_bag", output_bag, 1)
     length = _positions(tokens.shape[-1], a, b)
+    if labels is not None and labels.shape != tokens.shape:
+        raise TokenSuperpositionError(
+            f"labels have shape {tuple(labels.shape)}, tokens {tuple(tokens.shape)}; give one label for each token, "
+            "the token itself or -100"
+        )
     ids = tokens[..., : length * a]
     targets = (tokens if labels is None else labels)[..., a:]
     if a > 1:
         ids = ids.unflatten(-1, (length, a))
     if b > 1 or a > 1:
         targets = targets.unfold(-1, b, a)
-    return ids, targets if b > 1 else targets.reshape(ids.shape[: tokens.dim()])
+    return ids, (targets if b > 1 else targets.reshape(ids.shape[: tokens.dim()])).contiguous()
 
 
 def ragged_fold(
