@@ -155,6 +155,20 @@ def test_an_embedding_that_is_not_stock_is_asked_for_rows(signal: float, weighti
     torch.testing.assert_close(bag_embedding(table, ids, signal, weighting), by_hand(table(ids), signal, weighting))
 
 
+@pytest.mark.parametrize(("signal", "weighting"), [(0.0, "uniform"), (SIGNAL, "uniform"), (0.0, "power")])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("padding", [None, 0])
+def test_an_id_beyond_the_table_is_refused(
+    dtype: torch.dtype, padding: int | None, signal: float, weighting: Weighting
+) -> None:
+    """As torch refuses it in a lookup. A place below 0 is empty; the last row is still there."""
+    table = nn.Embedding(12, 8, padding_idx=padding, dtype=dtype)
+    assert bag_embedding(table, torch.tensor([[[11, -1]]]), signal, weighting).abs().sum() > 0
+    for ids in ([[1, 12]], [[10**6, -1]]):
+        with pytest.raises((IndexError, RuntimeError)):
+            bag_embedding(table, torch.tensor([ids]), signal, weighting)
+
+
 @readings
 def test_parts_of_a_vocabulary_sum_to_the_whole(signal: float, weighting: Weighting) -> None:
     weight = torch.randn(11, 4, dtype=torch.float64, requires_grad=True)

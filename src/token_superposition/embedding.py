@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from token_superposition.errors import TokenSuperpositionError
-from token_superposition.places import check_signal, place_factors, placed_bag_mean, places, shares
+from token_superposition.places import check_signal, local_ids, place_factors, placed_bag_mean, places, shares
 from token_superposition.weights import Weighting, place_weights
 
 M = TypeVar("M", bound=nn.Module)
@@ -51,7 +51,7 @@ def bag_embedding(  # (..., s) -> (..., d)
         there, count = places(rows := ids.reshape(-1, ids.shape[-1]))  # a third in bfloat16 is too far from a third
         out = (_embedding_bag(e.weight, rows, there.to(e.weight.dtype)) / count).unflatten(0, ids.shape[:-1])
     else:
-        out = _local_mean(e.weight, ids, 0, pad, place_signal, weighting)
+        out = _local_mean(e.weight, ids, None, pad, place_signal, weighting)
     return out if isinstance(scale, float) and scale == 1 else out * torch.as_tensor(scale).to(out.device, out.dtype)
 
 
@@ -83,7 +83,7 @@ def _embedding_bag(weight: Tensor, ids: Tensor, share: Tensor) -> Tensor:  # (V,
 
 
 def _local_mean(
-    weight: Tensor, ids: Tensor, start: int, padding_idx: int, place_signal: float, weighting: Weighting
+    weight: Tensor, ids: Tensor, start: int | None, padding_idx: int, place_signal: float, weighting: Weighting
 ) -> Tensor:
     rows = ids.reshape(-1, ids.shape[-1])
     if place_signal or weighting != "uniform":
@@ -95,17 +95,17 @@ def _local_mean(
 def bag_mean(
     weight: Tensor,  # (V, d), or the rows of tokens start .. start + V
     ids: Tensor,  # (N, s); a place below 0 is not there
-    start: int,
+    start: int | None,  # None: weight is the whole table, and torch refuses an id of V or more
     padding_idx: int,  # this row gets no gradient; -1 for none
 ) -> Tensor:  # (N, d) sum over the ids whose row is here, over the number of places that are there
     """``embedding_bag`` with the gradient summed in float32, for part of a vocabulary too."""
-    inside, local = _local_ids(weight, ids, start)
+    inside, local = local_ids(ids, start, weight.shape[0])
     total = F.embedding_bag(local, weight, mode="sum", per_sample_weights=inside.to(weight.dtype))
     return total / places(ids)[1]
 
 
 @bag_mean.register_fake
-def _(weight: Tensor, ids: Tensor, start: int, padding_idx: int) -> Tensor:
+def _(weight: Tensor, ids: Tensor, start: int | None, padding_idx: int) -> Tensor:
     return weight.new_empty(ids.shape[0], weight.shape[1])
 
 
@@ -114,10 +114,10 @@ def bag_mean_backward(
     grad: Tensor,  # (N, d)
     weight: Tensor,  # (V, d)
     ids: Tensor,  # (N, s)
-    start: int,
+    start: int | None,
     padding_idx: int,
 ) -> Tensor:  # (V, d)
-    inside, local = _local_ids(weight, ids, start)
+    inside, local = local_ids(ids, start, weight.shape[0])
     acc = torch.promote_types(grad.dtype, torch.float32)
     count = places(ids)[1]
     if grad.device.type == "cpu":
@@ -132,8 +132,8 @@ def bag_mean_backward(
         for place in range(ids.shape[1]):  # never (N, s, d)
             summed.index_add_(0, local[:, place], share * inside[:, place : place + 1])
         total = summed.to(weight.dtype)
-    if start <= padding_idx < start + weight.shape[0]:
-        total[padding_idx - start] = 0
+    if 0 <= (padding := padding_idx - (start or 0)) < weight.shape[0]:
+        total[padding] = 0
     return total
 
 
@@ -166,17 +166,11 @@ def _sums_by_token(
 
 
 @bag_mean_backward.register_fake
-def _(grad: Tensor, weight: Tensor, ids: Tensor, start: int, padding_idx: int) -> Tensor:
+def _(grad: Tensor, weight: Tensor, ids: Tensor, start: int | None, padding_idx: int) -> Tensor:
     return torch.empty_like(weight)
 
 
-def _local_ids(weight: Tensor, ids: Tensor, start: int) -> tuple[Tensor, Tensor]:
-    local = ids - start
-    inside = (local >= 0) & (local < weight.shape[0])
-    return inside, torch.where(inside, local, 0)
-
-
-def _setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, int, int], output: Tensor) -> None:
+def _setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, int | None, int], output: Tensor) -> None:
     ctx.save_for_backward(*inputs[:2])
     ctx.place = inputs[2:]
 
@@ -196,7 +190,7 @@ def _dtensor_bag_mean(weight: Any, ids: Tensor, padding_idx: int, place_signal: 
 
     rows, start, sharded = local_rows(weight)
     local = ids.to_local() if isinstance(ids, DTensor) else ids
-    out = _local_mean(rows, local, start, padding_idx, place_signal, weighting)
+    out = _local_mean(rows, local, start if sharded else None, padding_idx, place_signal, weighting)
     return DTensor.from_local(out, weight.device_mesh, [Partial() if sharded else Replicate()], run_check=False)
 
 

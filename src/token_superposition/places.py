@@ -41,7 +41,7 @@ def _signs(bag_size: int, width: int, device: torch.device) -> Tensor:  # (s, d)
 def placed_bag_mean(
     weight: Tensor,  # (V, d), or the rows of tokens start .. start + V
     ids: Tensor,  # (N, s); a place below 0 is not there
-    start: int,
+    start: int | None,  # None: weight is the whole table, and torch refuses an id of V or more
     padding_idx: int,  # this row gets no gradient; -1 for none
     signal: float,
     weighting: str,
@@ -51,13 +51,13 @@ def placed_bag_mean(
     share = shares(ids, cast(Weighting, weighting), factors.dtype)
     total = torch.zeros(ids.shape[0], weight.shape[1], dtype=factors.dtype, device=weight.device)
     for place, factor in enumerate(factors):
-        inside, local = _local(ids[:, place], start, weight.shape[0])
-        total.addcmul_(F.embedding(local, weight).to(total.dtype), factor * (share[:, place, None] * inside))
+        inside, local = local_ids(ids[:, place], start, weight.shape[0])
+        total.addcmul_(F.embedding(local, weight).to(total.dtype), factor * (share[:, place] * inside).unsqueeze(1))
     return total.to(weight.dtype)
 
 
 @placed_bag_mean.register_fake
-def _(weight: Tensor, ids: Tensor, start: int, padding_idx: int, signal: float, weighting: str) -> Tensor:
+def _(weight: Tensor, ids: Tensor, start: int | None, padding_idx: int, signal: float, weighting: str) -> Tensor:
     return weight.new_empty(ids.shape[0], weight.shape[1])
 
 
@@ -66,7 +66,7 @@ def placed_bag_mean_backward(
     grad: Tensor,  # (N, d)
     weight: Tensor,  # (V, d)
     ids: Tensor,  # (N, s)
-    start: int,
+    start: int | None,
     padding_idx: int,
     signal: float,
     weighting: str,
@@ -75,15 +75,17 @@ def placed_bag_mean_backward(
     share, grad = shares(ids, cast(Weighting, weighting), factors.dtype), grad.to(factors.dtype)
     total = torch.zeros_like(weight, dtype=factors.dtype)
     for place, factor in enumerate(factors):
-        inside, local = _local(ids[:, place], start, weight.shape[0])
-        total.index_add_(0, local, grad * (factor * (share[:, place, None] * inside)))
-    if start <= padding_idx < start + weight.shape[0]:
-        total[padding_idx - start] = 0
+        inside, local = local_ids(ids[:, place], start, weight.shape[0])
+        total.index_add_(0, local, grad * (factor * (share[:, place] * inside).unsqueeze(1)))
+    if 0 <= (padding := padding_idx - (start or 0)) < weight.shape[0]:
+        total[padding] = 0
     return total.to(weight.dtype)
 
 
 @placed_bag_mean_backward.register_fake
-def _(grad: Tensor, weight: Tensor, ids: Tensor, start: int, padding_idx: int, signal: float, weighting: str) -> Tensor:
+def _(
+    grad: Tensor, weight: Tensor, ids: Tensor, start: int | None, padding_idx: int, signal: float, weighting: str
+) -> Tensor:
     return torch.empty_like(weight)
 
 
@@ -108,13 +110,17 @@ def shares(ids: Tensor, weighting: Weighting, dtype: torch.dtype) -> Tensor:  # 
     return found / found.sum(-1, keepdim=True).clamp(min=torch.finfo(dtype).tiny)
 
 
-def _local(ids: Tensor, start: int, rows: int) -> tuple[Tensor, Tensor]:  # (N,) -> (N, 1) bool, (N,)
-    local = ids - start
-    inside = (local >= 0) & (local < rows)
-    return inside.unsqueeze(1), torch.where(inside, local, 0)
+def local_ids(ids: Tensor, start: int | None, rows: int) -> tuple[Tensor, Tensor]:
+    """Which ids are there and among the rows ``start .. start + rows``, and their rows (0 for the others).
+
+    ``start`` is None where the rows are the whole table: an id beyond them stays as it is, and looking it up fails.
+    """
+    local = ids if start is None else ids - start
+    inside = local >= 0 if start is None else (local >= 0) & (local < rows)
+    return inside, torch.where(inside, local, 0)
 
 
-def _setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, int, int, float, str], output: Tensor) -> None:
+def _setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, int | None, int, float, str], output: Tensor) -> None:
     ctx.save_for_backward(*inputs[:2])
     ctx.settings = inputs[2:]
 

@@ -27,7 +27,7 @@ class BagEmbedding(Embedding):
         if input.dim() == 2:
             return super().forward(input)
         weight = self.weight.to_local() if isinstance(self.weight, DTensor) else self.weight
-        start = 0
+        start = None
         if self.tp_group is not None:
             processes = dist.get_world_size(self.tp_group)
             start = dist.get_rank(self.tp_group) * -(-self.num_embeddings // processes)
