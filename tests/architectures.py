@@ -247,6 +247,11 @@ logits (B, L, V) are never made. *Refused*: `TSTTrainer` says so before it train
 work. Families that are not here were not measured; `TSTTrainer` finds out the way of the loss, and what it must refuse,
 on any model.
 
+In a loop of your own, `model.get_decoder()(ids).last_hidden_state` gives the hidden states of a *fused* family, and
+`linear_multi_hot_cross_entropy` takes what the row names: `softcap=30`, `logit_scale=0.125`. Where whole logits are
+named, use `multi_hot_cross_entropy(model(ids).logits, targets)`. `superpose` does not refuse anything: a family that is
+*refused* would read bags without the scale or the further embeddings that it gives to tokens, so leave its input bag 1.
+
 | family | equal | loss | |
 |---|---|---|---|"""
 

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
+from tests.architectures import build
 from tests.conftest import TINY, VOCAB, tiny
 from token_superposition import TokenSuperpositionError, bag_embedding, reference, superpose, unsuperpose
 from token_superposition.embedding import bag_mean
@@ -42,12 +44,49 @@ def test_ordinary_ids_and_state_dict_are_untouched(architecture: str) -> None:
 
 @pytest.mark.parametrize("architecture", ["llama", "gemma3_text", "gpt2"])
 def test_twice_is_once_and_it_can_be_undone(architecture: str) -> None:
+    def state() -> list[object]:
+        return [(type(m), len(m._forward_pre_hooks), len(m._forward_pre_hooks_with_kwargs)) for m in model.modules()]
+
     model = tiny(architecture).eval()
-    kind, hooks = type(model.get_input_embeddings()), len(model._forward_pre_hooks)
+    before = state()
     once = superpose(model)(input_ids=IDS).logits
+    changed = state()
     assert torch.equal(superpose(model)(input_ids=IDS).logits, once)
-    assert unsuperpose(model) is model
-    assert type(model.get_input_embeddings()) is kind and len(model._forward_pre_hooks) == hooks
+    assert state() == changed != before
+    assert unsuperpose(model) is model and state() == before
+
+
+@pytest.mark.parametrize("architecture", [*TINY, "opt", "mpt", "openai-gpt"])
+def test_a_decoder_reads_bags_by_itself(architecture: str) -> None:
+    """Contiguous ids, which a model could flatten to (B * L, s) without a word."""
+    model = superpose(tiny(architecture) if architecture in TINY else build(architecture).float()).eval()
+    ids = IDS % model.get_input_embeddings().num_embeddings
+    decoder: Any = model.get_decoder()
+    want = decoder(inputs_embeds=model.get_input_embeddings()(ids)).last_hidden_state
+    for got in (decoder(ids), decoder(input_ids=ids)):
+        torch.testing.assert_close(got.last_hidden_state, want)
+    assert want.shape[:2] == ids.shape[:2]
+
+
+class Wrapper(nn.Module):
+    def __init__(self, model: nn.Module):
+        super().__init__()
+        self.model = model
+
+    def forward(self, input_ids: torch.Tensor) -> Any:
+        return self.model(input_ids)
+
+
+@pytest.mark.parametrize("wrap", [Wrapper, lambda m: torch.compile(m, backend="eager"), lambda m: Wrapper(Wrapper(m))])
+@pytest.mark.parametrize("named", [False, True])
+def test_a_model_in_a_wrapper(wrap: Callable[[nn.Module], Any], named: bool) -> None:
+    model = tiny("gpt2").eval()
+    want = model(inputs_embeds=model.get_input_embeddings()(IDS).mean(2)).logits
+    torch._dynamo.reset()
+    wrapped = superpose(wrap(model), model.get_input_embeddings() if named else None)
+    torch.testing.assert_close(wrapped(IDS).logits, want)
+    unsuperpose(wrapped)
+    assert not any(m._forward_pre_hooks for m in model.modules())
 
 
 def test_gradients_are_those_of_the_mean() -> None:

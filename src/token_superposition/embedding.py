@@ -199,10 +199,13 @@ def superpose(
 ) -> M:
     """Make ``model`` accept ids of shape (B, L, s) beside (B, L); returns the same object.
 
-    The input embedding (``model.get_input_embeddings()``, or ``embedding``, or the model's only ``nn.Embedding``)
-    averages bags. A model whose forward takes ``inputs_embeds`` is fed these for bags, so that code which reads the
-    shape of ``input_ids`` never sees a third axis. Parameters, buffers, their names and the state dict are untouched,
-    and ordinary ids take the path they took before. Doing it twice changes nothing; ``unsuperpose`` undoes it.
+    The input embedding (``model.get_input_embeddings()``, also of a model inside ``model``, or ``embedding``, or the
+    only ``nn.Embedding``) averages bags. Every module whose forward takes ``inputs_embeds`` (the model, its decoder,
+    either of them inside a wrapper) is fed these for bags, so that code which reads the shape of ``input_ids`` never
+    sees a third axis. What a model makes of ids beside that, such as a scale or further embeddings, is not done for
+    bags: ``docs/architectures.md`` names such models. Parameters, buffers, their names and the state dict are
+    untouched, and ordinary ids take the path they took before. Doing it twice changes nothing; ``unsuperpose`` undoes
+    it.
 
     ``weighting`` weighs the tokens of a bag that is read, and ``place_signal``, in [0, 1], lets it tell their places
     (see ``bag_embedding``); they mean nothing for ordinary ids and are not in the state dict.
@@ -222,18 +225,20 @@ def superpose(
                 raise TokenSuperpositionError(
                     f"the model reads bags with {name} {present} already, not {wanted}; unsuperpose it first"
                 )
-    if "inputs_embeds" in inspect.signature(model.forward).parameters and not _feeders(model):
-        model.register_forward_pre_hook(_FeedEmbeddings(embedding), with_kwargs=True)
+    for module in model.modules():
+        reads_ids = module is model or _own_embedding(module) is embedding
+        if reads_ids and "inputs_embeds" in inspect.signature(module.forward).parameters and not _feeders(module):
+            module.register_forward_pre_hook(_FeedEmbeddings(embedding), with_kwargs=True)
     return model
 
 
 def unsuperpose(model: M) -> M:
     """Undo ``superpose``: every class and hook is what it was; returns the same object."""
-    hooks = cast(Any, model)
-    for key in _feeders(model):
-        del hooks._forward_pre_hooks[key]
-        hooks._forward_pre_hooks_with_kwargs.pop(key, None)
     for module in model.modules():
+        hooks = cast(Any, module)
+        for key in _feeders(module):
+            del hooks._forward_pre_hooks[key]
+            hooks._forward_pre_hooks_with_kwargs.pop(key, None)
         if is_superposed(module):
             module.__class__ = _stock_class(type(module))
     return model
@@ -245,9 +250,11 @@ def is_superposed(embedding: nn.Module) -> bool:
 
 def find_embedding(model: nn.Module) -> nn.Module:
     """The module that maps token ids to vectors."""
-    get = getattr(model, "get_input_embeddings", None)
-    if get is not None:
-        return get()
+    if (own := _own_embedding(model)) is not None:
+        return own
+    inside = {e for m in model.modules() if (e := _own_embedding(m)) is not None}
+    if len(inside) == 1:
+        return inside.pop()
     found = {name: m for name, m in model.named_modules() if isinstance(m, nn.Embedding)}
     if len(found) != 1:
         raise TokenSuperpositionError(
@@ -255,6 +262,14 @@ def find_embedding(model: nn.Module) -> nn.Module:
             "name the token embedding: superpose(model, embedding=model.wte)"
         )
     return next(iter(found.values()))
+
+
+def _own_embedding(module: nn.Module) -> nn.Module | None:
+    """What ``get_input_embeddings`` gives, where there is one."""
+    try:
+        return cast(Any, module).get_input_embeddings()
+    except (AttributeError, NotImplementedError):
+        return None
 
 
 class _BagMixin:
