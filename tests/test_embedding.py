@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import copy
+import io
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -133,6 +134,19 @@ def test_a_copied_model_uses_its_own_embedding() -> None:
     assert torch.equal(model(input_ids=IDS).logits, before)
     assert not torch.equal(twin(input_ids=IDS).logits, before)
     assert not unsuperpose(twin)._forward_pre_hooks
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gemma3_text"])
+def test_a_superposed_model_can_be_pickled(architecture: str) -> None:
+    model = superpose(tiny(architecture), weighting="power").eval()
+    file = io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    twin = torch.load(file, weights_only=False)
+    assert torch.equal(twin(IDS).logits, model(IDS).logits)
+    twin.get_input_embeddings().weight.data.zero_()
+    assert not torch.equal(twin(IDS).logits, model(IDS).logits)
+    assert type(unsuperpose(twin).get_input_embeddings()) is type(tiny(architecture).get_input_embeddings())
 
 
 def test_any_module_with_an_embedding() -> None:

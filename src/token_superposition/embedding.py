@@ -216,9 +216,7 @@ def superpose(
     place_weights(weighting, 1)
     embedding = embedding if embedding is not None else find_embedding(model)
     if not is_superposed(embedding):
-        stock = type(embedding)
-        members = {"__module__": __name__, "place_signal": place_signal, "weighting": weighting}
-        embedding.__class__ = type(f"Bag{stock.__name__}", (_BagMixin, stock), members)
+        embedding.__class__ = _bag_class(type(embedding), place_signal, weighting)
     else:
         for name, wanted in (("place_signal", place_signal), ("weighting", weighting)):
             if (present := getattr(embedding, name)) != wanted:
@@ -283,6 +281,23 @@ class _BagMixin:
         if ids.dim() == 3:
             return bag_embedding(cast(nn.Module, self), ids, self.place_signal, self.weighting)
         return super().forward(*args, **kwargs)  # pyright: ignore  # of the stock class, next in line
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """The class is made by ``superpose``, so a pickle cannot find it by name: it says what it is made of."""
+        made_of, stock = type(self).__mro__[1:3]
+        if made_of is not _BagMixin:  # a wrapper made a class of its own of it
+            return super().__reduce_ex__(protocol)
+        return _unpickle, (stock, self.place_signal, self.weighting), cast(Any, self).__getstate__()
+
+
+def _bag_class(stock: type, place_signal: float, weighting: Weighting) -> type:
+    members = {"__module__": __name__, "place_signal": place_signal, "weighting": weighting}
+    return type(f"Bag{stock.__name__}", (_BagMixin, stock), members)
+
+
+def _unpickle(stock: type, place_signal: float, weighting: Weighting) -> Any:
+    made: Any = _bag_class(stock, place_signal, weighting)
+    return made.__new__(made)
 
 
 class _FeedEmbeddings:
