@@ -220,6 +220,32 @@ def test_extreme_logits(impl: Any) -> None:
         torch.testing.assert_close(gradient, want, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize(
+    ("impl", "softcap"),  # native's part that is torch's gives NaN
+    [("liger", None), *((i, cap) for i in ("reference", "chunked", "triton", "on logits") for cap in (None, 2.0))],
+)
+def test_a_token_that_is_ruled_out(impl: Any, softcap: float | None) -> None:
+    """A bias of -inf at id 0, which stands for masked targets inside: the other targets are scored as ever."""
+    hidden, head, bias, targets = example(6, 4, 7, 3, 0.0, 6, torch.float32)
+    targets = targets.clamp(min=1)
+    targets[:, 1], targets[2] = -100, -100
+    bias.data[0] = -math.inf
+
+    def loss(h: Tensor, w: Tensor) -> Tensor:
+        if impl != "on logits":
+            return linear(h, w, targets, bias=bias, impl=impl, softcap=softcap)
+        logits = h @ w.T + bias
+        return on_logits(logits if softcap is None else softcap * torch.tanh(logits / softcap), targets)
+
+    logits = hidden.double() @ head.double().T + bias
+    logits = logits if softcap is None else softcap * torch.tanh(logits / softcap)
+    expected = sum(F.cross_entropy(logits, targets[:, i]) for i in (0, 2)) / 2
+    torch.testing.assert_close(loss(hidden, head).double(), expected, rtol=1e-5, atol=1e-5)
+    wanted = torch.autograd.grad(expected, (hidden, head))
+    for gradient, want in zip(torch.autograd.grad(loss(hidden, head), (hidden, head)), wanted, strict=True):
+        torch.testing.assert_close(gradient, want, rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("impl", ALL)
 def test_inputs_need_not_be_contiguous(impl: Any) -> None:
     hidden, head, _, targets = example(6, 4, 11, 3, 0.2, 9, torch.float32)

@@ -124,7 +124,7 @@ def loss_and_gradient(
         inside = w.sum(1, keepdim=True).clamp_(min=1)  # 1 or more, but in a row without members
         picked, w = (inside.log() + best).squeeze(1), w / inside
     else:
-        picked = (targets * w).sum(1)
+        picked = (torch.where(w > 0, targets, 0) * w).sum(1)  # a masked target may have a logit of -inf
     sums = z.exp_().sum(1)
     if group:
         sums, picked = _all_reduce(sums, "sum", group), _all_reduce(picked, "sum", group)

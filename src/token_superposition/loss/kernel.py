@@ -59,7 +59,7 @@ def _loss_and_gradient(
         total = total * tl.exp(top - new_top) + tl.sum(tl.exp(z - new_top), 0)
         top = new_top
     lse = top + tl.log(total)
-    loss = tl.log(total) - tl.sum(w * (target - top), 0) + z_loss * lse * lse
+    loss = tl.log(total) - tl.sum(w * tl.where(w > 0, target - top, 0.0), 0) + z_loss * lse * lse
     tl.store(loss_ptr + row, loss)
 
     scale = 1 + 2 * z_loss * lse

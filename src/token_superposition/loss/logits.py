@@ -48,7 +48,7 @@ def multi_hot_cross_entropy(
     w, valid = weigh(targets, place_weights, ignore_index, z.dtype)
     lse = z.logsumexp(1)
     # Relative to the logsumexp before they are summed: exact also where logits are large.
-    relative = z.gather(1, targets.where(w > 0, 0)) - lse.unsqueeze(1)
+    relative = (z.gather(1, targets.where(w > 0, 0)) - lse.unsqueeze(1)).where(w > 0, 0)  # a masked one may be -inf
     if loss == "multi-hot":
         picked = (relative * w).sum(1)
     else:

@@ -99,7 +99,7 @@ def weighted_logits(
     if bias is not None:
         logits += bias[rows]
     if not softcap:
-        return (coefficients * logits).sum(), coefficients.clone()
+        return torch.where(coefficients != 0, coefficients * logits, 0).sum(), coefficients.clone()
     t = (logits / softcap).tanh()
     return (coefficients * softcap * t).sum(), coefficients * (1 - t * t)
 
