@@ -260,6 +260,28 @@ def test_inputs_need_not_be_contiguous(impl: Any) -> None:
         torch.testing.assert_close(gradient, want)
 
 
+@pytest.mark.parametrize(
+    ("impl", "loss"),
+    [*((i, "multi-hot") for i in (*ALL, "on logits")), *((i, "sum-to-one") for i in ("chunked", "on logits"))],
+)
+@pytest.mark.parametrize("target", [-1, 11])
+def test_a_target_outside_the_vocabulary_is_refused(impl: Any, loss: Any, target: int) -> None:
+    """As torch refuses it, not left out as a masked one; its place counts for nothing where its weight is 0."""
+    hidden, head, _, targets = example(6, 4, 11, 3, 0.2, 9, torch.float32)
+    w = None if loss == "sum-to-one" else torch.tensor([1.0, 1.0, 0.0])
+
+    def score(y: Tensor) -> Tensor:
+        if impl == "on logits":
+            return on_logits(hidden @ head.T, y, w, loss=loss)
+        return linear(hidden, head, y, w, impl=impl, loss=loss, chunk_rows=4)
+
+    targets[5, 0] = target
+    with pytest.raises((IndexError, RuntimeError), match=r"out of (bounds|range)"):
+        score(targets)
+    targets[5, 0], targets[5, 2] = 3, target
+    assert w is None or score(targets).isfinite()
+
+
 def test_repeated_tokens_count_twice() -> None:
     logits = torch.tensor([[0.0, 1.0, 3.0]])
     twice = on_logits(logits, torch.tensor([[2, 2, 0]]))

@@ -67,9 +67,7 @@ def linear_multi_hot_loss(
             z = torch.mm(h, w_c.T, out=logits[: h.shape[0]])
             if bias is not None:
                 z.add_(bias.to(dtype))
-            y, w = targets[i : i + rows] - vocab_start, target_weights[i : i + rows]
-            w = torch.where((y >= 0) & (y < v), w, 0)
-            y = torch.where(w > 0, y, 0)
+            y, w = own_targets(targets[i : i + rows], target_weights[i : i + rows], vocab_start, v, group)
             if kernel == "triton":
                 from token_superposition.loss.kernel import loss_and_gradient as by_kernel
 
@@ -137,6 +135,20 @@ def loss_and_gradient(
         scale = scale * (1 + 2 * z_loss * lse)
     g = z.mul_(scale.unsqueeze(1)).scatter_add_(1, y, -w)  # repeated targets add up
     return losses, g if slope is None else g.mul_(slope)
+
+
+def own_targets(
+    targets: Tensor,  # (N, s)
+    w: Tensor,  # (N, s)
+    start: int,
+    v: int,
+    group: str,
+) -> tuple[Tensor, Tensor]:  # columns of this process's logits and their weights: 0 where the weight is 0
+    """A target beyond the vocabulary stays as it is, and picking its logit fails. So it does not in a sharded one."""
+    y = targets - start
+    if group:
+        w = torch.where((y >= 0) & (y < v), w, 0)
+    return torch.where(w > 0, y, 0), w
 
 
 def ceil_div(a: int, b: int) -> int:

@@ -86,6 +86,7 @@ def loss_and_gradient(
     z_loss: float,
 ) -> Tensor:  # (n,)
     n, v = z.shape
+    z.gather(1, y)  # fails, without waiting for the device, where a target is beyond the row; the kernel would not
     losses = torch.empty(n, dtype=w.dtype, device=z.device)
     tile = tile_of(v, softcap != 0, w.dtype)
     launch: Any = _loss_and_gradient[(n,)]

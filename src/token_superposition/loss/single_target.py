@@ -75,11 +75,13 @@ def by_identity(
     used = target_weights > 0
     y = torch.where(used, targets, 0)
     first = y.gather(1, used.int().argmax(1, keepdim=True))
-    with torch.autocast(x.device.type, enabled=False):
-        loss = single_target(x, head, b, torch.where(valid, first.squeeze(1), IGNORED), softcap, z_loss)
     rows = torch.cat((first, y), 1)
     coefficients = torch.cat((valid.to(target_weights).unsqueeze(1), -target_weights), 1)
-    return loss.to(target_weights.dtype) + weighted_logits(x, head, b, rows, coefficients, softcap)[0]
+    # First, since it refuses a target beyond the vocabulary: the library may read there.
+    rest = weighted_logits(x, head, b, rows, coefficients, softcap)[0]
+    with torch.autocast(x.device.type, enabled=False):
+        loss = single_target(x, head, b, torch.where(valid, first.squeeze(1), IGNORED), softcap, z_loss)
+    return loss.to(target_weights.dtype) + rest
 
 
 @torch.library.custom_op("token_superposition::weighted_logits", mutates_args=())
@@ -95,7 +97,7 @@ def weighted_logits(
     acc = coefficients.dtype
     logits = torch.empty_like(coefficients)
     for k in range(rows.shape[1]):  # never (N, k, d)
-        logits[:, k] = (x.to(acc) * weight[rows[:, k]]).sum(1)
+        logits[:, k] = (x.to(acc) * weight.index_select(0, rows[:, k])).sum(1)  # refuses an id below 0, too
     if bias is not None:
         logits += bias[rows]
     if not softcap:

@@ -18,7 +18,7 @@ from torchtitan.config import CompileConfig
 from torchtitan.distributed.spmd_types import current_spmd_mesh, spmd_mesh_size
 
 from token_superposition.errors import TokenSuperpositionError
-from token_superposition.loss.chunked import loss_and_gradient
+from token_superposition.loss.chunked import loss_and_gradient, own_targets
 from token_superposition.loss.targets import as_rows, target_weights
 from token_superposition.weights import Weighting, place_weights
 
@@ -96,9 +96,7 @@ class _SummedLoss(torch.autograd.Function):
     ) -> Tensor:
         z = logits.to(torch.promote_types(logits.dtype, torch.float32), copy=True)
         w, valid = target_weights(targets, weights, IGNORED, z.dtype)
-        y = targets - start
-        w = torch.where((y >= 0) & (y < z.shape[1]), w, 0)
-        losses, gradient = loss_and_gradient(z, torch.where(w > 0, y, 0), w, 0.0, 0.0, group)
+        losses, gradient = loss_and_gradient(z, *own_targets(targets, w, start, z.shape[1], group), 0.0, 0.0, group)
         ctx.save_for_backward(torch.where(valid.unsqueeze(1), gradient, 0).to(logits.dtype))
         return torch.where(valid, losses, 0).sum()
 
