@@ -312,6 +312,20 @@ def test_low_precision_sums_in_float32(dtype: torch.dtype) -> None:
     torch.testing.assert_close(got.double(), expected, rtol=2e-2, atol=2e-2)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_gradients_of_low_precision_are_scaled_before_they_are_rounded(dtype: torch.dtype) -> None:
+    """Their sum over 16,384 rows is beyond float16, their mean is not."""
+    hidden, head, bias, _ = example(1, 8, 32, 1, 0.0, 4, dtype)
+    rows = (hidden + 6).expand(16384, -1)
+    targets = torch.zeros(16384, dtype=torch.long)
+    linear(rows, head, targets, bias=bias).backward()
+    exact = [t.detach().double().requires_grad_() for t in (rows, head, bias)]
+    wanted = torch.autograd.grad(F.cross_entropy(exact[0] @ exact[1].T + exact[2], targets), exact[1:])
+    for got, want in zip((head.grad, bias.grad), wanted, strict=True):
+        assert got is not None and got.dtype == dtype
+        torch.testing.assert_close(got.double(), want, rtol=0.03, atol=0.03)
+
+
 def test_autocast_keeps_float32_parameters_and_gradients() -> None:
     hidden, head = torch.randn(8, 4, requires_grad=True), torch.randn(9, 4, requires_grad=True)
     targets = torch.randint(9, (8, 2))

@@ -39,7 +39,8 @@ def linear_multi_hot_loss(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Sum of the rows' losses, and its gradients by ``hidden``, ``weight`` and ``bias`` (empty where not asked for).
 
-    The matrix products run in ``dtype``; the rest and the sum over chunks in the dtype of ``target_weights``.
+    The matrix products run in ``dtype``; the rest and the sum over chunks in the dtype of ``target_weights``. So do the
+    gradients of weight and bias come, which may be too large for float16 until they are divided by the rows.
     ``kernel`` is ``torch`` or ``triton``. ``group`` names the process group over which the vocabulary is sharded
     (none if empty); ``vocab_start`` is the first id of ``weight``. ``composite`` makes it the sum-to-one loss.
     """
@@ -49,8 +50,8 @@ def linear_multi_hot_loss(
     need_hidden, need_weight, need_bias = differentiate
     total = torch.zeros((), dtype=acc, device=device)
     grad_hidden = torch.empty_like(hidden) if need_hidden else hidden.new_empty(0)
-    grad_weight = torch.zeros((v, d), dtype=acc, device=device) if need_weight else weight.new_empty(0)
-    grad_bias = torch.zeros(v, dtype=acc, device=device) if need_bias else weight.new_empty(0)
+    grad_weight = torch.zeros((v, d), dtype=acc, device=device) if need_weight else target_weights.new_empty(0)
+    grad_bias = torch.zeros(v, dtype=acc, device=device) if need_bias else target_weights.new_empty(0)
     usual = CHUNK_ROWS if device.type == "cpu" else CHUNK_ROWS_KERNEL if kernel == "triton" else CHUNK_ROWS_ACCELERATOR
     widest = dtype if kernel == "triton" else acc
     most = max(chunk_rows or min(usual, CHUNK_BYTES // (v * widest.itemsize)), 1)
@@ -88,12 +89,7 @@ def linear_multi_hot_loss(
                 _add_product(grad_weight, g, h)
             if need_bias:
                 grad_bias += ok.squeeze(1).to(acc) @ g.to(acc)
-    return (
-        total,
-        grad_hidden,
-        grad_weight.to(weight.dtype),
-        grad_bias.to(bias.dtype) if bias is not None else grad_bias,
-    )
+    return total, grad_hidden, grad_weight, grad_bias
 
 
 def loss_and_gradient(
@@ -181,8 +177,8 @@ def _(
     return (
         target_weights.new_empty(()),
         torch.empty_like(hidden) if need_hidden else hidden.new_empty(0),
-        torch.empty_like(weight, memory_format=torch.contiguous_format) if need_weight else weight.new_empty(0),
-        torch.empty_like(bias) if need_bias and bias is not None else weight.new_empty(0),
+        target_weights.new_empty(weight.shape if need_weight else 0),
+        target_weights.new_empty(weight.shape[0] if need_bias else 0),
     )
 
 
@@ -208,8 +204,10 @@ def _backward(ctx: Any, grad: Tensor | None, *_: Tensor | None) -> tuple[Tensor 
         if gradients is None:  # a second backward pass through a retained graph
             gradients = linear_multi_hot_loss(*ctx.saved_tensors, *ctx.settings)[1:]
     scale = torch.mul if torch.compiler.is_compiling() else Tensor.mul_
-    needed = ctx.settings[6]
-    scaled = [scale(g, grad) if need else None for g, need in zip(gradients, needed, strict=True)]
+    scaled = [
+        scale(g, grad).to(t.dtype) if need else None
+        for g, t, need in zip(gradients, ctx.saved_tensors[:3], ctx.settings[6], strict=True)
+    ]
     return (*scaled, *[None] * 13)
 
 
