@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor, init_device_mesh
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.profiler import ProfilerActivity, profile
@@ -102,25 +103,42 @@ def check_dtensors(rank: int) -> None:
     hidden = torch.tanh(table(ragged))
     weight, bias = out.weight, out.bias
     assert isinstance(weight, DTensor) and weight.placements == (Shard(0),)
-    for state in (hidden, DTensor.from_local(hidden, mesh, [Replicate()])):
-        got = linear(state, weight, targets, bias=bias)
-        close(got, expected)
-        grads = torch.autograd.grad(got, (table.weight, weight, bias), retain_graph=True)
-        for g_, w in zip(grads, want, strict=True):
-            close(g_, w)
+    state = DTensor.from_local(hidden, mesh)
+    got = linear(state, weight, targets, bias=bias)
+    close(got, expected)
+    for g_, w in zip(torch.autograd.grad(got, (table.weight, weight, bias)), want, strict=True):
+        close(g_, w)
     whole = weight.full_tensor().detach()
     close(linear(hidden, distribute_tensor(whole, mesh, [Replicate()]), targets, bias=bias), expected)
     with pytest.raises(TokenSuperpositionError, match=r"Shard\(0\) on a mesh of one dimension"):
         linear(hidden, distribute_tensor(whole, mesh, [Shard(1)]), targets)
     with pytest.raises(TokenSuperpositionError, match="choose 'chunked'"):
-        linear(hidden, weight, targets, impl="triton")
+        linear(state, weight, targets, impl="triton")
+    with pytest.raises(TokenSuperpositionError, match=r"hidden is a plain tensor; under FSDP2 call unshard\(\)"):
+        linear(hidden, weight, targets)
     superpose(unsuperpose(model), table, place_signal=0.5, weighting="power")
     got = table(ids)
     close(got, marked)
     close(torch.autograd.grad(got.square().sum(), table.weight)[0], want_marked)
 
 
-CHECKS = (check_loss_on_local_rows, check_number_of_collectives, check_dtensors)
+def check_fsdp(rank: int) -> None:
+    """Processes with rows of their own: a head that FSDP2 sharded is refused, and gathered it gives each its loss."""
+    hidden, whole, bias, targets = example()
+    mine = slice(0, 4) if rank == 0 else slice(5, N)
+    rows, labels = hidden.detach()[mine], targets[mine]
+    expected = linear(rows, whole, labels, bias=bias)
+    head = nn.Linear(D, V, dtype=torch.float64)
+    head.weight.data.copy_(whole.detach())
+    head.bias.data.copy_(bias.detach())
+    sharded: Any = fully_shard(head, mesh=init_device_mesh("cpu", (2,)))
+    with pytest.raises(TokenSuperpositionError, match=r"hidden is a plain tensor; under FSDP2 call unshard\(\)"):
+        linear(rows, head.weight, labels, bias=head.bias)
+    sharded.unshard()
+    close(linear(rows, head.weight, labels, bias=head.bias), expected)
+
+
+CHECKS = (check_loss_on_local_rows, check_number_of_collectives, check_dtensors, check_fsdp)
 
 
 def worker(rank: int, rendezvous: str) -> None:

@@ -29,7 +29,7 @@ HAS_TRITON = find_spec("triton") is not None
 
 def linear_multi_hot_cross_entropy(
     hidden: Tensor,  # (..., d)
-    weight: Tensor,  # (V, d) the output head; a DTensor sharded over V, or its local rows with vocab_parallel
+    weight: Tensor,  # (V, d) the output head; a DTensor sharded over V if hidden is one, or rows with vocab_parallel
     targets: Tensor,  # (..., s) int64, or (...) for s = 1; a bag is a multiset
     place_weights: Tensor | None = None,  # (s,) weights of the places in a bag; None is uniform
     *,
@@ -65,6 +65,10 @@ def linear_multi_hot_cross_entropy(
     - ``auto``: ``triton`` on CUDA where it is installed, the loss is multi-hot and the head is not sharded; else
       ``chunked``. Each was the fastest at every size measured (benchmarks/results.csv): on two CPU cores, and on an
       H200 with 16,384 rows, V 128,256 and d 576 to 4,096, where ``chunked`` took 1.3 to 2.8 times as long.
+
+    A head that is sharded over the vocabulary needs the same hidden states and targets on every process of its mesh or
+    group. A DTensor says so by a ``hidden`` that is a DTensor, too; under FSDP2, where processes have different rows,
+    the head must be whole: ``unshard()`` of its module gathers it.
 
     All but ``reference`` can be differentiated once. ``chunk_rows`` sets the rows of a chunk of ``chunked`` and
     ``triton``. Raises ``TokenSuperpositionError`` for shapes that do not fit and for what ``impl`` cannot do.

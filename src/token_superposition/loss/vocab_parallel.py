@@ -8,6 +8,8 @@ from typing import Any
 import torch.distributed as dist
 from torch import Tensor
 
+from token_superposition.errors import TokenSuperpositionError
+
 
 @dataclass(frozen=True)
 class VocabParallel:
@@ -28,7 +30,8 @@ def local_head(
 ) -> tuple[Tensor, Tensor, Tensor | None, int, str]:
     """Plain tensors of this process (hidden, weight, bias), the first id of weight, and the group's name ('' if none).
 
-    Raises ``TokenSuperpositionError`` for a DTensor that is sharded otherwise than over V.
+    Raises ``TokenSuperpositionError`` for a DTensor that is sharded otherwise than over V, and for one beside plain
+    hidden states: FSDP2 shards parameters like that, and its processes hold different rows.
     """
     if place is not None:
         return hidden, weight, bias, place.start, place.group.group_name
@@ -41,6 +44,11 @@ def local_head(
     head: Any = weight
     mesh = head.device_mesh
     rows, start, sharded = local_rows(head)
+    if sharded and not isinstance(hidden, DTensor):
+        raise TokenSuperpositionError(
+            "the head is a DTensor with a part of the vocabulary, hidden is a plain tensor; under FSDP2 call unshard() "
+            "of its module first, under tensor parallelism give DTensor.from_local(hidden, weight.device_mesh)"
+        )
     if isinstance(hidden, DTensor):
         hidden = hidden.redistribute(mesh, [Replicate()] * mesh.ndim).to_local()
     if isinstance(bias, DTensor):
