@@ -147,6 +147,27 @@ def test_second_derivatives_are_refused_not_wrong() -> None:
     assert torch.autograd.grad(once.square().sum(), head)[0].abs().sum() > 0
 
 
+@pytest.mark.parametrize("impl", ["chunked", "native", "reference"])
+def test_derivatives_that_only_the_reference_has(impl: Any) -> None:
+    hidden, head, targets = example()
+    places = torch.tensor([3.0, 2.0, 1.0], requires_grad=True)
+
+    def forward_mode() -> Tensor:
+        return torch.func.jvp(lambda h: linear(h, head, targets, impl=impl), (hidden,), (hidden * 2,))[1]
+
+    def by_places() -> Tensor:
+        return torch.autograd.grad(linear(hidden, head, targets, places, impl=impl), places)[0].abs().sum()
+
+    for derivative, message in ((forward_mode, "no forward-mode derivative"), (by_places, "place_weights ask for a")):
+        if impl == "reference":
+            assert derivative() != 0
+        else:
+            with pytest.raises(TokenSuperpositionError, match=message):
+                derivative()
+    with torch.no_grad():
+        linear(hidden, head, targets, places, impl=impl)
+
+
 @pytest.mark.parametrize("impl", ["chunked", "native", "triton"])
 @pytest.mark.parametrize("frozen", ["hidden", "head"])
 def test_a_frozen_input_gets_no_gradient(impl: Any, frozen: str) -> None:

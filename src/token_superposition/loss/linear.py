@@ -7,6 +7,7 @@ from typing import Any, Literal, cast, get_args
 
 import torch
 from torch import Tensor
+from torch.autograd.forward_ad import unpack_dual
 
 from token_superposition.errors import TokenSuperpositionError
 from token_superposition.loss.chunked import linear_multi_hot_loss
@@ -70,8 +71,9 @@ def linear_multi_hot_cross_entropy(
     group. A DTensor says so by a ``hidden`` that is a DTensor, too; under FSDP2, where processes have different rows,
     the head must be whole: ``unshard()`` of its module gathers it.
 
-    All but ``reference`` can be differentiated once. ``chunk_rows`` sets the rows of a chunk of ``chunked`` and
-    ``triton``. Raises ``TokenSuperpositionError`` for shapes that do not fit and for what ``impl`` cannot do.
+    All but ``reference`` can be differentiated once, backward, and not by ``place_weights``. ``chunk_rows`` sets the
+    rows of a chunk of ``chunked`` and ``triton``. Raises ``TokenSuperpositionError`` for shapes that do not fit and for
+    what ``impl`` cannot do.
 
     >>> linear_multi_hot_cross_entropy(torch.zeros(1, 2), torch.ones(4, 2), torch.tensor([[0, 0, 3]]))  # ln 4
     tensor(1.3863)
@@ -98,6 +100,14 @@ def linear_multi_hot_cross_entropy(
         return multi_hot_cross_entropy(
             logits, targets, place_weights, ignore_index=ignore_index, z_loss=z_loss, loss=loss, reduction=reduction
         )
+    if place_weights is not None and place_weights.requires_grad and torch.is_grad_enabled():
+        raise TokenSuperpositionError(
+            f"place_weights ask for a gradient, which impl={impl!r} has not; choose impl='reference' or detach them"
+        )
+    if not torch.compiler.is_compiling() and any(
+        t is not None and unpack_dual(t).tangent is not None for t in (hidden, weight, bias)
+    ):
+        raise TokenSuperpositionError(f"impl={impl!r} has no forward-mode derivative; choose impl='reference'")
     if impl in ("native", "liger") and hidden.shape[0]:  # no rows: they divide by them
         from token_superposition.loss import single_target
 
