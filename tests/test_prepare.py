@@ -127,6 +127,7 @@ def test_an_existing_tokenizer_and_wide_vocabulary(prepared: Path, tmp_path: Pat
         (["one.txt"], OPTIONS, "no document is left for validation"),
         (["one.txt"], PrepareOptions(vocab_size=100), "vocab size is 100; give at least 257"),
         (["one.txt"], PrepareOptions(validation_share=1.0), "validation share is 1.0"),
+        (["one.txt"], PrepareOptions(seed=2**64), r"seed is 18446744073709551616; give a whole number below 2\*\*64"),
         (["one.txt"], PrepareOptions(tokenizer="no/such/place"), "tokenizer no/such/place cannot be loaded"),
         (["one.txt"], PrepareOptions(tokenizer="model"), "is its tokenizer.json missing"),
     ],

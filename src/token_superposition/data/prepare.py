@@ -116,7 +116,8 @@ def _check(options: PrepareOptions, out: Path) -> None:
         )
     for name in ("vocab_size", "tokenizer_bytes", "shard_tokens"):
         require_int(name, getattr(options, name), 1)
-    require_int("seed", options.seed, 0)
+    if require_int("seed", options.seed, 0) >= 2**64:
+        raise TokenSuperpositionError(f"seed is {options.seed}; give a whole number below 2**64")
     if options.max_bytes is not None:
         require_int("max_bytes", options.max_bytes, 1)
 
