@@ -147,10 +147,10 @@ def refusals(folder: Path) -> Iterator[tuple[str, str]]:
         tar.addfile(tarfile.TarInfo("../outside.txt"))
     with zipfile.ZipFile(folder / "a.zip", "w") as archive:
         archive.writestr("../outside.txt", "x")
-    for name in ("a.tar.gz", "a.zip"):
+    for name in ("a.txt.xz", "A.TAR", "a.txt.Z"):
+        (folder / name).write_bytes(b"\xfd7zXZ\0")
+    for name in ("a.tar.gz", "a.zip", "a.txt.xz", "A.TAR", "a.txt.Z"):
         yield name, "is an archive or compressed"
-    (folder / "a.txt.xz").write_bytes(b"\xfd7zXZ\0")
-    yield "a.txt.xz", "is an archive or compressed"
     os.mkfifo(folder / "pipe")
     yield "pipe", "is a pipe or a device"
     yield "/dev/zero", "is a pipe or a device"
@@ -183,6 +183,15 @@ def test_what_cannot_be_read_at_all_is_refused_before_any_work(
         assert error.startswith("tst: error: ") and error.count("\n") == 1
         assert source in error and message in error
     assert sorted(work.iterdir()) == before and sorted(tmp_path.iterdir()) == [work]
+
+
+def test_a_text_about_archives_is_text(tmp_path: Path) -> None:
+    for name in ("how-to.tar.md", "notes.zip.txt", "what.is.7z.rst.gz"):
+        content = f"The text of {name}".encode()
+        (tmp_path / name).write_bytes(gzip.compress(content) if name.endswith(".gz") else content)
+    files = find_files([str(tmp_path)])
+    check_files(files, "text")
+    assert len(list(read_documents(files, "text", Counter()))) == 3
 
 
 @contextlib.contextmanager

@@ -23,7 +23,7 @@ TEXT_SUFFIXES = frozenset({
 # fmt: on
 TABLE_SUFFIXES = (".jsonl", ".ndjson", ".parquet")
 COMPRESSED_SUFFIXES = (".gz", ".zst")
-ARCHIVE_SUFFIXES = frozenset({".tar", ".tgz", ".tbz2", ".txz", ".zip", ".7z", ".rar", ".xz", ".bz2", ".lz4", ".Z"})
+ARCHIVE_SUFFIXES = frozenset({".tar", ".tgz", ".tbz2", ".txz", ".zip", ".7z", ".rar", ".xz", ".bz2", ".lz4", ".z"})
 OTHER_FILE = "files in folders that are not text by their ending, or not regular files"
 
 
@@ -75,16 +75,16 @@ def check_files(files: Sequence[Path], text_field: str) -> None:
             raise TokenSuperpositionError(
                 f"{path} is a pipe or a device, which cannot be read twice; write it to a file first"
             )
-        if found := ARCHIVE_SUFFIXES.intersection(path.suffixes[-2:]):
+        if (kind := kind_of(path)) in ARCHIVE_SUFFIXES:
             raise TokenSuperpositionError(
-                f"{path} is an archive or compressed ({', '.join(sorted(found))}), which is not opened here; unpack it "
-                "first (only .gz and .zst of single files are read)"
+                f"{path} is an archive or compressed ({kind}), which is not opened here; unpack it first (only .gz "
+                "and .zst of single files are read)"
             )
         try:
             path.open("rb").close()
         except OSError as e:
             raise unreadable(path, e) from None
-        if kind_of(path) == ".parquet":
+        if kind == ".parquet":
             open_parquet(path, text_field).close()
 
 
