@@ -74,7 +74,12 @@ def _is_unicode(text: str) -> bool:
 def _read_file(path: Path, text_field: str, dropped: Counter[str]) -> Iterator[str]:
     import pyarrow as pa
 
-    readers = {".parquet": _read_parquet, ".jsonl": _read_json_lines, ".ndjson": _read_json_lines}
+    readers = {
+        ".parquet": _read_parquet,
+        ".jsonl": _read_json_lines,
+        ".ndjson": _read_json_lines,
+        ".json": _read_json,
+    }
     before = dropped.total()
     read = 0
     try:
@@ -134,6 +139,20 @@ def _last_whole_character(data: bytes) -> int:
         if byte < 0x80:
             break
     return len(data)
+
+
+def _read_json(path: Path, text_field: str, dropped: Counter[str]) -> Iterator[str]:
+    """JSON lines under the name of JSON, as C4 has them, if the first two lines are objects; else text."""
+    with _open(path) as f:
+        lines = all(_is_object(f.readline(MAX_TEXT_BYTES)) for _ in range(2))
+    return (_read_json_lines if lines else _read_text)(path, text_field, dropped)
+
+
+def _is_object(line: bytes) -> bool:
+    try:
+        return isinstance(json.loads(line), dict)
+    except (ValueError, RecursionError):
+        return False
 
 
 def _read_json_lines(path: Path, text_field: str, dropped: Counter[str]) -> Iterator[str]:
