@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -231,8 +232,9 @@ def test_trainer_without_tst(prepared: Path, tmp_path: Path) -> None:
     assert without[0] == pytest.approx(plain[0], rel=0.02)  # nearly the same tokens: the block's last one has a target
 
 
-def test_a_streamed_plan_reads_every_token_once() -> None:
-    documents = [{"input_ids": list(range(first, first + 7))} for first in range(0, 700, 7)]
+@pytest.mark.parametrize("kind", [list, np.array, lambda ids: np.array(ids, np.uint16), torch.tensor])
+def test_a_streamed_plan_reads_every_token_once(kind: Callable[[list[int]], Any]) -> None:
+    documents = [{"input_ids": kind(list(range(first, first + 7)))} for first in range(0, 700, 7)]
     schedule = Schedule.two_phase(4, 3, 0.5)
     samples = list(StreamedPlan(documents, schedule, sequence_length=4, batch_size=2))
     assert len(samples) == len(StreamedPlan(documents, schedule, 4, 2)) == 8

@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, cast
 
+import numpy as np
 import torch
 from torch.utils.data import IterableDataset, get_worker_info
 
@@ -59,7 +60,7 @@ class StreamedPlan(IterableDataset[Sample]):
             wanted = span(self.sequence_length, a, b)
             for _ in range(phase.steps * self.batch_size):
                 while len(waiting) < wanted:
-                    waiting += next(documents)
+                    waiting += np.asarray(next(documents)).tolist()  # a list, an array or a tensor
                 ids, targets = fold(torch.tensor(waiting[:wanted]), a, b)
                 del waiting[: self.sequence_length * a]
                 yield {"input_ids": ids, "shift_labels": targets.clone(memory_format=torch.contiguous_format)}
