@@ -55,6 +55,18 @@ def test_small_shards_are_one_stream(prepared: Path, tmp_path: Path) -> None:
     assert np.array_equal(whole.document_starts(), cut.document_starts())
 
 
+def test_a_store_is_indexed_like_an_array(prepared: Path) -> None:
+    store = TokenStore(prepared)
+    whole = np.asarray(store)
+    assert whole.dtype == np.uint16 and np.array_equal(whole, store[:])
+    assert np.array(store, np.int64).dtype == np.int64
+    assert (store[0], store[np.int64(7)], store[-1]) == (whole[0], whole[7], whole[-1])
+    assert list(store) == whole.tolist()
+    for i in (len(store), -len(store) - 1):
+        with pytest.raises(IndexError):
+            store[i]
+
+
 def test_same_input_and_seed_give_the_same_bytes(prepared: Path, tmp_path: Path) -> None:
     prepare([str(prepared.parent / "text")], tmp_path / "again", OPTIONS)
     files = sorted(p.relative_to(prepared) for p in prepared.rglob("*") if p.is_file())

@@ -26,7 +26,7 @@ from dataclasses import asdict, dataclass, field
 from functools import lru_cache
 from itertools import accumulate
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, Literal, SupportsIndex, cast, overload
 
 import numpy as np
 
@@ -138,8 +138,9 @@ class _OpenShard:
 class TokenStore:
     """One split of a prepared directory as one long 1-D array of tokens.
 
-    ``len(store)`` is the number of tokens, ``store[start:stop]`` a numpy array of them. Shards are mapped when they
-    are first touched, so that opening is instant; the object can be sent to worker processes.
+    ``len(store)`` is the number of tokens, ``store[start:stop]`` a numpy array of them, ``store[i]`` one of them.
+    Shards are mapped when they are first touched, so that opening is instant; the object can be sent to worker
+    processes.
 
     Raises ``TokenSuperpositionError``, which names the file: here, if the directory is not a finished store, its
     tokenizer is another one, or a shard has the wrong size or header; when tokens are read, if they are not those that
@@ -159,7 +160,14 @@ class TokenStore:
     def __len__(self) -> int:
         return self._ends[-1] if self._ends else 0
 
-    def __getitem__(self, key: slice) -> np.ndarray:
+    @overload
+    def __getitem__(self, key: slice) -> np.ndarray: ...
+    @overload
+    def __getitem__(self, key: SupportsIndex) -> np.integer: ...
+    def __getitem__(self, key: slice | SupportsIndex) -> np.ndarray | np.integer:
+        if not isinstance(key, slice):
+            i = range(len(self))[key]  # also from the end; an IndexError past it
+            return self[i : i + 1][0]
         start, stop, step = key.indices(len(self))
         if step != 1:
             raise TokenSuperpositionError(f"a token store is read in slices of step 1, not {step}")
@@ -171,6 +179,11 @@ class TokenStore:
             parts.append(self._read(i, start - first, end - first))
             start, i = end, i + 1
         return np.concatenate(parts) if parts else np.empty(0, self.meta.dtype)
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+        if copy is False:
+            raise ValueError("a token store becomes an array only by a copy")
+        return self[:].astype(dtype or self.meta.dtype, copy=False)
 
     def document_starts(self) -> np.ndarray:
         """Index of the first token of every document, uint64."""
