@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -177,6 +178,81 @@ def test_existing_output_is_never_touched(prepared: Path) -> None:
     with pytest.raises(TokenSuperpositionError, match="exists already"):
         prepare([str(prepared.parent / "text")], prepared, OPTIONS)
     assert (prepared / "meta.json").read_bytes() == before
+
+
+@pytest.mark.parametrize("kind", ["empty folder", "link to an empty folder", "link to nothing yet", "under a link"])
+def test_output_through_links(prepared: Path, tmp_path: Path, kind: str) -> None:
+    """Also to another disk: what is written aside lies beside the folder that the link leads to."""
+    real = tmp_path / "other disk/real"
+    real.parent.mkdir()
+    out = tmp_path / "data"
+    if kind == "empty folder":
+        out.mkdir()
+    elif kind == "under a link":
+        (tmp_path / "link").symlink_to(real.parent)
+        out = tmp_path / "link/real"
+    else:
+        out.symlink_to("other disk/real")
+        if kind == "link to an empty folder":
+            real.mkdir()
+    prepare([str(prepared.parent / "text")], out, OPTIONS)
+    assert verify_store(out) == [] and out.is_symlink() == kind.startswith("link")
+    if kind != "empty folder":
+        assert verify_store(real) == [] and list(real.parent.iterdir()) == [real]
+
+
+def test_output_that_cannot_be_replaced_is_refused_before_any_work(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    here = tmp_path / "here"
+    here.mkdir()
+    monkeypatch.chdir(here)
+    Path("../loop").symlink_to("loop")
+    Path("../cwd").symlink_to("here")
+    cases = {".": "the current folder", "../cwd": "the current folder", "../loop": "a link that leads in a circle"}
+    for out, what in cases.items():
+        read: list[int] = []
+        with pytest.raises(TokenSuperpositionError, match=f"{out} is {what}.*--out"):
+            prepare((), out, OPTIONS, documents=lambda _, read=read: iter(read.append(1) or text()))
+        assert not read
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["cwd", "here", "loop"] and not list(here.iterdir())
+
+
+@pytest.mark.parametrize("mount", ["-t tmpfs none", "--bind ../real"])
+def test_a_mount_point_is_refused_before_any_work(mount: str, tmp_path: Path) -> None:
+    (tmp_path / "real").mkdir()
+    (tmp_path / "a.txt").write_text("some text")
+    out = tmp_path / "work/data"
+    out.mkdir(parents=True)
+    mounted = ["unshare", "--mount", "sh", "-c", f'mount {mount} data && exec "$@"', "sh"]
+    try:
+        subprocess.run([*mounted, "true"], check=True, cwd=out.parent, capture_output=True)
+    except (OSError, subprocess.CalledProcessError):
+        pytest.skip("mounting is not allowed here")
+    command = "from token_superposition.cli import main; raise SystemExit(main(['prepare', '..', '--out', 'data']))"
+    done = subprocess.run([*mounted, sys.executable, "-c", command], cwd=out.parent, capture_output=True, text=True)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stderr
+    assert "data is a mount point" in done.stderr or "data (Device or resource busy)" in done.stderr
+    assert list(out.parent.iterdir()) == [out]
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="the super-user can become another one")
+def test_an_empty_folder_of_another_user_is_refused_before_any_work(tmp_path: Path) -> None:
+    """In a folder like /tmp, where one may add to and not take away from what others own."""
+    for parent in (tmp_path, *tmp_path.parents):
+        if parent.owner() == tmp_path.owner() and parent.stat().st_mode & 0o777 == 0o700:
+            parent.chmod(0o755)
+    shared = tmp_path / "shared"
+    (shared / "data").mkdir(parents=True)
+    shared.chmod(0o1777)
+    read: list[int] = []
+    os.seteuid(65534)
+    try:
+        with pytest.raises(TokenSuperpositionError, match=r"cannot write .*data \(Operation not permitted\)"):
+            prepare((), shared / "data", OPTIONS, documents=lambda _: iter(read.append(1) or text()))
+    finally:
+        os.seteuid(0)
+    assert not read and [p.name for p in shared.iterdir()] == ["data"]
 
 
 def test_a_killed_run_leaves_nothing_that_looks_finished_and_can_be_repeated(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import shutil
 import sqlite3
 from array import array
@@ -65,8 +66,8 @@ def prepare(
 
     Raises ``TokenSuperpositionError`` for unusable options or sources, an empty corpus, or a full disk.
     """
-    out, sources = Path(out), list(sources)
-    _check(options, out)
+    _check(options, Path(out))
+    out, sources = Path(os.path.realpath(out)), list(sources)  # a link stays, and leads to the store
     dropped: Counter[str] = Counter()
     total = None
     if documents is None:
@@ -87,11 +88,14 @@ def prepare(
         with FileLock(f"{partial}.lock", timeout=0):
             shutil.rmtree(partial, ignore_errors=True)
             try:
+                if out.exists():  # empty: checked above
+                    out.rename(partial)  # here and back: what cannot be replaced is found before any work
+                    partial.rename(out)
                 partial.mkdir()
                 meta = _prepare(documents, partial, options, progress, total, dropped)
                 meta.save(partial / "meta.json")
                 if out.exists():
-                    out.rmdir()  # empty: checked above
+                    out.rmdir()
                 partial.rename(out)
             finally:
                 shutil.rmtree(partial, ignore_errors=True)
@@ -110,6 +114,12 @@ def prepare(
 def _check(options: PrepareOptions, out: Path) -> None:
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise TokenSuperpositionError(f"{out} exists already; choose another --out or remove it")
+    target = Path(os.path.realpath(out))
+    if target.is_symlink():
+        raise TokenSuperpositionError(f"{out} is a link that leads in a circle; choose another --out")
+    if target == Path.cwd() or target.is_mount():
+        what = "the current folder" if target == Path.cwd() else "a mount point"
+        raise TokenSuperpositionError(f"{out} is {what}, which cannot be replaced; name a new folder in it as --out")
     if not 0 < options.validation_share < 1:
         raise TokenSuperpositionError(
             f"validation share is {options.validation_share}; give a share in (0, 1), say 0.01"
