@@ -6,6 +6,7 @@ import contextlib
 import gzip
 import json
 import os
+import shutil
 import tarfile
 import zipfile
 from collections import Counter
@@ -22,7 +23,7 @@ from tests.conftest import text
 from token_superposition import TokenSuperpositionError
 from token_superposition.cli import main
 from token_superposition.data import sources
-from token_superposition.data.files import OTHER_FILE, check_files, find_files
+from token_superposition.data.files import OTHER_FILE, STORE, check_files, find_files
 from token_superposition.data.prepare import PrepareOptions, prepare
 from token_superposition.data.sources import CUT, read_documents
 from token_superposition.data.store import SPLITS, Meta, TokenStore
@@ -261,7 +262,26 @@ def test_a_folder_that_holds_the_output_does_not_read_it(tmp_path: Path) -> None
     for i, document in enumerate(text(40)):
         (tmp_path / f"{i}.txt").write_text(document)
     meta = prepare([str(tmp_path)], tmp_path / "data", OPTIONS)
-    assert meta.train.documents + meta.validation.documents == 40
+    assert meta.train.documents + meta.validation.documents == 40 and not meta.dropped
+    (tmp_path / "deep").mkdir()
+    (tmp_path / "deep/meta.json").write_text('{"format": "of something else"}')
+    again = prepare([str(tmp_path)], tmp_path / "deep/again", OPTIONS)
+    assert again.train.documents + again.validation.documents == 41 and again.dropped == {STORE: 1}
+
+
+def test_what_a_killed_run_left_in_its_source_changes_nothing(tmp_path: Path) -> None:
+    """Killed while it tokenises, or before: its tokenizer and its lock lie in the folder that the next one reads."""
+    for i, document in enumerate(text(40)):
+        (tmp_path / f"{i}.txt").write_text(document)
+    expected = prepare([str(tmp_path)], tmp_path / "data", OPTIONS)
+    shutil.copytree(tmp_path / "data", tmp_path / ".new.partial")
+    (tmp_path / ".new.partial/meta.json").unlink()
+    (tmp_path / ".new.partial.lock").touch()
+    for source in (tmp_path, tmp_path / "**/*.[tj]*"):
+        (tmp_path / "data").rename(tmp_path.parent / f"{tmp_path.name}-data")
+        assert prepare([str(source)], tmp_path / "new", OPTIONS) == expected
+        (tmp_path.parent / f"{tmp_path.name}-data").rename(tmp_path / "data")
+        shutil.move(tmp_path / "new", tmp_path / ".new.partial")
 
 
 def documents_of(data: Path) -> Iterator[str]:

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from token_superposition.data.store import is_partial, is_store
 from token_superposition.errors import TokenSuperpositionError
 
 # What a folder is searched for. A file that is named itself, or matched by a glob, is read whatever its ending.
@@ -24,6 +25,7 @@ TEXT_SUFFIXES = frozenset({
 TABLE_SUFFIXES = (".jsonl", ".ndjson", ".parquet")
 COMPRESSED_SUFFIXES = (".gz", ".zst")
 ARCHIVE_SUFFIXES = frozenset({".tar", ".tgz", ".tbz2", ".txz", ".zip", ".7z", ".rar", ".xz", ".bz2", ".lz4", ".z"})
+STORE = "folders that are prepared data"
 OTHER_FILE = "files in folders that are not text by their ending, or not regular files"
 
 
@@ -31,7 +33,7 @@ def find_files(sources: Sequence[str], dropped: Counter[str] | None = None) -> l
     """Files of folders (searched recursively), globs and paths, each once, in a fixed order.
 
     Links to files are followed, links to folders inside a folder are not: there are no loops. What a folder holds
-    beside text is counted in ``dropped``.
+    beside text is counted in ``dropped``; token stores in it, and what a killed ``tst prepare`` left, are passed over.
     Raises ``TokenSuperpositionError`` for a source that does not exist, matches nothing, or holds no text.
     """
     found: dict[Path, None] = {}
@@ -53,7 +55,8 @@ def find_files(sources: Sequence[str], dropped: Counter[str] | None = None) -> l
             files = [path]
         elif any(c in source for c in "*?["):
             root = Path(path.anchor)
-            files = sorted(p for p in root.glob(str(path.relative_to(root))) if p.is_file())
+            matches = root.glob(str(path.relative_to(root)))
+            files = sorted(p for p in matches if p.is_file() and not any(map(is_partial, p.parts)))
             if not files:
                 raise TokenSuperpositionError(f"the pattern {source} matches no file; quote it and check the folder")
         elif path.is_symlink():
@@ -138,8 +141,14 @@ def _search(folder: Path, dropped: Counter[str] | None) -> list[Path]:
         raise unreadable(Path(e.filename), e)
 
     found: list[Path] = []
-    for directory, _, names in os.walk(folder, onerror=failed):
-        for path in (Path(directory, name) for name in names):
+    for directory, folders, names in os.walk(folder, onerror=failed):
+        folders[:] = [name for name in folders if not is_partial(name)]
+        if "meta.json" in names and is_store(Path(directory)):
+            folders.clear()
+            if dropped is not None:
+                dropped[STORE] += 1
+            continue
+        for path in (Path(directory, name) for name in names if not is_partial(name)):
             if _is_text_name(path) and path.is_file():
                 found.append(path)
             elif dropped is not None:

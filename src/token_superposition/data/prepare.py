@@ -19,7 +19,16 @@ import numpy as np
 
 from token_superposition.data.files import check_files, estimated_bytes, find_files
 from token_superposition.data.sources import CUT, cut_at_lines, read_documents
-from token_superposition.data.store import SPLITS, Meta, Shard, Split, SplitMeta, block_crc32, file_sha256
+from token_superposition.data.store import (
+    SPLITS,
+    Meta,
+    Shard,
+    Split,
+    SplitMeta,
+    block_crc32,
+    file_sha256,
+    partial_of,
+)
 from token_superposition.data.tokenizer import load_tokenizer, tokenizer_sha256, train_bpe
 from token_superposition.errors import TokenSuperpositionError, require_int
 
@@ -82,7 +91,7 @@ def prepare(
         total = min(total, options.max_bytes) if total is not None else options.max_bytes
     from filelock import FileLock, Timeout
 
-    partial = out.parent / f".{out.name}.partial"
+    partial = partial_of(out)
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(f"{partial}.lock", timeout=0):

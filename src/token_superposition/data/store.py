@@ -127,6 +127,25 @@ class Meta:
             raise TokenSuperpositionError(f"{path} is not what tst prepare writes ({e}); run it again") from None
 
 
+def is_store(directory: Path) -> bool:
+    """Whether this is prepared data, of whatever version and however damaged its tokens are."""
+    try:
+        meta: Any = json.loads((directory / "meta.json").read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return False
+    return isinstance(meta, dict) and {"format", "tokenizer_sha256"} <= cast(dict[str, Any], meta).keys()
+
+
+def partial_of(out: Path) -> Path:
+    """Where ``tst prepare`` writes the store ``out`` until it is whole; the lock beside it has the ending .lock."""
+    return out.parent / f".{out.name}.partial"
+
+
+def is_partial(name: str) -> bool:
+    """Whether this is the name of something that only an unfinished ``tst prepare`` has."""
+    return name.startswith(".") and name.endswith((".partial", ".partial.lock"))
+
+
 @dataclass
 class _OpenShard:
     tokens: np.ndarray
