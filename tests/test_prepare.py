@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
 
@@ -171,6 +172,24 @@ def test_datasets_of_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(TokenSuperpositionError, match="pip install 'token-superposition"):
         next(read_documents(["hf:no/such"], "text", dropped))
+
+
+def test_a_broken_connection_is_no_full_disk(tmp_path: Path) -> None:
+    """Of the hub, and of a caller's own iterator. Like requests' errors, it is an OSError without a number."""
+    content = "".join(json.dumps({"text": t}) + "\n" for t in text(40)).encode()
+    (tmp_path / "train-0.jsonl.gz").write_bytes(gzip.compress(content))
+    (tmp_path / "train-1.jsonl.gz").write_bytes(gzip.compress(content)[:-100])
+    with pytest.raises(TokenSuperpositionError, match=r"hf:.* breaks off after 40 rows \(.*\); see to") as caught:
+        prepare([f"hf:{tmp_path}"], tmp_path / "data", OPTIONS)
+    assert "\n" not in str(caught.value)
+
+    def documents(dropped: Counter[str]) -> Iterator[str]:
+        yield from text()
+        raise OSError("the server hung up")
+
+    with pytest.raises(TokenSuperpositionError, match=r"cannot be read to its end \(the server hung up\)"):
+        prepare((), tmp_path / "data", OPTIONS, documents=documents)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["train-0.jsonl.gz", "train-1.jsonl.gz"]
 
 
 def test_existing_output_is_never_touched(prepared: Path) -> None:

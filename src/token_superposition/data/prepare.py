@@ -17,7 +17,7 @@ from typing import Any, cast
 
 import numpy as np
 
-from token_superposition.data.files import check_files, estimated_bytes, find_files
+from token_superposition.data.files import check_files, estimated_bytes, find_files, first_line
 from token_superposition.data.sources import CUT, cut_at_lines, read_documents
 from token_superposition.data.store import (
     SPLITS,
@@ -87,6 +87,7 @@ def prepare(
         check_files(files, options.text_field)  # what cannot be read is found before any work
         total = None if hub else estimated_bytes(files)
         documents = bind(read_documents, [*hub, *files], options.text_field)
+    documents = bind(_read, documents)
     if options.max_bytes is not None:
         total = min(total, options.max_bytes) if total is not None else options.max_bytes
     from filelock import FileLock, Timeout
@@ -114,10 +115,20 @@ def prepare(
             f"another tst prepare is writing {out}; wait for it or choose another --out"
         ) from None
     except OSError as e:
-        raise TokenSuperpositionError(DISK_FULL.format(out=out, why=e.strerror)) from None
+        raise TokenSuperpositionError(DISK_FULL.format(out=out, why=e.strerror or first_line(e))) from None
     except sqlite3.Error as e:
         raise TokenSuperpositionError(DISK_FULL.format(out=out, why=e)) from None
     return meta
+
+
+def _read(documents: Callable[[Counter[str]], Iterator[str]], dropped: Counter[str]) -> Iterator[str]:
+    """Of which an error is none of writing, such as a full disk's."""
+    try:
+        yield from documents(dropped)
+    except OSError as e:
+        raise TokenSuperpositionError(
+            f"the text cannot be read to its end ({e.strerror or first_line(e)}); see to its source and run it again"
+        ) from e
 
 
 def _check(options: PrepareOptions, out: Path) -> None:

@@ -205,11 +205,20 @@ def _read_hub(name: str, text_field: str, dropped: Counter[str]) -> Iterator[str
         rows: Any = datasets.load_dataset(path, config or None, split=split or "train", streaming=True)
     except Exception as e:
         raise TokenSuperpositionError(
-            f"hf:{name} cannot be opened ({first_line(e)}); the form is hf:DATASET[:CONFIG[:SPLIT]]"
+            f"hf:{name} cannot be opened ({first_line(e)}); the form is hf:DATASET[:CONFIG[:SPLIT]], and the hub must "
+            "be within reach"
         ) from None
-    for row in rows:
-        text = row.get(text_field)
-        if isinstance(text, str):
-            yield text
-        else:
-            dropped[f"no text in field {text_field!r}"] += 1
+    read = 0
+    try:
+        for row in rows:
+            read += 1
+            text = row.get(text_field)
+            if isinstance(text, str):
+                yield text
+            else:
+                dropped[f"no text in field {text_field!r}"] += 1
+    except Exception as e:  # of the connection, a file, or the dataset's own
+        raise TokenSuperpositionError(
+            f"hf:{name} breaks off after {read} rows ({first_line(e)}); see to the connection or the dataset and "
+            "run it again"
+        ) from None
