@@ -26,7 +26,7 @@ from token_superposition.data import sources
 from token_superposition.data.files import OTHER_FILE, STORE, check_files, find_files
 from token_superposition.data.prepare import PrepareOptions, prepare
 from token_superposition.data.sources import CUT, read_documents
-from token_superposition.data.store import SPLITS, Meta, TokenStore
+from token_superposition.data.store import SPLITS, Meta, Split, TokenStore
 from token_superposition.data.verify import verify_store
 
 OPTIONS = PrepareOptions(vocab_size=300, validation_share=0.3)
@@ -247,6 +247,25 @@ def test_a_document_too_long_for_one_is_cut_and_loses_nothing(
     assert len(pieces) > 5 and all(len(p) <= 1125 for p in pieces)
 
 
+@pytest.mark.parametrize("ending", [".txt", ".jsonl"])
+def test_a_document_cut_into_several_is_held_out_as_a_whole_or_not_at_all(
+    ending: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What the model is validated on must not go on where the text that it trained on ends."""
+    monkeypatch.setattr(sources, "MAX_TEXT_BYTES", 200)
+    for n in range(40):
+        document = " " * 300 * (n % 2) + "".join(f"line {i} of {n}\n" for i in range(60))  # one in two begins with a
+        content = document if ending == ".txt" else json.dumps({"text": document}) + "\n"  # piece that is left out
+        (tmp_path / f"{n}{ending}").write_text(content)
+    meta = prepare([str(tmp_path)], tmp_path / "data", OPTIONS)
+    found: dict[int, set[str]] = {n: set() for n in range(40)}
+    for split in SPLITS:
+        for document in documents_of(tmp_path / "data", split):
+            found[int(document.splitlines()[-1].split()[-1])].add(split)
+    assert meta.cut == 40 and all(len(splits) == 1 for splits in found.values())
+    assert {split for splits in found.values() for split in splits} == set(SPLITS)
+
+
 def test_a_json_line_longer_than_memory_should_hold_is_passed_over(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -284,9 +303,9 @@ def test_what_a_killed_run_left_in_its_source_changes_nothing(tmp_path: Path) ->
         shutil.move(tmp_path / "new", tmp_path / ".new.partial")
 
 
-def documents_of(data: Path) -> Iterator[str]:
+def documents_of(data: Path, *splits: Split) -> Iterator[str]:
     tokenizer = AutoTokenizer.from_pretrained(data / "tokenizer")
-    for split in SPLITS:
+    for split in splits or SPLITS:
         store = TokenStore(data, split)
         for a, b in pairwise([*store.document_starts().tolist(), len(store)]):
             yield tokenizer.decode(store[a : b - 1].tolist())

@@ -18,7 +18,7 @@ from typing import Any, cast
 import numpy as np
 
 from token_superposition.data.files import check_files, estimated_bytes, find_files, first_line
-from token_superposition.data.sources import CUT, cut_at_lines, read_documents
+from token_superposition.data.sources import CUT, Continued, cut_at_lines, read_documents
 from token_superposition.data.store import (
     SPLITS,
     Meta,
@@ -229,7 +229,7 @@ def _deduplicate(
 
     The hashes seen are kept in a temporary SQLite file, so that memory does not grow with the corpus.
     """
-    path, done = scratch / "seen.sqlite", 0
+    path, done, held_out = scratch / "seen.sqlite", 0, False
     db = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
     try:
         db.execute("PRAGMA journal_mode=OFF")
@@ -242,11 +242,12 @@ def _deduplicate(
                 return
             data = text.encode()
             digest = _digest(data, options.seed)
+            if not isinstance(text, Continued):  # a document is held out as a whole
+                held_out = int.from_bytes(digest[:8]) < options.validation_share * 2**64
             if db.execute("INSERT OR IGNORE INTO seen VALUES (?)", (digest,)).rowcount == 0:
                 dropped["duplicate"] += 1
                 continue
             done += len(data)
-            held_out = int.from_bytes(digest[:8]) < options.validation_share * 2**64
             yield "validation" if held_out else "train", len(data), text
     finally:
         db.close()

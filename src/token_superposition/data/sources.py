@@ -24,6 +24,10 @@ CUT = "long documents cut into several"
 """Counted among what is dropped while reading, though nothing is lost."""
 
 
+class Continued(str):
+    """A further piece of the document that the text before it is of: it goes where that went."""
+
+
 def read_documents(sources: Sequence[str | Path], text_field: str, dropped: Counter[str]) -> Iterator[str]:
     """Every document of the sources, in order; what cannot be read is counted in ``dropped`` by its reason.
 
@@ -41,16 +45,22 @@ def read_documents(sources: Sequence[str | Path], text_field: str, dropped: Coun
 
 
 def _documents(texts: Iterator[str], dropped: Counter[str]) -> Iterator[str]:
+    begun = False  # a piece of this document was yielded
     for text in texts:
+        begun = begun and isinstance(text, Continued)
         if not text.strip():
             dropped["empty document"] += 1
         elif not _is_unicode(text):
             dropped["not Unicode (half of a surrogate pair)"] += 1
         elif len(text) <= MAX_TEXT_BYTES * 9 // 8:
-            yield text
+            yield text if begun else str(text)
+            begun = True
         else:
             dropped[CUT] += 1
-            yield from (piece for piece in cut_at_lines(text, MAX_TEXT_BYTES) if piece.strip())
+            for piece in cut_at_lines(text, MAX_TEXT_BYTES):
+                if piece.strip():
+                    yield Continued(piece) if begun else piece
+                    begun = True
 
 
 def cut_at_lines(text: str, length: int) -> Iterator[str]:
@@ -125,7 +135,7 @@ def _read_text(path: Path, text_field: str, dropped: Counter[str]) -> Iterator[s
                 if "\0" in text:
                     dropped["binary"] += 1
                 else:
-                    yield text
+                    yield text if pieces == 1 else Continued(text)
             encoding = "utf-8"  # a byte-order mark is one at the beginning only
 
 
