@@ -119,6 +119,21 @@ def test_a_long_file_is_cut_at_line_ends_and_loses_nothing(tmp_path: Path) -> No
     assert all(p.endswith("\n") and len(p) < 9 * 2**20 for p in pieces)
 
 
+def test_the_tokenizer_is_trained_on_text_from_everywhere(tmp_path: Path) -> None:
+    """Also where the sample is smaller than any document; each of these has words of its own."""
+    words = [[f"{a}{b}" for b in ("river", "carries", "boats", "harbour")] for a in ("un", "re", "over", "be", "by")]
+    texts = ["".join(f"{own[i % 4]} {i}\n" for i in range(5_000)) for own in words]
+    for name, documents in (("few", texts), ("one", ["".join(texts)])):
+        source = tmp_path / f"{name}.jsonl"
+        source.write_text("".join(json.dumps({"text": t}) + "\n" for t in [*documents, *map(str, range(20))]))
+        options = PrepareOptions(vocab_size=500, validation_share=0.5, tokenizer_bytes=2**15)
+        prepare([str(source)], tmp_path / name, options)
+        vocabulary = AutoTokenizer.from_pretrained(tmp_path / name / "tokenizer").get_vocab()
+        assert len(vocabulary) == 500 and {own[3] for own in words} <= vocabulary.keys()
+        with pytest.raises(TokenSuperpositionError, match=r"tokenizer_bytes is 9, too few .* give at least 16384"):
+            prepare([str(source)], tmp_path / "data", PrepareOptions(tokenizer_bytes=9))
+
+
 def test_an_existing_tokenizer_and_wide_vocabulary(prepared: Path, tmp_path: Path) -> None:
     options = PrepareOptions(tokenizer=str(prepared / "tokenizer"), validation_share=0.1)
     meta = prepare([str(prepared.parent / "text")], tmp_path / "data", options)

@@ -34,6 +34,8 @@ from token_superposition.errors import TokenSuperpositionError, require_int
 
 BATCH_BYTES = 2 * 2**20
 PIECE_CHARS = 2**16  # a longer document is tokenised in pieces cut at line ends, so that all cores share it
+SAMPLES = 32  # no text gives more than one part in so many to the sample that the tokenizer is trained on
+MIN_SAMPLE = 2**14  # bytes: with fewer, the parts would be too short to be text
 DISK_FULL = "cannot write {out} ({why}); free the disk or choose another --out"
 Progress = Callable[[str, float, float | None], None]  # (stage, bytes done, bytes in all if known)
 
@@ -209,17 +211,28 @@ def _digest(data: bytes, seed: int) -> bytes:
 def _sample(
     texts: Iterator[str], share: float, options: PrepareOptions, report: Callable[[int], None]
 ) -> Iterator[str]:
-    """About ``share`` of the texts, chosen by hash, up to ``tokenizer_bytes`` in all."""
+    """About ``share`` of the texts, chosen by hash, up to ``tokenizer_bytes`` in all.
+
+    Of a text that would be a large part of the sample, pieces are chosen: the sample comes from everywhere in the
+    sources, and is not empty or a single text because there are few.
+    """
+    length = max(MIN_SAMPLE // SAMPLES, options.tokenizer_bytes // SAMPLES)
     taken = done = 0
     for text in texts:
-        data = text.encode()
-        done += len(data)
-        report(done)
-        if int.from_bytes(_digest(data, options.seed)[8:]) < share * 2**64:
-            taken += len(data)
-            yield text
-        if taken >= options.tokenizer_bytes or (options.max_bytes is not None and done >= options.max_bytes):
-            return
+        for piece in cut_at_lines(text, length) if share < 1 else [text]:
+            data = piece.encode()
+            done += len(data)
+            report(done)
+            if int.from_bytes(_digest(data, options.seed)[8:]) < share * 2**64:
+                taken += len(data)
+                yield piece
+            if taken >= options.tokenizer_bytes or (options.max_bytes is not None and done >= options.max_bytes):
+                return
+    if done and not taken:
+        raise TokenSuperpositionError(
+            f"tokenizer_bytes is {options.tokenizer_bytes}, too few to choose any of {done} bytes of text; give at "
+            f"least {MIN_SAMPLE}"
+        )
 
 
 def _deduplicate(
