@@ -11,12 +11,14 @@ from collections import Counter
 from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from transformers import AutoTokenizer, Qwen2Config
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import AutoTokenizer, PreTrainedTokenizerFast, Qwen2Config
 
 from tests.conftest import VOCAB, text, tst
 from tests.processes import call, command_on_a_full_disk
@@ -32,8 +34,15 @@ OPTIONS = PrepareOptions(vocab_size=VOCAB, validation_share=0.1)
 
 def documents_of(store: TokenStore) -> list[str]:
     tokenizer = AutoTokenizer.from_pretrained(store.directory / "tokenizer")
-    starts = [*store.document_starts().tolist(), len(store)]
-    return [tokenizer.decode(store[a : b - 1].tolist()) for a, b in pairwise(starts)]
+    return [tokenizer.decode(store[a : b - 1].tolist()) for a, b in documents_in(store)]
+
+
+def documents_in(store: TokenStore) -> Iterator[tuple[int, int]]:
+    return pairwise([*store.document_starts().tolist(), len(store)])
+
+
+def stores_of(data: Path) -> list[TokenStore]:
+    return [TokenStore(data), TokenStore(data, "validation")]
 
 
 def test_every_document_comes_back_once(prepared: Path) -> None:
@@ -143,6 +152,54 @@ def test_an_existing_tokenizer_and_wide_vocabulary(prepared: Path, tmp_path: Pat
     tokenizer.save_pretrained(tmp_path / "wide")
     wide = PrepareOptions(tokenizer=str(tmp_path / "wide"), validation_share=0.1)
     assert prepare([str(prepared.parent / "text")], tmp_path / "wide-data", wide).dtype == "uint32"
+
+
+def tokenizer_of(kind: str, folder: Path) -> Any:
+    """Of the text that ``long_text`` gives, saved as transformers loads it."""
+    specials = ["<unk>", "</s>", "[UNK]"]
+    pre: Any = pre_tokenizers.ByteLevel(add_prefix_space=kind == "bytes, space first")
+    decoder: Any = decoders.ByteLevel()
+    if kind.startswith("metaspace"):
+        scheme: Any = kind.split()[1]
+        pre = pre_tokenizers.Metaspace(prepend_scheme=scheme)
+        decoder = decoders.Metaspace(prepend_scheme=scheme)
+    backend = Tokenizer(models.BPE(unk_token="<unk>"))
+    trainer: Any = trainers.BpeTrainer(vocab_size=400, special_tokens=specials, show_progress=False)
+    if kind == "unigram":
+        pre, decoder, backend = pre_tokenizers.Metaspace(), decoders.Metaspace(), Tokenizer(models.Unigram())
+        trainer = trainers.UnigramTrainer(
+            vocab_size=80, special_tokens=specials, unk_token="<unk>", show_progress=False
+        )
+    backend.pre_tokenizer, backend.decoder = pre, decoder
+    backend.train_from_iterator([long_text(), "<|/endoftext|>s"], trainer)
+    PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>", unk_token="<unk>").save_pretrained(folder)
+    return AutoTokenizer.from_pretrained(folder)
+
+
+def long_text() -> str:
+    return "".join(f"line {i} of the text\n{' ' * (i % 3)}" for i in range(300)) + "without an end" * 100
+
+
+@pytest.mark.parametrize(
+    "kind", ["bytes", "bytes, space first", "metaspace first", "metaspace always", "metaspace never", "unigram"]
+)
+def test_a_long_document_has_the_tokens_that_the_tokenizer_gives_it(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Some put a space before every text, so before every piece of it."""
+    monkeypatch.setattr("token_superposition.data.prepare.PIECE_CHARS", 200)
+    tokenizer = tokenizer_of(kind, tmp_path / "tokenizer")
+    options = PrepareOptions(tokenizer=str(tmp_path / "tokenizer"), validation_share=0.3)
+    texts = [long_text(), *(f"document {i}" for i in range(20))]
+    prepare((), tmp_path / "data", options, documents=lambda _: iter(texts))
+    longest = max(
+        (store[a : b - 1].tolist() for store in stores_of(tmp_path / "data") for a, b in documents_in(store)), key=len
+    )
+    alone = tokenizer(long_text(), add_special_tokens=False)["input_ids"]
+    assert tokenizer.decode(longest) == tokenizer.decode(alone)
+    assert tokenizer.decode(longest).strip() == long_text()
+    if kind != "bytes":  # which may have another token where a word without an end is cut
+        assert longest == alone
 
 
 @pytest.mark.parametrize(

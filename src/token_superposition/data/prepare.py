@@ -29,11 +29,11 @@ from token_superposition.data.store import (
     file_sha256,
     partial_of,
 )
-from token_superposition.data.tokenizer import load_tokenizer, tokenizer_sha256, train_bpe
+from token_superposition.data.tokenizer import can_be_cut, load_tokenizer, tokenizer_sha256, train_bpe
 from token_superposition.errors import TokenSuperpositionError, require_int
 
 BATCH_BYTES = 2 * 2**20
-PIECE_CHARS = 2**16  # a longer document is tokenised in pieces cut at line ends, so that all cores share it
+PIECE_CHARS = 2**16  # a longer document is tokenised in pieces cut at line ends, if it can be: all cores share it
 SAMPLES = 32  # no text gives more than one part in so many to the sample that the tokenizer is trained on
 MIN_SAMPLE = 2**14  # bytes: with fewer, the parts would be too short to be text
 DISK_FULL = "cannot write {out} ({why}); free the disk or choose another --out"
@@ -274,9 +274,10 @@ def _tokenise(
     backend = tokenizer.backend_tokenizer
     backend.no_truncation()
     backend.no_padding()
+    whole = not can_be_cut(backend)
 
     def encode(batch: list[tuple[Split, int, str]]) -> list[tuple[Split, int, np.ndarray]]:
-        pieces = [list(cut_at_lines(text, PIECE_CHARS)) for _, _, text in batch]
+        pieces = [[text] if whole else list(cut_at_lines(text, PIECE_CHARS)) for _, _, text in batch]
         flat = iter(backend.encode_batch_fast([p for ps in pieces for p in ps], add_special_tokens=False))
         result: list[tuple[Split, int, np.ndarray]] = []
         for (split, size, _), ps in zip(batch, pieces, strict=True):

@@ -57,6 +57,24 @@ def load_tokenizer(name_or_path: str) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
+def can_be_cut(backend: Any) -> bool:
+    """Whether a long text may be tokenised in pieces: not where a tokenizer adds a space before every text.
+
+    At line ends the pieces must have the words of the whole, and where there is none near, inside a word, its letters.
+    """
+
+    def words(text: str) -> list[str]:
+        text = backend.normalizer.normalize_str(text) if backend.normalizer else text
+        return [word for word, _ in backend.pre_tokenizer.pre_tokenize_str(text)]
+
+    def ids(text: str) -> list[int]:
+        return backend.encode(text, add_special_tokens=False).ids
+
+    if not backend.pre_tokenizer or any(words("a\n") + words(b) != words(f"a\n{b}") for b in ("b", " b")):
+        return False
+    return backend.decode(ids("xq") + ids("zj")) == backend.decode(ids("xqzj"))
+
+
 def tokenizer_sha256(directory: Path) -> str:
     """Identity of a saved tokenizer: the hash of its tokenizer.json."""
     return hashlib.sha256((directory / "tokenizer.json").read_bytes()).hexdigest()
