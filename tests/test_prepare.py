@@ -202,6 +202,26 @@ def test_a_long_document_has_the_tokens_that_the_tokenizer_gives_it(
         assert longest == alone
 
 
+@pytest.mark.parametrize("kind", ["trained", "bytes", "metaspace first", "unigram"])
+def test_a_text_that_spells_a_special_token_has_no_end_there(kind: str, tmp_path: Path) -> None:
+    """The end of a document is where it ends, also in a text about tokenizers."""
+    end = "<|endoftext|>" if kind == "trained" else "</s>"
+    texts = [f"line {i} of the text {end if i % 2 else ''}{end}s" if i % 3 else f"line {i} of" for i in range(60)]
+    options = PrepareOptions(vocab_size=400, validation_share=0.3)
+    if kind != "trained":
+        tokenizer_of(kind, tmp_path / "tokenizer")
+        options = PrepareOptions(tokenizer=str(tmp_path / "tokenizer"), validation_share=0.3)
+    meta = prepare((), tmp_path / "data", options, documents=lambda _: iter(texts))
+    stores = stores_of(tmp_path / "data")
+    for store in stores:
+        assert np.count_nonzero(store[:] == store.meta.eos_id) == store.split.documents
+    read = [text.strip() for store in stores for text in documents_of(store)]
+    if kind == "unigram":  # it has </s> among its words, so that what spells it is left out
+        assert sum(meta.dropped.values()) == 40 and len(read) == 20
+    else:
+        assert sorted(read) == sorted(texts) and not meta.dropped
+
+
 @pytest.mark.parametrize(
     ("sources", "options", "message"),
     [

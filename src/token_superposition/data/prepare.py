@@ -178,6 +178,9 @@ def _prepare(
     kept = _deduplicate(documents(dropped), out, options, dropped)
     done = 0
     for split, size, tokens in _tokenise(kept, tokenizer, eos, dtype):
+        if (tokens[:-1] == eos).any():  # a model of whole words, or of Unigram, that has it among them
+            dropped["spells the end-of-text token, which this tokenizer does not give as text"] += 1
+            continue
         writers[split].add(tokens, size)
         done += size
         progress("tokenise", done, total)
@@ -274,6 +277,7 @@ def _tokenise(
     backend = tokenizer.backend_tokenizer
     backend.no_truncation()
     backend.no_padding()
+    backend.encode_special_tokens = True  # where a text spells one, it is text: EOS is only where a document ends
     whole = not can_be_cut(backend)
 
     def encode(batch: list[tuple[Split, int, str]]) -> list[tuple[Split, int, np.ndarray]]:
