@@ -329,22 +329,24 @@ def test_output_that_cannot_be_replaced_is_refused_before_any_work(
     assert sorted(p.name for p in tmp_path.iterdir()) == ["cwd", "here", "loop"] and not list(here.iterdir())
 
 
-@pytest.mark.parametrize("mount", ["-t tmpfs none", "--bind ../real"])
-def test_a_mount_point_is_refused_before_any_work(mount: str, tmp_path: Path) -> None:
-    (tmp_path / "real").mkdir()
+def test_mount_points_are_refused_before_any_work(tmp_path: Path) -> None:
+    """Of another file system, and of a folder of the same one, which only shows when it is to be replaced."""
     (tmp_path / "a.txt").write_text("some text")
-    out = tmp_path / "work/data"
-    out.mkdir(parents=True)
-    mounted = ["unshare", "--mount", "sh", "-c", f'mount {mount} data && exec "$@"', "sh"]
+    for name in ("real", "work/other", "work/same"):
+        (tmp_path / name).mkdir(parents=True)
+    mount = 'mount -t tmpfs none other && mount --bind ../real same && exec "$@"'
+    mounted = ["unshare", "--mount", "sh", "-c", mount, "sh"]
     try:
-        subprocess.run([*mounted, "true"], check=True, cwd=out.parent, capture_output=True)
+        subprocess.run([*mounted, "true"], check=True, cwd=tmp_path / "work", capture_output=True)
     except (OSError, subprocess.CalledProcessError):
         pytest.skip("mounting is not allowed here")
-    command = "from token_superposition.cli import main; raise SystemExit(main(['prepare', '..', '--out', 'data']))"
-    done = subprocess.run([*mounted, sys.executable, "-c", command], cwd=out.parent, capture_output=True, text=True)
-    assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stderr
-    assert "data is a mount point" in done.stderr or "data (Device or resource busy)" in done.stderr
-    assert list(out.parent.iterdir()) == [out]
+    command = "from token_superposition.cli import main; "
+    command += "raise SystemExit([main(['prepare', '..', '--out', o]) for o in ('other', 'same')] != [2, 2])"
+    done = subprocess.run([*mounted, sys.executable, "-c", command], cwd=tmp_path / "work", capture_output=True)
+    other, same = done.stderr.decode().splitlines()
+    assert done.returncode == 0 and "error: other is a mount point, which cannot be replaced" in other
+    assert "error: cannot write" in same and "same (Device or resource busy); " in same
+    assert sorted(p.name for p in (tmp_path / "work").iterdir()) == ["other", "same"]
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="the super-user can become another one")
