@@ -169,6 +169,7 @@ MISTAKES: dict[str, list[Mistake]] = {
         Mistake("prepare text --out new --vocab-size 100"),
         Mistake("prepare text --out new --validation-share 1"),
         Mistake("prepare text --out new --max-bytes 0"),
+        Mistake("prepare text --out new --seed 18446744073709551616"),
         Mistake("prepare text --out new --tokenizer gpt5", others=True),
         Mistake("prepare pages.tar.gz --out new", prepare=write("pages.tar.gz", b"\x1f\x8b")),
         Mistake("prepare pages.parquet --out new", prepare=parquet),
