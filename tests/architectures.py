@@ -245,7 +245,7 @@ mixture of experts' auxiliary loss where the model has one; and with bags of one
 *Fused*: the loss is taken from the hidden states, with the soft cap or scale that the model puts on its logits, and the
 logits (B, L, V) are never made. *Refused*: `TSTTrainer` says so before it trains on bags; output-only bags still
 work. Families that are not here were not measured; `TSTTrainer` finds out the way of the loss, and what it must refuse,
-on any model.
+on any model. BERT and its relatives see later tokens, and are refused, unless `is_decoder` is true.
 
 In a loop of your own, `model.get_decoder()(ids).last_hidden_state` gives the hidden states of a *fused* family, and
 `linear_multi_hot_cross_entropy` takes what the row names: `softcap=30`, `logit_scale=0.125`. Where whole logits are

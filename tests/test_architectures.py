@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
-from transformers import TrainingArguments
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, TrainingArguments
 
 from tests.architectures import FAMILIES, INTRODUCTION, build, measure, row
 from token_superposition import Schedule, TokenSuperpositionError
 from token_superposition.data.plan import PlannedDataset
 from token_superposition.engines.transformers import TSTTrainer
+from token_superposition.experiment.config import Config, DataConfig, ModelConfig
+from token_superposition.experiment.model import build_model
 
 PAGE = (Path(__file__).parent.parent / "docs/architectures.md").read_text()
 
@@ -43,3 +49,40 @@ def test_a_model_that_looks_at_ids_itself_is_refused_bags_and_only_these(tmp_pat
                 TSTTrainer(build("gemma3n_text"), arguments, train_dataset=plan)
         else:
             TSTTrainer(build("gemma3n_text").float(), arguments, train_dataset=plan).train()
+
+
+BIDIRECTIONAL = ("bert", "electra", "ernie", "megatron-bert", "rembert", "roformer", "big_bird", "bert-generation")
+
+
+@pytest.mark.parametrize("architecture", BIDIRECTIONAL)
+def test_a_model_that_sees_later_tokens_is_refused(architecture: str, tmp_path: Path) -> None:
+    """By ``build_model``, before a run begins, and by the trainer; with ``is_decoder`` it is built."""
+    options: dict[str, Any] = {
+        "hidden_size": 32,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "intermediate_size": 48,
+    }
+    config = Config(ModelConfig(architecture, options), DataConfig(sequence_length=16))
+    meta: Any = SimpleNamespace(vocab_size=64, eos_id=0)
+    with pytest.raises(TokenSuperpositionError, match=r"sees the tokens that .* set model.options.is_decoder = true"):
+        build_model(config, meta)
+    decoder = ModelConfig(architecture, options | {"is_decoder": True})
+    assert not seen_by_earlier(build_model(replace(config, model=decoder), meta))
+    arguments = TrainingArguments(
+        output_dir=str(tmp_path), per_device_train_batch_size=2, use_cpu=True, report_to="none"
+    )
+    plan = PlannedDataset(list(range(64)) * 20, Schedule.two_phase(4, 1, 0), 8, 2)
+    settings: Any = AutoConfig.for_model(architecture, vocab_size=64, pad_token_id=None, **options)
+    model = AutoModelForCausalLM.from_config(settings)
+    assert seen_by_earlier(model)
+    with pytest.raises(TokenSuperpositionError, match="sees the tokens that it shall predict"):
+        TSTTrainer(model, arguments, train_dataset=plan)
+
+
+@torch.no_grad()
+def seen_by_earlier(model: Any) -> bool:
+    """Whether the logits of earlier tokens change with the last one."""
+    ids = torch.arange(16).unsqueeze(0)
+    other = torch.where(ids == 15, 40, ids)
+    return not torch.equal(model.eval()(ids).logits[:, :-1], model(other).logits[:, :-1])

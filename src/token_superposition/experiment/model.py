@@ -12,12 +12,16 @@ import torch
 from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from token_superposition.data.store import Meta
+from token_superposition.engines.transformers.head import check_causal
 from token_superposition.errors import TokenSuperpositionError
 from token_superposition.experiment.config import Config, ModelConfig
 
 
 def build_model(config: Config, meta: Meta) -> PreTrainedModel:
-    """The model of the configuration, with the vocabulary of the data; float32 weights."""
+    """The model of the configuration, with the vocabulary of the data; float32 weights.
+
+    Raises ``TokenSuperpositionError`` for one that cannot be built, or cannot be trained on the data.
+    """
     with _building(config.model):
         if config.model.path is not None:
             model = AutoModelForCausalLM.from_pretrained(config.model.path, dtype=torch.float32)
@@ -30,6 +34,7 @@ def build_model(config: Config, meta: Meta) -> PreTrainedModel:
             f"the model has {rows} token embeddings, the data's vocabulary has {meta.vocab_size}; "
             "prepare the data with the model's tokenizer (tst prepare --tokenizer)"
         )
+    check_causal(model)
     return model
 
 

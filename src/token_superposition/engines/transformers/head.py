@@ -10,6 +10,8 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from token_superposition.errors import TokenSuperpositionError
+
 
 class HiddenStates:
     """Keeps the last hidden states of a decoder's latest forward pass, until they are taken."""
@@ -91,6 +93,52 @@ def ids_used_elsewhere(model: nn.Module) -> str | None:
     if (by_ids - by_embeddings).abs().max() <= 16 * torch.finfo(by_ids.dtype).eps * by_ids.abs().max():
         return None
     return "it makes something else of token ids than of their embeddings, such as another scale"
+
+
+def check_causal(model: nn.Module) -> None:
+    """Raises ``TokenSuperpositionError`` for a model whose logits see later tokens: it would be told its targets.
+
+    Told by the gradient of the logits of 3 of 4 ids by the embedding of the last one, which is 0 in a causal model,
+    exactly and in any dtype. A model on the meta device, and one that cannot read 4 ids, is not asked.
+    """
+    embedding: nn.Module = cast(Any, model).get_input_embeddings()
+    weight: Tensor | None = getattr(embedding, "weight", None)
+    if weight is None or weight.is_meta:
+        return
+    read: list[Tensor] = []
+
+    def keep(module: nn.Module, args: Any, output: Tensor) -> Tensor:
+        read.append(output.detach().requires_grad_())
+        return read[0].clone()
+
+    handle, training = embedding.register_forward_hook(keep), model.training
+    try:
+        with torch.enable_grad():
+            ids = torch.arange(5, 9, device=weight.device).remainder(weight.shape[0]).unsqueeze(0)  # no padding
+            logits = logits_of(model.eval()(input_ids=ids, **without_cache(model)))
+            (gradient,) = torch.autograd.grad(logits[:, :-1].sum(), read[0])
+    except Exception:
+        return
+    finally:
+        model.train(training)
+        handle.remove()
+    if gradient.flatten(0, -2)[-1].abs().max() > 0:
+        switch = hasattr(getattr(model, "config", None), "is_decoder")
+        remedy = (
+            "set model.options.is_decoder = true (is_decoder in its config.json)" if switch else "take a causal one"
+        )
+        raise TokenSuperpositionError(f"{type(model).__name__} sees the tokens that it shall predict; {remedy}")
+
+
+def without_cache(model: nn.Module) -> dict[str, bool]:
+    """``use_cache=False`` for a model that takes it."""
+    parameters = inspect.signature(model.forward).parameters.values()
+    takes = any(p.name == "use_cache" or p.kind is p.VAR_KEYWORD for p in parameters)
+    return {"use_cache": False} if takes else {}
+
+
+def logits_of(output: Any) -> Tensor:  # (B, L, V)
+    return output["logits"] if isinstance(output, dict) else output.logits
 
 
 def read_head(model: nn.Module) -> Head | str:

@@ -17,7 +17,13 @@ from transformers import Trainer, TrainingArguments, default_data_collator
 from token_superposition.data.plan import PlannedDataset
 from token_superposition.data.stream import StreamedPlan
 from token_superposition.embedding import superpose
-from token_superposition.engines.transformers.head import HiddenStates, ids_used_elsewhere, read_head, whole_head
+from token_superposition.engines.transformers.head import (
+    HiddenStates,
+    check_causal,
+    ids_used_elsewhere,
+    read_head,
+    whole_head,
+)
 from token_superposition.engines.transformers.mtp import MTPHeads
 from token_superposition.errors import TokenSuperpositionError
 from token_superposition.loss import linear_multi_hot_cross_entropy, multi_hot_cross_entropy
@@ -43,7 +49,8 @@ class TSTTrainer(Trainer):
     the step, and the latent and raw tokens so far, to further figures of every logged line. Checkpoints, resume and the
     saved model are the stock ones.
 
-    Raises ``TokenSuperpositionError`` where plan and arguments disagree, and for ``mtp`` where the head is not known.
+    Raises ``TokenSuperpositionError`` where plan and arguments disagree, for a plan with a model that sees later
+    tokens, and for ``mtp`` where the head is not known.
     """
 
     def __init__(
@@ -92,6 +99,7 @@ class TSTTrainer(Trainer):
         self._hidden = HiddenStates(cast(Any, model).get_decoder()) if self.head else None
         if isinstance(self.train_dataset, PlannedDataset | StreamedPlan):
             self._check_plan(self.train_dataset)
+            check_causal(model)
             bags = any(phase.input_bag > 1 for phase in self.train_dataset.schedule.phases)
             if bags and (why := ids_used_elsewhere(model)) is not None:
                 raise TokenSuperpositionError(
