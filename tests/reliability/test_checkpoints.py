@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
+from safetensors.torch import load_file
 from transformers import TrainerCallback
 
 from tests.conftest import once, tst
@@ -36,6 +37,7 @@ from token_superposition.experiment.checkpoints import (
     step_of,
 )
 from token_superposition.experiment.config import load_config
+from token_superposition.experiment.export import SHARDS, export
 from token_superposition.experiment.run import train
 from token_superposition.experiment.shards import check_shards
 
@@ -296,6 +298,33 @@ def test_no_pickle_of_a_sharded_checkpoint_runs(tmp_path: Path) -> None:
     with pytest.raises(TokenSuperpositionError, match=r"filesystem.os.system"):
         check_shards(tmp_path)
     assert not ran.exists()
+
+
+def test_no_pickle_runs_when_shards_are_exported(finished: Path, tmp_path: Path) -> None:
+    """The weights, as torch's shards; then the same with a description, or an entry, that would run code."""
+    checkpoint = copy_of(finished, tmp_path) / "checkpoints/checkpoint-12"
+    shards, ran = checkpoint / SHARDS, tmp_path / "ran"
+    weights = load_file(checkpoint / "model.safetensors")
+    (checkpoint / "model.safetensors").unlink()
+    run = checkpoint.parent.parent
+    shutil.rmtree(run / "model")
+
+    def save(state: dict[str, Any]) -> None:
+        dcp.save(state, storage_writer=dcp.FileSystemWriter(shards), no_dist=True)
+        forge(checkpoint)
+
+    save({"model": weights})
+    export(run, tmp_path / "whole")
+    exported = load_file(tmp_path / "whole/model.safetensors")
+    assert all(torch.equal(exported[name], weights[name]) for name in exported)
+    save({"model": weights | {"evil": Malicious(ran)}})
+    with pytest.raises(TokenSuperpositionError, match="holds more than tensors and plain values"):
+        export(run, tmp_path / "entry")
+    (shards / ".metadata").write_bytes(pickle.dumps(Malicious(ran)))
+    forge(checkpoint)
+    with pytest.raises(TokenSuperpositionError, match="is not what torch writes"):
+        export(run, tmp_path / "description")
+    assert not ran.exists() and not (tmp_path / "entry").exists() and not (tmp_path / "description").exists()
 
 
 class At(TrainerCallback):

@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
 from transformers import AutoModelForCausalLM
 
 from token_superposition.data.store import TokenStore
@@ -22,6 +23,7 @@ from token_superposition.experiment.checkpoints import checkpoints_in, damage, n
 from token_superposition.experiment.config import load_config
 from token_superposition.experiment.model import model_settings
 from token_superposition.experiment.result import CONFIG, MODEL
+from token_superposition.experiment.shards import check_shards, weights_only
 from token_superposition.report.model_card import Figures, model_card
 
 DType = Literal["bfloat16", "float32"]
@@ -36,8 +38,8 @@ def export(run: Path, out: Path, *, checkpoint: int | None = None, dtype: DType 
     The model is read from disk, so nothing of this package can be in it. What was written is loaded again and must give
     the same logits, bit for bit, before it appears under the name ``out``. Returns the step.
 
-    Raises ``TokenSuperpositionError`` for a run without weights, or without weights of that step, and for an ``out``
-    that is there already.
+    Raises ``TokenSuperpositionError`` for a run without weights, or without weights of that step, for shards that
+    name code, and for an ``out`` that is there already.
     """
     if out.exists():
         raise TokenSuperpositionError(f"{out} exists; choose another OUT or remove it")
@@ -100,8 +102,15 @@ def whole_weights(run: Path, source: Path) -> Generator[Path]:
 
     config = load_config(run / CONFIG)
     meta = TokenStore(config.data.path).meta
+    check_shards(source)
     with tempfile.TemporaryDirectory(dir=run, prefix=".export-") as merged:
-        merge_fsdp_weights(str(source / SHARDS), merged)
+        try:
+            with weights_only():
+                merge_fsdp_weights(str(source / SHARDS), merged)
+        except CheckpointException as e:
+            raise TokenSuperpositionError(
+                f"{source / SHARDS} holds more than tensors and plain values, or is damaged; take another checkpoint"
+            ) from e
         model_settings(config.model, meta.vocab_size, meta.eos_id, config.data.sequence_length).save_pretrained(merged)
         yield Path(merged)
 
