@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from torchtitan.config import ConfigManager
+from torchtitan.distributed.utils import clip_grad_norm_
 from transformers import AutoModelForCausalLM
 
 from token_superposition.engines.torchtitan import TSTTrainer
 from token_superposition.engines.torchtitan.checks import batch_sizes, data_parallel, model_divides
+from token_superposition.engines.torchtitan.config_registry import trainer_config
 from token_superposition.engines.torchtitan.models import checked_settings, model_spec
 from token_superposition.experiment.config import load_config
 
@@ -50,3 +53,14 @@ def test_preset_in_the_registry(preset: str, tmp_path: Path) -> None:
     processes = data_parallel(config.parallelism, 8)
     assert batch_sizes(config.training.global_batch_size, config.training.local_batch_size, processes) > 0
     model_divides(settings, config.parallelism, config.training.seq_len, config.loss.num_chunks)  # pyright: ignore
+
+
+@pytest.mark.parametrize(("max_grad_norm", "left"), [(0.0, 5.0), (1.0, 1.0)])
+def test_a_norm_of_0_clips_nothing(max_grad_norm: float, left: float) -> None:
+    """As on the other engines; torchtitan's own function would scale every gradient to the norm 0."""
+    ours = load_config("270m")
+    config = trainer_config(replace(ours, train=replace(ours.train, max_grad_norm=max_grad_norm)), "run")
+    weight = torch.nn.Parameter(torch.zeros(2))
+    weight.grad = torch.tensor([3.0, 4.0])
+    assert clip_grad_norm_([weight], config.training.max_norm).item() == 5
+    assert weight.grad.norm().item() == pytest.approx(left, rel=1e-5)

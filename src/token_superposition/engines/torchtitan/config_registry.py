@@ -6,6 +6,7 @@ such as ``--dataloader.dataset_path data --superposition.bag_size 8 --parallelis
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from math import ceil, gcd
 from pathlib import Path
@@ -85,7 +86,7 @@ def trainer_config(config: Config, name: str) -> TSTTrainer.Config:
             global_batch_size=t.batch_size,
             local_batch_size=t.micro_batch_size or -1,
             seq_len=data.sequence_length,
-            max_norm=t.max_grad_norm,
+            max_norm=t.max_grad_norm or math.inf,  # 0 would be the norm of every gradient
             mixed_precision_param="float32" if t.precision == "float32" else "bfloat16",
         ),
         optimizer=OptimizersContainer.Config(
