@@ -112,22 +112,35 @@ def test_a_damaged_checkpoint_is_written_again(tmp_path: Path) -> None:
 
 def test_rotation_never_removes_the_last_good_one(tmp_path: Path) -> None:
     for step in (4, 6, 8, 12, 16):
-        make(tmp_path, step)
+        newest = make(tmp_path, step)
 
     def steps() -> list[int]:
         return [step_of(c) for c in checkpoints_in(tmp_path)]
 
-    rotate(tmp_path, 0)
+    rotate(newest, 0)
     assert steps() == [4, 6, 8, 12, 16]
     for step in (12, 16):
         os.truncate(tmp_path / f"checkpoint-{step}/a.bin", 1)
-    rotate(tmp_path, 2, kept_steps=(6,))
+    rotate(newest, 2, kept_steps=(6,))
     assert steps() == [4, 6, 8, 12, 16]  # of those that would stay, none is whole
-    rotate(tmp_path, 3, kept_steps=(6,))
+    rotate(newest, 3, kept_steps=(6,))
     assert steps() == [6, 8, 12, 16]
-    make(tmp_path, 20)
-    rotate(tmp_path, 1, kept_steps=(6,))
+    rotate(make(tmp_path, 20), 1, kept_steps=(6,))
     assert steps() == [6, 20] and not (tmp_path / ASIDE).exists()
+
+
+@pytest.mark.parametrize(("keep", "left"), [(1, [6, 10, 12]), (2, [6, 8, 10, 12])])
+def test_rotation_counts_no_damaged_one_that_the_run_passed_over(keep: int, left: list[int], tmp_path: Path) -> None:
+    """The run went on from its switch, 6, and was terminated after step 10, before it came by 12 again."""
+    make(tmp_path, 6)
+    flip_a_bit(make(tmp_path, 12) / "a.bin", random.Random(0))
+    for step in (8, 10):
+        written = make(tmp_path, step)
+        rotate(written, keep, kept_steps=(6,))
+    assert newest_whole(tmp_path) == written
+    assert [step_of(c) for c in checkpoints_in(tmp_path)] == left
+    rotate(make(tmp_path, 12), keep, kept_steps=(6,))
+    assert [step_of(c) for c in checkpoints_in(tmp_path)] == [6, *(10, 12)[-keep:]]
 
 
 @pytest.fixture(scope="module")

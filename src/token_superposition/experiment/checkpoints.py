@@ -150,12 +150,14 @@ def newest_whole(
     return None
 
 
-def rotate(directory: Path, keep: int, kept_steps: Collection[int] = ()) -> None:
-    """Remove all but the newest ``keep`` (0 keeps all) and those of ``kept_steps``.
+def rotate(written: Path, keep: int, kept_steps: Collection[int] = ()) -> None:
+    """Remove all but the newest ``keep`` (0 keeps all) up to the one that was just ``written``, and ``kept_steps``.
 
-    Where none of those that would stay is whole, nothing is removed.
+    Later ones, which the run passed over as damaged, stay. Where none of those that would stay is whole, nothing is
+    removed.
     """
-    ordinary = [c for c in checkpoints_in(directory) if step_of(c) not in kept_steps]
+    directory, last = written.parent, step_of(written)
+    ordinary = [c for c in checkpoints_in(directory) if step_of(c) <= last and step_of(c) not in kept_steps]
     if not keep or len(ordinary) <= keep:
         return
     if all(damage(c, content=False) for c in ordinary[-keep:]):

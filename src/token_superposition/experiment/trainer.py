@@ -80,7 +80,7 @@ class RunTrainer(TSTTrainer):
             if self.is_world_process_zero():
                 files = {name: entry for share in shares for name, entry in share.items()}
                 commit(written, target, files, self.facts)
-                rotate(self.checkpoints, self.keep, self.kept_steps)
+                rotate(target, self.keep, self.kept_steps)
 
         self._together(write)
         shares = self._together(lambda: checksums(written, self.args.process_index, self.args.world_size))
