@@ -21,14 +21,14 @@ from token_superposition.data.tokenizer import load_tokenizer
 from token_superposition.errors import TokenSuperpositionError
 from token_superposition.experiment.checkpoints import checkpoints_in, damage, newest_whole, step_of
 from token_superposition.experiment.config import load_config
-from token_superposition.experiment.model import model_settings
+from token_superposition.experiment.model import model_settings, positions
 from token_superposition.experiment.result import CONFIG, MODEL
 from token_superposition.experiment.shards import check_shards, weights_only
 from token_superposition.report.model_card import Figures, model_card
 
 DType = Literal["bfloat16", "float32"]
 SHARDS = "pytorch_model_fsdp_0"
-TOKENS = 64  # of the text that both models read when the export is checked
+TOKENS = 64  # at most, of the text that both models read when the export is checked
 
 
 def export(run: Path, out: Path, *, checkpoint: int | None = None, dtype: DType = "float32") -> int:
@@ -54,7 +54,7 @@ def export(run: Path, out: Path, *, checkpoint: int | None = None, dtype: DType 
         model.save_pretrained(partial)
         tokenizer.save_pretrained(partial)
         model_card(figures, out.name, model.num_parameters(), dtype).save(partial / "README.md")
-        ids = torch.arange(TOKENS).remainder(len(tokenizer)).unsqueeze(0)
+        ids = torch.arange(min(TOKENS, positions(model) or TOKENS)).remainder(len(tokenizer)).unsqueeze(0)
         expected = logits(model, ids)
         del model
         if not torch.equal(logits(load_exactly(partial, dtype), ids), expected):

@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase, set_seed
 
 from token_superposition.data.tokenizer import load_tokenizer
 from token_superposition.errors import TokenSuperpositionError
+from token_superposition.experiment.model import positions, reads
 
 
 def load_model(path: str | Path) -> tuple[Any, PreTrainedTokenizerBase]:
@@ -34,10 +35,19 @@ def generate(
     top_p: float = 0.95,
     seed: int = 0,
 ) -> str:
-    """``prompt`` and its continuation. An empty prompt starts a new document."""
+    """``prompt`` and its continuation. An empty prompt starts a new document.
+
+    Raises ``TokenSuperpositionError`` where both need more positions than the model can read.
+    """
     set_seed(seed)
     encoded: Any = tokenizer(prompt, add_special_tokens=False)
     ids: list[Any] = encoded["input_ids"] or [tokenizer.eos_token_id]
+    length = len(ids) + max_new_tokens - 1  # the last one is not read
+    if not reads(model, length):
+        raise TokenSuperpositionError(
+            f"max-new-tokens {max_new_tokens} after a prompt of {len(ids)} needs {length} positions, the model has "
+            f"{positions(model)}; give at most that in all"
+        )
     sampling = (
         {"do_sample": True, "temperature": temperature, "top_p": top_p} if temperature > 0 else {"do_sample": False}
     )

@@ -12,7 +12,6 @@ import torch
 from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from token_superposition.data.store import Meta
-from token_superposition.engines.transformers.head import check_causal
 from token_superposition.errors import TokenSuperpositionError
 from token_superposition.experiment.config import Config, ModelConfig
 
@@ -22,6 +21,8 @@ def build_model(config: Config, meta: Meta) -> PreTrainedModel:
 
     Raises ``TokenSuperpositionError`` for one that cannot be built, or cannot be trained on the data.
     """
+    from token_superposition.engines.transformers.head import check_causal  # beside it the Trainer is imported
+
     with _building(config.model):
         if config.model.path is not None:
             model = AutoModelForCausalLM.from_pretrained(config.model.path, dtype=torch.float32)
@@ -35,7 +36,31 @@ def build_model(config: Config, meta: Meta) -> PreTrainedModel:
             "prepare the data with the model's tokenizer (tst prepare --tokenizer)"
         )
     check_causal(model)
+    length = config.data.sequence_length
+    if not reads(model, length):
+        raise TokenSuperpositionError(
+            f"data.sequence_length is {length}; the model has {positions(model)} positions, give at most that"
+        )
     return model
+
+
+def positions(model: Any) -> int | None:
+    """That the model's configuration names, if it does."""
+    return getattr(model.config.get_text_config(), "max_position_embeddings", None)
+
+
+@torch.no_grad()
+def reads(model: Any, length: int) -> bool:
+    """Whether the model can read so many tokens: positions of a table end, rotary ones and none do not."""
+    named, settings = positions(model), model.config.get_text_config()
+    if named is None or length <= named or getattr(settings, "rope_parameters", None) or model.device.type == "meta":
+        return True
+    try:
+        ids = torch.zeros(1, length, dtype=torch.long, device=model.device)
+        model(input_ids=ids, use_cache=False).logits[0, -1, 0].item()  # on a GPU the error comes with the result
+    except (IndexError, RuntimeError):
+        return False
+    return True
 
 
 def empty_model(config: Config, vocab_size: int) -> PreTrainedModel:
