@@ -9,14 +9,16 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, TrainingArguments
+from transformers import AutoConfig, AutoModelForCausalLM, TrainingArguments, set_seed
 
 from tests.architectures import FAMILIES, INTRODUCTION, build, measure, row
 from token_superposition import Schedule, TokenSuperpositionError
 from token_superposition.data.plan import PlannedDataset
+from token_superposition.data.store import TokenStore
 from token_superposition.engines.transformers import TSTTrainer
-from token_superposition.experiment.config import Config, DataConfig, ModelConfig
+from token_superposition.experiment.config import Config, DataConfig, ModelConfig, TrainConfig
 from token_superposition.experiment.model import build_model
+from token_superposition.experiment.run import train
 
 PAGE = (Path(__file__).parent.parent / "docs/architectures.md").read_text()
 
@@ -86,3 +88,26 @@ def seen_by_earlier(model: Any) -> bool:
     ids = torch.arange(16).unsqueeze(0)
     other = torch.where(ids == 15, 40, ids)
     return not torch.equal(model.eval()(ids).logits[:, :-1], model(other).logits[:, :-1])
+
+
+def test_an_architecture_that_must_have_a_padding_token_is_trained(prepared: Path, tmp_path: Path) -> None:
+    """The end of a document stands in for it, and is learned all the same."""
+    options: dict[str, Any] = {
+        "hidden_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "intermediate_size": 48,
+        "tie_word_embeddings": False,
+    }
+    config = Config(
+        ModelConfig("modernbert-decoder", options),
+        DataConfig(str(prepared), sequence_length=16, eval_tokens=64, final_eval_tokens=64),
+        train=TrainConfig(steps=3, batch_size=2, warmup_steps=1, weight_decay=0.0, learning_rate=0.01),
+    )
+    train(config, tmp_path / "run")
+    set_seed(0)
+    meta = TokenStore(prepared).meta
+    before: Any = build_model(config, meta)
+    after: Any = AutoModelForCausalLM.from_pretrained(tmp_path / "run/model")
+    rows = [m.get_input_embeddings().weight[meta.eos_id] for m in (before, after)]
+    assert not torch.equal(*rows)

@@ -29,6 +29,8 @@ def build_model(config: Config, meta: Meta) -> PreTrainedModel:
         else:
             settings = model_settings(config.model, meta.vocab_size, meta.eos_id, config.data.sequence_length)
             model = AutoModelForCausalLM.from_config(settings, dtype=torch.float32)
+            if "pad_token_id" not in config.model.options:
+                cast(Any, model).get_input_embeddings().padding_idx = None  # whose row would learn nothing
     rows: int = cast(Any, model).get_input_embeddings().weight.shape[0]
     if rows < meta.vocab_size:
         raise TokenSuperpositionError(
@@ -92,7 +94,12 @@ def model_settings(wanted: ModelConfig, vocab_size: int, eos_id: int, sequence_l
                 near = difflib.get_close_matches(key, fields, 1)
                 hint = f"did you mean {near[0]}?" if near else "see its page in transformers"
                 raise TokenSuperpositionError(f"model.options: {wanted.architecture} has no field {key}; {hint}")
-        return AutoConfig.for_model(wanted.architecture, **(options | wanted.options))
+        try:
+            return AutoConfig.for_model(wanted.architecture, **(options | wanted.options))
+        except Exception as e:
+            if "pad_token_id" not in str(e) or "pad_token_id" in wanted.options:
+                raise
+        return AutoConfig.for_model(wanted.architecture, **(options | {"pad_token_id": eos_id} | wanted.options))
 
 
 @contextmanager
