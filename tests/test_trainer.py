@@ -211,6 +211,8 @@ def test_logs_tell_the_phase_and_both_token_counts(prepared: Path, tmp_path: Pat
         ({"gradient_accumulation_steps": 3}, "the arguments give 12"),
         ({"max_steps": 7}, "max_steps is 7, the plan has 6"),
         ({"label_smoothing_factor": 0.1}, "use weighting"),
+        ({"ignore_data_skip": True}, "ignore_data_skip is True, but the step decides .* set it to False"),
+        ({"auto_find_batch_size": True}, "auto_find_batch_size is True"),
     ],
 )
 def test_disagreement_with_the_arguments(

@@ -116,6 +116,11 @@ class TSTTrainer(Trainer):
                 f"{args.per_device_train_batch_size} x {replicas} processes x {args.gradient_accumulation_steps} "
                 "accumulated); make them equal, or the switch comes at the wrong step"
             )
+        for name in ("ignore_data_skip", "auto_find_batch_size"):
+            if getattr(args, name):
+                raise TokenSuperpositionError(
+                    f"{name} is True, but the step decides which samples of the plan are read; set it to False"
+                )
         total = plan.schedule.total_steps
         if args.max_steps > total:
             raise TokenSuperpositionError(f"max_steps is {args.max_steps}, the plan has {total}; plan more steps")
