@@ -248,10 +248,11 @@ def whole_head_worker(rank: int, rendezvous: str) -> None:
                 fully_shard(module, reshard_after_forward=True)
             results = []
             for model, mine in ((plain, slice(None)), (split, slice(2 * rank, 2 * rank + 2))):
-                hidden = HiddenStates(model.model)
-                model(input_ids=ids[mine], logits_to_keep=1)
+                with HiddenStates.of(model.model) as states:
+                    model(input_ids=ids[mine], logits_to_keep=1)
+                    hidden = states.take()
                 assert isinstance(model.lm_head.weight, DTensor) == (model is split)  # it was freed
-                loss = linear_multi_hot_cross_entropy(hidden.take(), whole_head(model).weight, targets[mine])
+                loss = linear_multi_hot_cross_entropy(hidden, whole_head(model).weight, targets[mine])
                 loss.backward()
                 results.append(loss.detach())
             dist.all_reduce(results[1])

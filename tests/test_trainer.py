@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 import os
@@ -232,6 +233,29 @@ def test_bfloat16_and_compile(prepared: Path, tmp_path: Path) -> None:
     compiled = TSTTrainer(tiny("llama"), args, train_dataset=plan_of(prepared))
     compiled.train()
     assert losses(compiled) == pytest.approx(losses(plain), rel=1e-4)
+
+
+def test_a_model_is_copied_after_every_step_and_trained_again(prepared: Path, tmp_path: Path) -> None:
+    """As by a callback that averages weights: no hidden states with their graph stay behind, of bags or of labels."""
+
+    class Copies(TrainerCallback):
+        made: list[Any]
+
+        def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+            self.made.append(copy.deepcopy(model))
+
+    callback = Copies()
+    callback.made = []
+    model = tiny("llama")
+    first = TSTTrainer(model, arguments(tmp_path), train_dataset=plan_of(prepared), callbacks=[callback])
+    first.train()
+    labelled: Any = [{"input_ids": (ids := torch.arange(i, i + 8)), "labels": ids} for i in range(8)]
+    second = TSTTrainer(model, arguments(tmp_path, max_steps=2), train_dataset=labelled, callbacks=[callback])
+    second.train()
+    assert len(callback.made) == 8 and len(model.get_decoder()._forward_hooks) == 1
+    held_out: Any = ValidationSet(TokenStore(prepared, "validation"), 16)
+    again = TSTTrainer(callback.made[-1], arguments(tmp_path), train_dataset=plan_of(prepared))
+    assert len({t.evaluate(held_out)["eval_loss"] for t in (first, second, again)}) == 1
 
 
 def test_gradient_checkpointing_changes_nothing(prepared: Path, tmp_path: Path) -> None:

@@ -153,15 +153,17 @@ def length_of(model: Any, wanted: int | None) -> int:
 def total_loss(model: Any, samples: Dataset[dict[str, Tensor]], batch_size: int) -> tuple[float, int]:
     """Sum of the cross-entropies in nats over the targets, and their number. Without whole logits where that can be."""
     head = read_head(model.eval())
-    hidden = None if isinstance(head, str) else HiddenStates(model.get_decoder())
+    states = None if isinstance(head, str) else HiddenStates.of(model.get_decoder())
     nats, tokens = 0.0, 0
     for batch in DataLoader(samples, require_int("batch-size", batch_size, 1), collate_fn=_pad):
         ids, targets = batch["input_ids"].to(model.device), batch["shift_labels"].to(model.device)
-        if hidden is not None and not isinstance(head, str):
-            model(input_ids=ids, use_cache=False, logits_to_keep=1)
+        if states is not None and not isinstance(head, str):
+            with states:
+                model(input_ids=ids, use_cache=False, logits_to_keep=1)
+                hidden = states.take()
             output = model.get_output_embeddings()
             loss = linear_multi_hot_cross_entropy(
-                hidden.take(),
+                hidden,
                 output.weight,
                 targets,
                 bias=output.bias,

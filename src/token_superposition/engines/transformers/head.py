@@ -14,14 +14,32 @@ from token_superposition.errors import TokenSuperpositionError
 
 
 class HiddenStates:
-    """Keeps the last hidden states of a decoder's latest forward pass, until they are taken."""
+    """Keeps the last hidden states of a decoder's forward pass inside ``with``, until they are taken."""
 
-    def __init__(self, decoder: nn.Module):
+    def __init__(self) -> None:
+        self._wanted = False
         self._latest: Tensor | None = None
-        decoder.register_forward_hook(self._keep)
+
+    @staticmethod
+    def of(decoder: nn.Module) -> HiddenStates:
+        """Those of ``decoder``, which has one hook for everyone who asks."""
+        for hook in cast(Any, decoder)._forward_hooks.values():
+            if isinstance(found := getattr(hook, "__self__", None), HiddenStates):
+                return found
+        made = HiddenStates()
+        decoder.register_forward_hook(made._keep)
+        return made
+
+    def __enter__(self) -> HiddenStates:
+        self._wanted = True
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._wanted, self._latest = False, None
 
     def _keep(self, module: nn.Module, args: Any, output: Any) -> None:
-        self._latest = last_hidden_state(output)
+        if self._wanted:
+            self._latest = last_hidden_state(output)
 
     def take(self) -> Tensor:  # (B, L, d)
         hidden, self._latest = self._latest, None

@@ -96,7 +96,7 @@ class TSTTrainer(Trainer):
         self.head = None if isinstance(head, str) else head
         self.whole_logits = head if isinstance(head, str) else ""
         """Why whole logits are made; empty if they are not."""
-        self._hidden = HiddenStates(cast(Any, model).get_decoder()) if self.head else None
+        self._hidden = HiddenStates.of(cast(Any, model).get_decoder()) if self.head else None
         if isinstance(self.train_dataset, PlannedDataset | StreamedPlan):
             self._check_plan(self.train_dataset)
             check_causal(model)
@@ -148,7 +148,9 @@ class TSTTrainer(Trainer):
         weights = self._place_weights(targets) if targets.dim() == 3 else None
         reduction = "mean" if num_items_in_batch is None else "sum"
         if self._hidden is not None and self.head is not None:
-            outputs = model(**inputs, logits_to_keep=1)
+            with self._hidden as states:
+                outputs = model(**inputs, logits_to_keep=1)
+                hidden = states.take()
             head = whole_head(self.accelerator.unwrap_model(model))
             with self.accelerator.autocast():
                 score = partial(
@@ -160,7 +162,6 @@ class TSTTrainer(Trainer):
                     logit_scale=self.head.logit_scale,
                     loss=self.bag_loss,
                 )
-                hidden = self._hidden.take()
                 loss = score(hidden, targets=targets, reduction=reduction)
                 if self.mtp is not None and model.training:  # over as many rows, so that accumulation changes nothing
                     further = score(self.mtp(hidden), targets=self.mtp.targets(targets), reduction="sum")
