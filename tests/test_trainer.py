@@ -258,6 +258,32 @@ def test_a_model_is_copied_after_every_step_and_trained_again(prepared: Path, tm
     assert len({t.evaluate(held_out)["eval_loss"] for t in (first, second, again)}) == 1
 
 
+class Plain(torch.nn.Module):
+    """No model of transformers: an embedding and a head, and a mapping with the logits."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.embedding, self.head = torch.nn.Embedding(VOCAB, 16), torch.nn.Linear(16, VOCAB)
+
+    def get_input_embeddings(self) -> torch.nn.Embedding:
+        return self.embedding
+
+    def forward(self, input_ids: torch.Tensor) -> dict[str, torch.Tensor]:
+        return {"logits": self.head(self.embedding(input_ids))}
+
+
+def test_a_plain_module_trains_on_bags(prepared: Path, tmp_path: Path) -> None:
+    plan, held_out = plan_of(prepared), ValidationSet(TokenStore(prepared, "validation"), 16)
+    trainer = TSTTrainer(Plain(), arguments(tmp_path), train_dataset=plan, eval_dataset=held_out)
+    trainer.train()
+    batch, model = default_data_collator([plan[i] for i in range(4)]), Plain().double()
+    logits = model.head(model.embedding(batch["input_ids"]).mean(2))
+    expected = reference.multi_hot_cross_entropy(logits.flatten(0, 1), batch["shift_labels"].flatten(0, 1))
+    assert losses(trainer)[0] == pytest.approx(expected.item(), rel=1e-5)
+    assert trainer.evaluate()["eval_loss"] > 0
+
+
 def test_gradient_checkpointing_changes_nothing(prepared: Path, tmp_path: Path) -> None:
     plain = TSTTrainer(tiny("llama"), arguments(tmp_path), train_dataset=plan_of(prepared))
     plain.train()

@@ -21,8 +21,10 @@ from token_superposition.engines.transformers.head import (
     HiddenStates,
     check_causal,
     ids_used_elsewhere,
+    logits_of,
     read_head,
     whole_head,
+    without_cache,
 )
 from token_superposition.engines.transformers.mtp import MTPHeads
 from token_superposition.errors import TokenSuperpositionError
@@ -96,6 +98,7 @@ class TSTTrainer(Trainer):
         self.head = None if isinstance(head, str) else head
         self.whole_logits = head if isinstance(head, str) else ""
         """Why whole logits are made; empty if they are not."""
+        self._without_cache = without_cache(model)
         self._hidden = HiddenStates.of(cast(Any, model).get_decoder()) if self.head else None
         if isinstance(self.train_dataset, PlannedDataset | StreamedPlan):
             self._check_plan(self.train_dataset)
@@ -144,7 +147,7 @@ class TSTTrainer(Trainer):
         if "shift_labels" not in inputs:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         targets: Tensor = inputs["shift_labels"]
-        inputs = {k: v for k, v in inputs.items() if k not in ("shift_labels", "labels")} | {"use_cache": False}
+        inputs = {k: v for k, v in inputs.items() if k not in ("shift_labels", "labels")} | self._without_cache
         weights = self._place_weights(targets) if targets.dim() == 3 else None
         reduction = "mean" if num_items_in_batch is None else "sum"
         if self._hidden is not None and self.head is not None:
@@ -169,7 +172,9 @@ class TSTTrainer(Trainer):
                     loss = loss + further * (self.mtp.weight / self.mtp.heads) / rows
         else:
             outputs = model(**inputs)
-            loss = multi_hot_cross_entropy(outputs.logits, targets, weights, loss=self.bag_loss, reduction=reduction)
+            loss = multi_hot_cross_entropy(
+                logits_of(outputs), targets, weights, loss=self.bag_loss, reduction=reduction
+            )
         accumulated = 1
         if num_items_in_batch is not None:  # rows of the whole step: see _get_num_items_in_batch
             loss = loss / num_items_in_batch
