@@ -11,12 +11,20 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
+import numpy as np
 import pytest
 import torch
 from torch.utils.data import Dataset
-from transformers import AutoModelForCausalLM, Trainer, TrainerCallback, TrainingArguments, default_data_collator
+from transformers import (
+    AutoModelForCausalLM,
+    EvalPrediction,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+    default_data_collator,
+)
 
 from tests.conftest import TINY, VOCAB, tiny, tst
 from tests.processes import command, launch
@@ -193,6 +201,27 @@ def test_validation_is_next_token_in_both_phases(prepared: Path, tmp_path: Path)
     logits = trainer.model.double().eval()(batch["input_ids"]).logits
     expected = torch.nn.functional.cross_entropy(logits.flatten(0, 1), batch["shift_labels"].flatten())
     assert evals[-1]["eval_loss"] == pytest.approx(expected.item(), rel=1e-4)
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gemma2", "bert"])
+def test_metrics_are_of_whole_logits_and_their_targets(architecture: str, prepared: Path, tmp_path: Path) -> None:
+    held_out = ValidationSet(TokenStore(prepared, "validation"), 16, 128)
+
+    def accuracy(p: EvalPrediction) -> dict[str, float]:
+        return {"accuracy": float((np.asarray(p.predictions).argmax(-1) == p.label_ids).mean())}
+
+    trainer = TSTTrainer(
+        tiny(architecture), arguments(tmp_path, max_steps=4), train_dataset=plan_of(prepared), eval_dataset=held_out,
+        compute_metrics=accuracy,
+    )  # fmt: skip
+    trainer.train()
+    found = trainer.evaluate()
+    batch = default_data_collator(list(held_out))  # pyright: ignore
+    with torch.no_grad():
+        predicted = cast(Any, trainer.model).eval()(batch["input_ids"]).logits.argmax(-1)
+    assert found["eval_accuracy"] == pytest.approx((predicted == batch["shift_labels"]).double().mean().item())
+    trainer.compute_metrics = None  # then no logits are made
+    assert found["eval_loss"] == pytest.approx(trainer.evaluate()["eval_loss"], rel=1e-5)
 
 
 def test_logs_tell_the_phase_and_both_token_counts(prepared: Path, tmp_path: Path) -> None:

@@ -44,6 +44,8 @@ class TSTTrainer(Trainer):
     ``StreamedPlan`` is read in its own order and decides the number of steps; it must agree with the arguments about
     the batch size.
 
+    ``compute_metrics`` gets whole logits, and as labels ``shift_labels``: that of a position is its own target.
+
     ``weighting`` weighs the places in a target bag, ``input_weighting`` those of a bag that is read and
     ``place_signal`` marks them (``superpose``); ``bag_loss`` "sum-to-one" takes the bag as one label; ``mtp``, heads
     that were added to the model, are trained with it and their loss joins the training loss. ``lr_factor`` maps a
@@ -150,7 +152,8 @@ class TSTTrainer(Trainer):
         inputs = {k: v for k, v in inputs.items() if k not in ("shift_labels", "labels")} | self._without_cache
         weights = self._place_weights(targets) if targets.dim() == 3 else None
         reduction = "mean" if num_items_in_batch is None else "sum"
-        if self._hidden is not None and self.head is not None:
+        whole = return_outputs and not model.training  # whoever evaluates asks for all logits
+        if self._hidden is not None and self.head is not None and not whole:
             with self._hidden as states:
                 outputs = model(**inputs, logits_to_keep=1)
                 hidden = states.take()
@@ -210,7 +213,10 @@ class TSTTrainer(Trainer):
             return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
         inputs = self._prepare_inputs(inputs)
         with torch.no_grad(), self.compute_loss_context_manager():
-            return self.compute_loss(model, inputs).detach(), None, None
+            if prediction_loss_only:
+                return self.compute_loss(model, inputs).detach(), None, None
+            loss, outputs = self.compute_loss(model, inputs, return_outputs=True)
+        return loss.detach(), logits_of(outputs).detach(), inputs["shift_labels"]
 
     def create_scheduler(
         self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None
