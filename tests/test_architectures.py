@@ -11,7 +11,7 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, TrainingArguments, set_seed
 
-from tests.architectures import FAMILIES, INTRODUCTION, build, measure, row
+from tests.architectures import BASE, FAMILIES, INTRODUCTION, build, measure, row
 from token_superposition import Schedule, TokenSuperpositionError
 from token_superposition.data.plan import PlannedDataset
 from token_superposition.data.store import TokenStore
@@ -111,3 +111,18 @@ def test_an_architecture_that_must_have_a_padding_token_is_trained(prepared: Pat
     after: Any = AutoModelForCausalLM.from_pretrained(tmp_path / "run/model")
     rows = [m.get_input_embeddings().weight[meta.eos_id] for m in (before, after)]
     assert not torch.equal(*rows)
+
+
+def test_the_models_own_z_loss_is_trained_and_not_validated(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    settings: Any = AutoConfig.for_model("bamba", **(BASE | FAMILIES["bamba"] | {"z_loss_coefficient": 0.1}))
+    model = AutoModelForCausalLM.from_config(settings)
+    arguments = TrainingArguments(output_dir=str(tmp_path), use_cpu=True, report_to="none")
+    trainer = TSTTrainer(model, arguments)
+    ids, targets = torch.arange(16).reshape(2, 8), torch.arange(1, 17).reshape(2, 8)
+    own = model.train()(input_ids=ids, labels=ids, shift_labels=targets, use_cache=False)
+    batch = {"input_ids": ids, "shift_labels": targets}
+    assert trainer.compute_loss(model, batch).item() == pytest.approx(own.loss.item(), rel=1e-6)
+    cross_entropy = torch.nn.functional.cross_entropy(own.logits.flatten(0, 1), targets.flatten())
+    assert trainer.compute_loss(model.eval(), batch).item() == pytest.approx(cross_entropy.item(), rel=1e-6)
+    assert own.loss > cross_entropy + 1

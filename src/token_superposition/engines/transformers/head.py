@@ -57,6 +57,8 @@ class Head:
 
     softcap: float | None = None
     logit_scale: float = 1.0
+    z_loss: float = 0.0
+    """Coefficient of ``logsumexp(z)**2`` in the model's own training loss (Bamba)."""
 
 
 def whole_head(model: nn.Module) -> nn.Linear:
@@ -211,5 +213,5 @@ def read_head(model: nn.Module) -> Head | str:
         expected = expected if softcap is None else torch.tanh(expected / softcap) * softcap
         tolerance = 0 if scale == 1 and softcap is None else 4 * eps
         if torch.allclose(logits.to(exact), expected.expand_as(logits), rtol=tolerance, atol=tolerance * 100):
-            return Head(softcap, scale)
+            return Head(softcap, scale, getattr(config, "z_loss_coefficient", 0.0))
     return "the logits are changed after the head in a way that its configuration does not name"

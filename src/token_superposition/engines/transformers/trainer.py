@@ -168,7 +168,8 @@ class TSTTrainer(Trainer):
                     logit_scale=self.head.logit_scale,
                     loss=self.bag_loss,
                 )
-                loss = score(hidden, targets=targets, reduction=reduction)
+                z_loss = self.head.z_loss if model.training else 0.0
+                loss = score(hidden, targets=targets, reduction=reduction, z_loss=z_loss)
                 if self.mtp is not None and model.training:  # over as many rows, so that accumulation changes nothing
                     further = score(self.mtp(hidden), targets=self.mtp.targets(targets), reduction="sum")
                     rows = (any_target(targets) != -100).sum().clamp(min=1) if reduction == "mean" else 1
