@@ -21,7 +21,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, Trai
 
 from token_superposition import fold, reference, span
 from token_superposition.engines.transformers import TSTTrainer
-from token_superposition.engines.transformers.head import ids_used_elsewhere
+from token_superposition.engines.transformers.head import auxiliary_weight, ids_used_elsewhere
 
 VOCAB, LENGTH, BAG, BATCH = 64, 8, 3, 2
 BASE: dict[str, object] = {
@@ -99,6 +99,7 @@ FAMILIES: dict[str, dict[str, object]] = {
     "ernie4_5": GROUPED,
     "ernie4_5_moe": MOE | {"moe_num_experts": 4, "moe_k": 2},
     "hunyuan_v1_dense": GROUPED,
+    "jetmoe": MOE | {"kv_channels": 16, "aux_loss_coef": 0.1},
     "jamba": MOE | {"mamba_d_state": 4, "mamba_dt_rank": 4, "use_mamba_kernels": False, "attn_layer_offset": 1,
                     "attn_layer_period": 2},
     "bamba": GROUPED | HYBRID | {"attn_layer_indices": [1]},
@@ -174,7 +175,7 @@ def measure(family: str) -> Facts:
     expected = reference.multi_hot_cross_entropy(out.logits.flatten(0, 1), targets.flatten(0, 1))
     auxiliary = getattr(out, "aux_loss", None)
     if auxiliary is not None:
-        expected = expected + theirs.config.router_aux_loss_coef * auxiliary
+        expected = expected + auxiliary_weight(theirs.config) * auxiliary
     expected.backward()
     wanted = {name: p.grad for name, p in theirs.named_parameters() if p.grad is not None}
     assert gradients.keys() == wanted.keys(), gradients.keys() ^ wanted.keys()
@@ -189,7 +190,7 @@ def measure(family: str) -> Facts:
         stock = theirs(input_ids=tokens, labels=labels, use_cache=False)
     own: Tensor = stock.loss
     if auxiliary is not None:  # in training only
-        own = own - theirs.config.router_aux_loss_coef * stock.aux_loss
+        own = own - auxiliary_weight(theirs.config) * stock.aux_loss
     whole = torch.nn.functional.cross_entropy(logits.double().flatten(0, 1), next_tokens.flatten())
     token_loss = max(distance(ours, whole), distance(labelled, own))
     head = trainer.head

@@ -77,6 +77,12 @@ def whole_head(model: nn.Module) -> nn.Linear:
     return head
 
 
+def auxiliary_weight(config: Any) -> float:
+    """Of a mixture of experts' auxiliary loss, by the names that configurations have for it."""
+    text = config.get_text_config()
+    return text.router_aux_loss_coef if hasattr(text, "router_aux_loss_coef") else text.aux_loss_coef
+
+
 def ids_used_elsewhere(model: nn.Module) -> str | None:
     """Why ``model`` cannot read bags, or None: all that it knows of token ids must come through its input embedding.
 

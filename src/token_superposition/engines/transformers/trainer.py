@@ -19,6 +19,7 @@ from token_superposition.data.stream import StreamedPlan
 from token_superposition.embedding import superpose
 from token_superposition.engines.transformers.head import (
     HiddenStates,
+    auxiliary_weight,
     check_causal,
     ids_used_elsewhere,
     logits_of,
@@ -186,12 +187,8 @@ class TSTTrainer(Trainer):
             if self.args.average_tokens_across_devices:
                 loss = loss * (self.accelerator.num_processes // self.get_tp_size())
         if model.training and getattr(outputs, "aux_loss", None) is not None:  # mixture of experts
-            loss = (
-                loss
-                + self.accelerator.unwrap_model(model).config.router_aux_loss_coef
-                * outputs.aux_loss.to(loss.device)
-                / accumulated
-            )
+            weight = auxiliary_weight(self.accelerator.unwrap_model(model).config)
+            loss = loss + weight * outputs.aux_loss.to(loss.device) / accumulated
         return (loss, outputs) if return_outputs else loss
 
     def _place_weights(self, targets: Tensor) -> Tensor | None:  # (B, L, s) -> (s,)
