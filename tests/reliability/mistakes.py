@@ -186,6 +186,7 @@ MISTAKES: dict[str, list[Mistake]] = {
         Mistake("compare config.toml --compare.seeds 0 0"),
         Mistake("compare config.toml --compare.baseline-lengths 0"),
         Mistake("compare config.toml", "[[compare.variants]]\nname = 'tst'"),
+        Mistake("compare config.toml", "[[compare.variants]]\nname = 'baseline-ema'"),
         Mistake("compare config.toml --data.path nowhere"),
         Mistake("sweep config.toml --sweep.bag-sizes 2 4 --sweep.keep 0"),
         Mistake("sweep config.toml --sweep.bag-sizes 2 0"),
