@@ -206,8 +206,7 @@ def write(root: Path, docs: Path) -> None:
     (docs / "findings_batches.svg").write_text(picture)
     parts += [
         "## Batch, steps and tokens per parameter\n",
-        "Plain TST (s = 4, r = 0.3, uniform weights), all comparisons on texts read at most once. Tokens are latent "
-        "ones.\n",
+        "Plain TST (s = 4, r = 0.3, uniform weights), all comparisons on whole texts. Tokens are latent ones.\n",
         table,
         "![Difference by tokens a parameter](findings_batches.svg)\n",
         "## Which variant ends below plain TST?\n",

@@ -21,7 +21,7 @@ from token_superposition.experiment.superposition import SuperpositionConfig
 from token_superposition.report.contents import short
 from token_superposition.report.figures import COLOURS, svg
 
-TEXTS = ("python", "English", "sentences of a grammar")  # read at most once in every comparison
+TEXTS = ("python", "English", "sentences of a grammar")
 MARKERS = "osD"
 PLAIN = json.loads(json.dumps(asdict(SuperpositionConfig(bag_size=4, ratio=0.3))))  # as a summary has it
 
@@ -51,30 +51,38 @@ def text_of(r: Result) -> str:
     return r.about["text"].partition(" (")[0]
 
 
+def read(r: Result, name: str) -> str:
+    """How often that run read the text."""
+    times = next(x["epochs"] for x in r.summary["runs"] if x["name"] == name)
+    return "once at most" if times <= 1 else f"{times:.2g} times"
+
+
 def over_batches(found: list[Result]) -> tuple[str, str]:
     """Plain TST less the baseline by batch and steps: a figure and a table, the comparisons on TEXTS alone."""
-    entries: list[tuple[int, float, int, int, list[float], Result]] = []
+    entries: list[tuple[int, float, int, int, list[float], str, Result]] = []
     for r in found:
         if (name := plain(r)) and text_of(r) in TEXTS:
             c = r.summary["config"]
             tokens = c["train"]["batch_size"] * c["data"]["sequence_length"]
             per_parameter = r.baseline["latent_tokens"] / r.baseline["parameters"]
             values = differences(r, name, "baseline")
-            entries.append((TEXTS.index(text_of(r)), per_parameter, tokens, c["train"]["steps"], values, r))
+            place = TEXTS.index(text_of(r))
+            entries.append((place, per_parameter, tokens, c["train"]["steps"], values, read(r, name), r))
     entries.sort(key=lambda e: e[:4])
     lines = [
-        "| text | tokens a parameter | tokens a step | steps | parameters | TST less baseline, nats (95%) | seeds | |",
-        "|---|---|---|---|---|---|---|---|",
+        "| text | tokens a parameter | tokens a step | steps | parameters | TST less baseline, nats (95%) | seeds | "
+        "text read by TST | |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
     figure = Figure(figsize=(7.2, 3.8), layout="constrained")
     axes = figure.subplots()
     sizes = list(dict.fromkeys(short(e[-1].baseline["parameters"]) for e in entries))
     labelled: set[str] = set()
-    for text, per_parameter, tokens, steps, values, r in entries:
+    for text, per_parameter, tokens, steps, values, times, r in entries:
         size = short(r.baseline["parameters"])
         lines.append(
             f"| {TEXTS[text]} | {per_parameter:.1f} | {tokens:,} | {steps:,} | {size} | {told(values)} | "
-            f"{len(values)} | [{r.name}](../results/{r.name}) |"
+            f"{len(values)} | {times} | [{r.name}](../results/{r.name}) |"
         )
         colour, label = COLOURS[sizes.index(size) % len(COLOURS)], f"{TEXTS[text]}, {size} parameters"
         axes.plot([per_parameter] * len(values), values, ".", color=colour, alpha=0.4)
@@ -82,8 +90,9 @@ def over_batches(found: list[Result]) -> tuple[str, str]:
         axes.plot(per_parameter, mean(values), MARKERS[text], color=colour, ms=7, label=shown)
         labelled.add(label)
     axes.axhline(0, color="#000000", lw=1)
-    axes.set_xlim(left=0, right=1.1 * max((e[1] for e in entries), default=1.0))
-    axes.set_xlabel("latent tokens a parameter")
+    axes.set_xscale("log")
+    axes.set_xticks((3, 10, 30, 100), ("3", "10", "30", "100"))
+    axes.set_xlabel("latent tokens a parameter (log)")
     axes.set_ylabel("validation loss minus the baseline's\n(nats per token)")
     if entries:
         axes.legend(frameon=False, fontsize=8)
@@ -100,11 +109,9 @@ def against_plain(found: list[Result]) -> str:
                 if changed and length == 1:
                     values = differences(r, name, reference)
                     how = ", ".join(f"{k} = {v}" for k, v in changed.items())
-                    times = next(x["epochs"] for x in r.summary["runs"] if x["name"] == name)
-                    read = "once at most" if times <= 1 else f"{times:.0f} times"
                     row = (
-                        f"| `{how}` | {told(values)} | {len(values)} | {verdict(t_interval(values))} | {read} | "
-                        f"{r.name} |"
+                        f"| `{how}` | {told(values)} | {len(values)} | {verdict(t_interval(values))} | "
+                        f"{read(r, name)} | {r.name} |"
                     )
                     table.append((len(values) == 1, mean(values), row))
     head = ["| changed | less plain TST, nats (95%) | seeds | | text read | comparison |", "|---|---|---|---|---|---|"]

@@ -21,15 +21,11 @@ def short_answers(found: list[Result]) -> str:
     return "\n".join([*lines, ""]) if lines else ""
 
 
-def read_once(r: Result) -> bool:
-    return text_of(r) in TEXTS
-
-
 def wins(enough: list[Result]) -> list[str]:
     """How many comparisons of plain TST ended how, text by text."""
     by_text: dict[str, Counter[str]] = defaultdict(Counter)
     for r in enough:
-        if read_once(r) and (name := plain(r)):
+        if text_of(r) in TEXTS and (name := plain(r)):
             by_text[text_of(r)][verdict(t_interval(differences(r, name, "baseline")))] += 1
     told_of = (
         f"{text}: {', '.join(f'{count[kind]} {words}' for kind, words in COUNTED.items() if count[kind])}"
@@ -43,7 +39,7 @@ def from_where(enough: list[Result]) -> list[str]:
     """Of each text and size of the model: with how many tokens a parameter TST does not win, and does."""
     groups: dict[tuple[str, str], list[tuple[float, str]]] = defaultdict(list)
     for r in enough:
-        if read_once(r) and (name := plain(r)):
+        if text_of(r) in TEXTS and (name := plain(r)):
             b = r.baseline
             judged = verdict(t_interval(differences(r, name, "baseline")))
             groups[text_of(r), short(b["parameters"])].append((b["latent_tokens"] / b["parameters"], judged))
@@ -78,7 +74,7 @@ def variants(enough: list[Result]) -> list[str]:
     better: list[str] = []
     worse: list[str] = []
     for r in enough:
-        if read_once(r) and (reference := plain(r)):
+        if text_of(r) in TEXTS and (reference := plain(r)):
             for name, changed, length in ways(r):
                 if changed and length == 1:
                     values = differences(r, name, reference)

@@ -136,8 +136,8 @@ def test_plain_tst_is_found_wherever_it_stands() -> None:
     weights: Changed = {"weighting": "exponential"}
     first, second = made_of({}, {"exp": (weights, 1.0)}), made_of(weights, {"uniform": ({}, 1.0), "x1.1": ({}, 1.1)})
     _, table = over_batches([first, second])
-    assert "| python | 8.0 | 80 | 100 | 1k | -0.100 (-0.100 to -0.100) | 2 |" in table
-    assert "| python | 8.0 | 80 | 100 | 1k | -0.200 (-0.200 to -0.200) | 2 |" in table
+    assert "| python | 8.0 | 80 | 100 | 1k | -0.100 (-0.100 to -0.100) | 2 | once at most |" in table
+    assert "| python | 8.0 | 80 | 100 | 1k | -0.200 (-0.200 to -0.200) | 2 | once at most |" in table
     rows = over_batches([made_of({}, {}, "English (`a command`)"), first])[1].splitlines()[2:]
     assert [row.split(" | ")[0] for row in rows] == ["| python", "| English"]
     table = against_plain([first, second])
