@@ -16,10 +16,11 @@ import torch
 from rich.console import Console
 from scipy import stats
 
-from tests.conftest import VOCAB
+from tests.conftest import VOCAB, tiny
 from token_superposition import TokenSuperpositionError
+from token_superposition.data.tokenizer import load_tokenizer
 from token_superposition.experiment import jobs as jobs_module
-from token_superposition.experiment.compare import checked_jobs, jobs_of
+from token_superposition.experiment.compare import checked_jobs, jobs_of, samples
 from token_superposition.experiment.config import CompareConfig, Config, Variant, load_config
 from token_superposition.experiment.dry_run import START_SECONDS, cost_of_job, dry_run, makespan
 from token_superposition.experiment.intervals import t_interval
@@ -361,6 +362,19 @@ def test_a_step_is_timed_on_the_cpu_by_a_torch_built_for_gpus(
 
     monkeypatch.setattr(torch.accelerator, "current_accelerator", built_for)
     assert time_steps(load_config(write_config(steps=12)), VOCAB, 1) > 0
+
+
+def test_a_sample_fits_into_the_positions_of_the_model(
+    write_config: Callable[..., Path], prepared: Path, tmp_path: Path
+) -> None:
+    """A table of as many positions as a sequence has."""
+    config = load_config(write_config("gpt2"))
+    made = run("tst", 0, 1, 3.0)
+    directory = tmp_path / "runs" / made.directory / "model"
+    tiny("gpt2", max_position_embeddings=config.data.sequence_length).save_pretrained(directory)
+    load_tokenizer(str(prepared / "tokenizer")).save_pretrained(directory)
+    (sample,) = samples(config, tmp_path, [made])
+    assert sample["name"] == "tst" and sample["prompt"] and sample["text"]
 
 
 def test_further_seeds_leave_the_runs_of_the_first_where_they_are() -> None:

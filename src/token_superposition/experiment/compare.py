@@ -9,6 +9,7 @@ import shutil
 from dataclasses import asdict, replace
 from math import lcm
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 
@@ -107,14 +108,16 @@ def write_summary(config: Config, out: Path, runs: list[Run], note: str | None =
 
 def samples(config: Config, out: Path, runs: list[Run], prompt_tokens: int = 24) -> list[dict[str, str]]:
     """What the baseline and each variant of the first seed make of the start of the held-out text."""
-    prompt_ids = TokenStore(config.data.path, "validation")[:prompt_tokens].tolist()
+    length = config.data.sequence_length
+    prompt_ids = TokenStore(config.data.path, "validation")[: min(prompt_tokens, length // 2)].tolist()
     result: list[dict[str, str]] = []
     for run in runs:
         there = (out / "runs" / run.directory / MODEL).is_dir()  # else it diverged, or was removed
         if there and run.seed == runs[0].seed and not run.name.startswith("baseline-"):
             model, tokenizer = load_model(out / "runs" / run.directory / MODEL)
             prompt = str(tokenizer.decode(prompt_ids))
-            room = config.data.sequence_length - len(prompt_ids)
-            text = generate(model, tokenizer, prompt, max_new_tokens=max(min(64, room), 1))
+            again: Any = tokenizer(prompt, add_special_tokens=False)  # not always the same tokens, nor as many
+            room = max(min(64, length - len(again["input_ids"])), 1)
+            text = generate(model, tokenizer, prompt, max_new_tokens=room)
             result.append({"name": run.name, "prompt": prompt, "text": text.removeprefix(prompt)})
     return result

@@ -65,7 +65,7 @@ def whole_head(model: nn.Module) -> nn.Linear:
     """The output head of ``model`` with all its rows.
 
     Under FSDP2 its weight may have been freed after the forward pass, and what is left, this process's rows as a
-    DTensor, would pass for a head that is spread over the vocabulary. Gathered here, it is freed and its gradient
+    DTensor, is no head for its own hidden states. Gathered here, it is freed and its gradient
     scattered in the backward pass as always.
     """
     from torch.distributed.fsdp import FSDPModule
