@@ -28,6 +28,7 @@ from token_superposition.experiment.jobs import share, unfinished
 from token_superposition.experiment.speed import time_steps
 from token_superposition.experiment.summary import Run, comparison
 from token_superposition.report import print_table, write_report
+from token_superposition.report.contents import interval_table, read
 
 DELTAS = [-0.2766, -0.1645, -0.1132]
 
@@ -155,6 +156,16 @@ def test_a_variant_of_its_own_length_shows_what_steps_another_is_worth(tmp_path:
         words = " ".join(text.split())
         assert "plain: in 1.2 x the steps" in words and "plain: equal FLOPs" in words and "tst: equal FLOPs" in words
         assert "its steps take 1.20 x the FLOPs" in words and "plain ends 0.0200 nats above tst" in words
+
+    assert [row[-1] for row in interval_table(read(tmp_path / "longer"))] == ["FLOPs", "1.00", "1.20"]
+
+
+@pytest.mark.parametrize("runs", [experiment(), [r for r in experiment() if "-x" not in r.name]])
+def test_the_table_fits_into_80_columns(runs: list[Run], tmp_path: Path) -> None:
+    out = directory_of(runs, tmp_path / "out")
+    console = Console(record=True, width=80, file=(tmp_path / "terminal.txt").open("w"))
+    print_table(out, console)
+    assert interval_table(read(out))[0][-1] == "time" and "…" not in console.export_text()
 
 
 def test_a_length_counts_the_steps_of_a_variant_and_1_is_the_plain_one() -> None:

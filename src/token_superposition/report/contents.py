@@ -82,24 +82,29 @@ def rows(contents: Contents) -> list[tuple[str, ...]]:
 HEADERS = ("run", "seed", "bags", "steps", "latent tokens", "raw tokens", "time", "val. loss", "bits/byte")
 
 
-INTERVAL_HEADERS = ("variant", "difference", "95% interval", "seeds", "speed-up", "95% interval", "FLOPs", "time")
+INTERVAL_HEADERS = ("variant", "difference", "95% interval", "seeds", "speed-up", "95% interval", "time", "FLOPs")
 
 
-def interval_rows(contents: Contents) -> list[tuple[str, ...]]:
-    """A row for each variant: mean loss difference and speed-up to equal loss, with intervals; its FLOPs and time."""
-    return [
+def interval_table(contents: Contents) -> list[tuple[str, ...]]:
+    """Headers and a row for each variant: mean loss difference and speed-up to equal loss, with intervals; its time.
+
+    Its FLOPs only where not all are the baseline's.
+    """
+    rows = [
         (
             name,
             f"{c['delta_val_loss']:+.3f}" if math.isfinite(c["delta_val_loss"]) else "diverged",
             interval(c["delta_val_loss_interval"], "+.3f"),
             str(len(c["delta_val_loss_per_seed"])),
-            f"{BOUNDS[s['bound']]}{s['geometric_mean']:.2f}" if (s := c["speedup"]) else "not measured",
+            f"{BOUNDS[s['bound']]}{s['geometric_mean']:.2f}" if (s := c["speedup"]) else "unknown",
             interval((s["low"], s["high"]), ".2f") if s else "none",
-            f"{c.get('flops_ratio', 1.0):.2f}",  # older ones lack it
             f"{c['equal_time']['ratio']:.2f}",
+            f"{c.get('flops_ratio', 1.0):.2f}",  # older ones lack it
         )
         for name, c in contents.comparison["variants"].items()
     ]
+    shown = len(INTERVAL_HEADERS) - all(row[-1] == "1.00" for row in rows)
+    return [row[:shown] for row in (INTERVAL_HEADERS, *rows)]
 
 
 BOUNDS = {"measured": "", "at least": ">= ", "at most": "<= ", "not comparable": "~ "}

@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from token_superposition.report.contents import HEADERS, INTERVAL_HEADERS, interval_rows, read, rows, verdicts
+from token_superposition.report.contents import HEADERS, interval_table, read, rows, verdicts
 
 
 def write_report(directory: str | Path) -> Path:
@@ -44,8 +44,7 @@ def _comparison(directory: Path) -> dict[str, Any]:
         "pictures": pictures(contents),
         "headers": HEADERS,
         "rows": rows(contents),
-        "interval_headers": INTERVAL_HEADERS,
-        "interval_rows": interval_rows(contents),
+        "intervals": interval_table(contents),
         "verdicts": verdicts(contents),
         "note": contents.summary.get("note"),
         "samples": contents.summary.get("samples", []),

@@ -9,7 +9,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from token_superposition.report.contents import HEADERS, INTERVAL_HEADERS, interval_rows, read, rows, verdicts
+from token_superposition.report.contents import HEADERS, interval_table, read, rows, verdicts
 from token_superposition.report.page import is_sweep
 
 TOP = 20  # settings of a sweep; the report has all
@@ -32,7 +32,8 @@ def _print_comparison(directory: Path, console: Console) -> None:
     for row in rows(contents):
         table.add_row(*(row[i] for i in shown))
     console.print(table)
-    console.print(_table(INTERVAL_HEADERS, interval_rows(contents), "variant"))
+    headers, *variants = interval_table(contents)
+    console.print(_table(headers, variants, "variant"))
     _sentences(verdicts(contents), console)
     for sample in contents.summary.get("samples", []):
         console.print(f"\n[bold]{sample['name']}[/bold], prompt and continuation:", highlight=False)
