@@ -295,9 +295,6 @@ class Plain(torch.nn.Module):
         torch.manual_seed(0)
         self.embedding, self.head = torch.nn.Embedding(VOCAB, 16), torch.nn.Linear(16, VOCAB)
 
-    def get_input_embeddings(self) -> torch.nn.Embedding:
-        return self.embedding
-
     def forward(self, input_ids: torch.Tensor) -> dict[str, torch.Tensor]:
         return {"logits": self.head(self.embedding(input_ids))}
 

@@ -17,7 +17,7 @@ from token_superposition.errors import TokenSuperpositionError
 from token_superposition.experiment.config import CompareConfig, Config, SweepConfig, load_config, save_config
 from token_superposition.experiment.metrics import read_metrics
 from token_superposition.experiment.progress import RunProgress
-from token_superposition.experiment.result import CONFIG, METRICS, read_result, result_file
+from token_superposition.experiment.result import CONFIG, DIVERGED, METRICS, read_result, result_file
 from token_superposition.experiment.resume import changes, data_digest
 from token_superposition.experiment.speed import cores, default_parallel, gpus
 
@@ -52,9 +52,15 @@ def check_jobs(jobs: list[Job], out: Path) -> None:
     for job in jobs:
         job.config.check()
         directory = out / "runs" / job.directory
-        if (directory / CONFIG).exists() and (differences := changes(load_config(directory / CONFIG), job.config)):
+        there = load_config(directory / CONFIG) if (directory / CONFIG).exists() else job.config
+        if differences := changes(there, job.config):
             raise TokenSuperpositionError(
                 f"{directory} is a run of another configuration ({'; '.join(differences)}); choose another --out"
+            )
+        if there.train.on_nonfinite != job.config.train.on_nonfinite and (directory / DIVERGED).exists():
+            raise TokenSuperpositionError(
+                f"{directory} diverged with train.on_nonfinite {there.train.on_nonfinite}; remove it, and it is "
+                f"trained again with {job.config.train.on_nonfinite}"
             )
         # Older runs do not say what they read.
         if (path := result_file(directory)) and (read_result(path).data_sha256 or data) != data:
@@ -138,7 +144,7 @@ def share(slot: int, parallel: int) -> dict[str, str]:
     """What a run's environment says of its part of the machine: one GPU of those that are ours, or some cores."""
     if count := gpus():
         ours = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(count)))).split(",")
-        return {"CUDA_VISIBLE_DEVICES": ours[slot % count]}
+        return {"CUDA_VISIBLE_DEVICES": ours[slot % min(count, len(ours))]}
     pages = {name: value for name, value in HUGE_PAGES.items() if name not in os.environ}
     return {"OMP_NUM_THREADS": str(max(cores() // parallel, 1))} | pages
 

@@ -161,12 +161,15 @@ def equal_time(ours: Sequence[Run], baseline: Sequence[Run], curve: Sequence[tup
 
 
 def baseline_curve(runs: Sequence[Run], seed: int | None = None) -> list[tuple[int, float]]:
-    """(steps, loss) of the baselines of all lengths, each with its own decay: of one seed, or the mean over seeds."""
+    """(steps, loss) of the baselines of all lengths, each with its own decay: of one seed, or the mean over seeds.
+
+    A length with which one diverged is left out.
+    """
     by_steps: dict[int, list[float]] = {}
     for r in runs:
         if r.name.startswith("baseline") and seed in (None, r.seed):
             by_steps.setdefault(r.steps, []).append(r.val_loss)
-    return sorted((steps, mean(losses)) for steps, losses in by_steps.items())
+    return sorted((steps, mean(losses)) for steps, losses in by_steps.items() if all(map(math.isfinite, losses)))
 
 
 def equal_loss(curve: Sequence[tuple[int, float]], loss: float, steps: int) -> EqualLoss | None:

@@ -121,7 +121,7 @@ def checked(config: Config, out: Path) -> tuple[Grid, Design]:
     grid = grid_of(config)
     meta = Meta.load(Path(config.data.path))
     common = grid.config.data.common_bag
-    block = config.data.sequence_length * common + 2 * max(cell.bag_size for cell in grid.run_of)
+    block = config.data.sequence_length * common + common
     if block > meta.train.tokens:
         raise TokenSuperpositionError(
             f"blocks of text that fit all bag sizes ({common} is their least common multiple) have {block:,} tokens, "

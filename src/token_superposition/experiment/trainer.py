@@ -24,6 +24,7 @@ from token_superposition.experiment.checkpoints import ASIDE, checkpoints_in, ch
 from token_superposition.experiment.health import GradientGuard
 from token_superposition.experiment.metrics import MetricsWriter
 from token_superposition.experiment.preempt import SIGNALS
+from token_superposition.schedule import Schedule
 
 T = TypeVar("T")
 PENDING = "pending_loss.json"
@@ -53,6 +54,9 @@ class RunTrainer(TSTTrainer):
         self.facts, self.keep, self.kept_steps = facts, keep, kept_steps
         self.checkpoints = Path(str(self.args.output_dir))
         self._aside: Path | None = None
+
+    def _check_model(self, model: nn.Module, schedule: Schedule) -> None:
+        self._check_bags(model, schedule)  # build_model has seen to the rest, before there was a directory
 
     def check(self, checkpoint: Path) -> str | None:
         """``damage``, for which the processes share the reading."""

@@ -72,8 +72,7 @@ def rows(contents: Contents) -> list[tuple[str, ...]]:
             short(r["latent_tokens"]),
             short(r["raw_tokens"]),
             duration(r["train_seconds"]),
-            f"{r['val_loss']:.4f}",
-            f"{r['val_bpb']:.4f}",
+            *((f"{r['val_loss']:.4f}", f"{r['val_bpb']:.4f}") if math.isfinite(r["val_loss"]) else ("diverged", "")),
         )
         for r in contents.runs
     ]
@@ -133,6 +132,8 @@ def verdicts(contents: Contents) -> list[tuple[str, str]]:
         more = c.get("flops_ratio", 1.0) != 1  # heads for further tokens, or a length of its own
         equal = f"in {length:.3g} x the steps" if length != 1 else f"equal {'steps' if more else 'FLOPs'}"
         result.append((f"{label}{equal}", equal_steps(name, c)))
+        if not math.isfinite(c["delta_val_loss"]):
+            continue
         if more:
             result.append((f"{label}equal FLOPs", equal_flops(c)))
         steps = round(length * contents.baseline["steps"])
@@ -215,7 +216,7 @@ def speedup(c: dict[str, Any]) -> str:
 
 def equal_loss(name: str, equal: dict[str, Any] | None, steps: int, *, one_length: bool) -> str:
     if equal is None and not one_length:
-        return "not measured: a run diverged, or the baselines of more steps do not end lower"
+        return "not measured: the baselines of more steps do not end lower"
     if equal is None:
         return (
             f"not measured; longer baselines (--compare.baseline-lengths 1 1.5 2) show what they need for {name}'s loss"

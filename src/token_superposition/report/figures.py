@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 from dataclasses import dataclass
 from html import escape
 from itertools import pairwise
@@ -77,9 +78,10 @@ def draw(axes: Axes, contents: Contents, key: str, label: str) -> str:
             shown.add("switch")
         shown.add(name)
         tail += y[len(y) // 4 :]
-        ends.append(f"{name} ends at {y[-1]:.3f}")
-    low, high = min(tail), max(tail)
-    axes.set_ylim(low - 0.06 * (high - low), high + 0.06 * (high - low))
+        ends.append(f"{name} ends at {y[-1]:.3f}" if math.isfinite(y[-1]) else f"{name} diverges")
+    if tail := list(filter(math.isfinite, tail)):  # a run that diverged at once has nothing to show
+        low, high = min(tail), max(tail)
+        axes.set_ylim(low - 0.06 * (high - low), high + 0.06 * (high - low))
     axes.set_xlim(left=0)
     axes.set_xlabel(label)
     axes.set_ylabel("validation loss (nats per token)")
@@ -87,7 +89,8 @@ def draw(axes: Axes, contents: Contents, key: str, label: str) -> str:
     axes.locator_params("x", nbins=5)
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False)
+    if ends:
+        axes.legend(frameon=False)
     return "; ".join(ends)
 
 

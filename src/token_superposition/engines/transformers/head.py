@@ -10,6 +10,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from token_superposition.embedding import find_embedding
 from token_superposition.errors import TokenSuperpositionError
 
 
@@ -89,10 +90,9 @@ def ids_used_elsewhere(model: nn.Module) -> str | None:
     Told by 4 ids that are given as they are and as their embeddings: no other embedding may be looked up for the one
     than for the other (its weights may be 0 at first, so that the logits do not tell), and the logits must be the same.
     """
-    causal: Any = model
     if "inputs_embeds" not in inspect.signature(model.forward).parameters:
         return None
-    embedding = causal.get_input_embeddings()
+    embedding: Any = find_embedding(model)
     if embedding.weight.is_meta:
         return None
     training = model.training
@@ -127,7 +127,7 @@ def check_causal(model: nn.Module) -> None:
     Told by the gradient of the logits of 3 of 4 ids by the embedding of the last one, which is 0 in a causal model,
     exactly and in any dtype. A model on the meta device, and one that cannot read 4 ids, is not asked.
     """
-    embedding: nn.Module = cast(Any, model).get_input_embeddings()
+    embedding = find_embedding(model)
     weight: Tensor | None = getattr(embedding, "weight", None)
     if weight is None or weight.is_meta:
         return

@@ -11,6 +11,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.utils.data import SequentialSampler
 from transformers import Trainer, TrainingArguments, default_data_collator
 
@@ -31,6 +32,7 @@ from token_superposition.engines.transformers.mtp import MTPHeads
 from token_superposition.errors import TokenSuperpositionError
 from token_superposition.loss import linear_multi_hot_cross_entropy, multi_hot_cross_entropy
 from token_superposition.loss.targets import BagLoss
+from token_superposition.schedule import Schedule
 from token_superposition.weights import Weighting, place_weights
 
 logger = logging.getLogger(__name__)
@@ -73,7 +75,8 @@ class TSTTrainer(Trainer):
         **kwargs: Any,
     ):
         superpose(model, place_signal=place_signal, weighting=input_weighting)
-        head = read_head(model)
+        with torch.compiler.set_stance("force_eager"):  # nothing is compiled for 4 ids
+            head = read_head(model)
         if mtp is not None:
             if isinstance(head, str):
                 raise TokenSuperpositionError(
@@ -105,12 +108,19 @@ class TSTTrainer(Trainer):
         self._hidden = HiddenStates.of(cast(Any, model).get_decoder()) if self.head else None
         if isinstance(self.train_dataset, PlannedDataset | StreamedPlan):
             self._check_plan(self.train_dataset)
-            check_causal(model)
-            bags = any(phase.input_bag > 1 for phase in self.train_dataset.schedule.phases)
-            if bags and (why := ids_used_elsewhere(model)) is not None:
-                raise TokenSuperpositionError(
-                    f'{type(model).__name__} cannot read bags: {why}; superpose the output only (sides = "output")'
-                )
+            with torch.compiler.set_stance("force_eager"):
+                self._check_model(model, self.train_dataset.schedule)
+
+    def _check_model(self, model: nn.Module, schedule: Schedule) -> None:
+        check_causal(model)
+        self._check_bags(model, schedule)
+
+    def _check_bags(self, model: nn.Module, schedule: Schedule) -> None:
+        bags = any(phase.input_bag > 1 for phase in schedule.phases)
+        if bags and (why := ids_used_elsewhere(model)) is not None:
+            raise TokenSuperpositionError(
+                f'{type(model).__name__} cannot read bags: {why}; superpose the output only (sides = "output")'
+            )
 
     def _check_plan(self, plan: PlannedDataset | StreamedPlan) -> None:
         args = self.args
@@ -159,6 +169,8 @@ class TSTTrainer(Trainer):
                 outputs = model(**inputs, logits_to_keep=1)
                 hidden = states.take()
             head = whole_head(self.accelerator.unwrap_model(model))
+            if self.get_tp_size() > 1 and isinstance(head.weight, DTensor) and not isinstance(hidden, DTensor):
+                hidden = DTensor.from_local(hidden, head.weight.device_mesh, run_check=False)  # the same everywhere
             with self.accelerator.autocast():
                 score = partial(
                     linear_multi_hot_cross_entropy,
