@@ -96,9 +96,9 @@ def test_a_sweep_that_lacks_a_baseline_of_an_earlier_round_trains_it(
 def test_a_rate_with_which_all_diverges_is_a_result(
     tiny_sweep: tuple[list[str], Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    config, out = tiny_sweep[0][1], tmp_path / "out"
+    config, out = tiny_sweep[0][1], shutil.copytree(tiny_sweep[1], tmp_path / "out")  # the other rate is done there
     rates = ["--sweep.learning-rates", "0.003", "1e20", "--sweep.bag-sizes", "2", "--compare.seeds", "3"]
-    arguments = ["sweep", config, *rates, "--out", str(out)]
+    arguments = ["sweep", config, *rates, "--data.common-bag", "4", "--out", str(out)]
     assert main(arguments) == 0
     printed = capsys.readouterr().out
     assert printed.count("diverged: the run") == 2 and "learning rate 0.003" in printed
