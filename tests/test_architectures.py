@@ -53,29 +53,29 @@ def test_a_model_that_looks_at_ids_itself_is_refused_bags_and_only_these(tmp_pat
             TSTTrainer(build("gemma3n_text").float(), arguments, train_dataset=plan).train()
 
 
+SMALL: dict[str, Any] = {
+    "hidden_size": 32,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "intermediate_size": 48,
+}
 BIDIRECTIONAL = ("bert", "electra", "ernie", "megatron-bert", "rembert", "roformer", "big_bird", "bert-generation")
 
 
 @pytest.mark.parametrize("architecture", BIDIRECTIONAL)
 def test_a_model_that_sees_later_tokens_is_refused(architecture: str, tmp_path: Path) -> None:
     """By ``build_model``, before a run begins, and by the trainer; with ``is_decoder`` it is built."""
-    options: dict[str, Any] = {
-        "hidden_size": 32,
-        "num_hidden_layers": 1,
-        "num_attention_heads": 2,
-        "intermediate_size": 48,
-    }
-    config = Config(ModelConfig(architecture, options), DataConfig(sequence_length=16))
+    config = Config(ModelConfig(architecture, SMALL), DataConfig(sequence_length=16))
     meta: Any = SimpleNamespace(vocab_size=64, eos_id=0)
     with pytest.raises(TokenSuperpositionError, match=r"sees the tokens that .* set model.options.is_decoder = true"):
         build_model(config, meta)
-    decoder = ModelConfig(architecture, options | {"is_decoder": True})
+    decoder = ModelConfig(architecture, SMALL | {"is_decoder": True})
     assert not seen_by_earlier(build_model(replace(config, model=decoder), meta))
     arguments = TrainingArguments(
         output_dir=str(tmp_path), per_device_train_batch_size=2, use_cpu=True, report_to="none"
     )
     plan = PlannedDataset(list(range(64)) * 20, Schedule.two_phase(4, 1, 0), 8, 2)
-    settings: Any = AutoConfig.for_model(architecture, vocab_size=64, pad_token_id=None, **options)
+    settings: Any = AutoConfig.for_model(architecture, vocab_size=64, pad_token_id=None, **SMALL)
     model = AutoModelForCausalLM.from_config(settings)
     assert seen_by_earlier(model)
     with pytest.raises(TokenSuperpositionError, match="sees the tokens that it shall predict"):
@@ -92,15 +92,8 @@ def seen_by_earlier(model: Any) -> bool:
 
 def test_an_architecture_that_must_have_a_padding_token_is_trained(prepared: Path, tmp_path: Path) -> None:
     """The end of a document stands in for it, and is learned all the same."""
-    options: dict[str, Any] = {
-        "hidden_size": 32,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 2,
-        "intermediate_size": 48,
-        "tie_word_embeddings": False,
-    }
     config = Config(
-        ModelConfig("modernbert-decoder", options),
+        ModelConfig("modernbert-decoder", SMALL | {"num_hidden_layers": 2, "tie_word_embeddings": False}),
         DataConfig(str(prepared), sequence_length=16, eval_tokens=64, final_eval_tokens=64),
         train=TrainConfig(steps=3, batch_size=2, warmup_steps=1, weight_decay=0.0, learning_rate=0.01),
     )
