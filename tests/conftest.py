@@ -115,6 +115,7 @@ steps = 12
 batch_size = 4
 learning_rate = 3e-3
 warmup_steps = 2
+precision = "float32"
 log_every = 1
 eval_every = 4
 save_every = 0
@@ -165,7 +166,7 @@ def finished_run(prepared: Path, tmp_path_factory: pytest.TempPathFactory) -> Pa
     content = CONFIG.format(architecture="gemma3_text", options=options, data=prepared)
 
     def make(root: Path) -> None:
-        (root / "config.toml").write_text(content.replace("save_every = 0", 'save_every = 4\nprecision = "float32"'))
+        (root / "config.toml").write_text(content.replace("save_every = 0", "save_every = 4"))
         tst("train", root / "config.toml", "--out", root / "run")
 
     return once(tmp_path_factory, "finished-run", make) / "run"

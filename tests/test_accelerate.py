@@ -7,7 +7,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -37,7 +37,7 @@ from token_superposition.experiment.config import load_config
 from token_superposition.experiment.export import export
 from token_superposition.experiment.launch import Launch
 from token_superposition.experiment.metrics import read_metrics
-from token_superposition.experiment.run import training_arguments
+from token_superposition.experiment.run import train, training_arguments
 
 LAUNCH = Path(str(files("token_superposition") / "engines/transformers/launch"))
 ACCELERATE = [sys.executable, "-m", "accelerate.commands.launch"]
@@ -95,7 +95,7 @@ def forget_after(run: Path, copy: Path, step: int) -> None:
 def config(prepared: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """20 of 24 steps on bags, a checkpoint every 4."""
     options = "\n".join(f"{key} = {value}" for key, value in TINY["llama"].items())
-    content = CONFIG.format(architecture="llama", options=options, data=prepared) + 'precision = "float32"\n'
+    content = CONFIG.format(architecture="llama", options=options, data=prepared)
     for old, new in {
         "steps = 12": "steps = 24",
         "ratio = 0.5": "ratio = 0.84",
@@ -274,7 +274,7 @@ def test_launch_files_are_accelerates(file: str, kind: str) -> None:
 
 
 @pytest.fixture
-def launched(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Launch]]:
+def launched(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Launch]:
     """The environment that a launcher leaves."""
 
     def set_environment(**variables: object) -> Launch:
@@ -282,9 +282,7 @@ def launched(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Launch]]
             monkeypatch.setenv(name, str(value))
         return Launch.from_environment()
 
-    yield set_environment
-    for name in ("ACCELERATE_MIXED_PRECISION", "FSDP_ACTIVATION_CHECKPOINTING"):
-        os.environ.pop(name, None)
+    return set_environment
 
 
 @pytest.mark.parametrize(
@@ -345,6 +343,13 @@ def test_checkpoints_of_the_other_kind_are_refused(tmp_path: Path) -> None:
         Launch(sharded=True).check_checkpoint(tmp_path / "whole")
 
 
+def test_a_run_leaves_no_word_for_the_next_one(write_config: Callable[..., Path], tmp_path: Path) -> None:
+    """A Trainer that comes after a run in bfloat16 computes in float32: accelerate reads the environment first."""
+    before = dict(os.environ)
+    train(load_config(write_config(precision="bfloat16", steps=2, warmup_steps=1)), tmp_path / "run")
+    assert dict(os.environ) == before
+
+
 @pytest.mark.parametrize(
     ("precision", "file", "wanted"),
     [("float32", "bf16", False), ("bfloat16", "no", True), ("auto", "bf16", True)],
@@ -353,10 +358,11 @@ def test_the_configuration_decides_precision_before_the_launch_file(
     precision: str, file: str, wanted: bool, write_config: Callable[..., Path], tmp_path: Path,
     launched: Callable[..., Launch],
 ) -> None:  # fmt: skip
-    given = load_config(write_config(append=f'precision = "{precision}"\nactivation_checkpointing = true\n'))
-    args = training_arguments(given, tmp_path, launched(ACCELERATE_MIXED_PRECISION=file))
+    given = load_config(write_config(precision=precision, append="activation_checkpointing = true\n"))
+    launch = launched(ACCELERATE_MIXED_PRECISION=file)
+    args = training_arguments(given, tmp_path, launch)
     assert args.bf16 == wanted and args.activation_checkpointing
-    assert os.environ["ACCELERATE_MIXED_PRECISION"] == ("bf16" if wanted else "no")
+    assert launch.variables(given.train)["ACCELERATE_MIXED_PRECISION"] == ("bf16" if wanted else "no")
     sharded = launched(ACCELERATE_USE_FSDP="true")
     assert not training_arguments(given, tmp_path, sharded).activation_checkpointing  # FSDP does it itself
-    assert os.environ["FSDP_ACTIVATION_CHECKPOINTING"] == "true"
+    assert sharded.variables(given.train)["FSDP_ACTIVATION_CHECKPOINTING"] == "true"

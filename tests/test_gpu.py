@@ -110,7 +110,7 @@ def test_fsdp2_with_one_process_is_the_unsharded_run(
     precision: str, write_config: Callable[..., Path], tmp_path: Path
 ) -> None:
     """The launch file as it is, resumed across the switch: the path that many GPUs take, without their traffic."""
-    config = write_config(save_every=4, append=f'precision = "{precision}"\nactivation_checkpointing = true\n')
+    config = write_config(save_every=4, precision=precision, append="activation_checkpointing = true\n")
     # A fresh interpreter: CUDA does not survive a fork.
     plain = [sys.executable, "-m", "token_superposition", "train", config, "--out", tmp_path / "plain"]
     done = subprocess.run(list(map(str, plain)), capture_output=True, text=True, timeout=300)

@@ -36,7 +36,6 @@ from token_superposition.engines.transformers.head import Head
 from token_superposition.experiment.config import load_config
 from token_superposition.experiment.launch import Launch
 from token_superposition.experiment.metrics import read_metrics
-from token_superposition.experiment.run import training_arguments
 
 FOUR = ("llama", "qwen3_moe", "gpt2", "mamba")
 
@@ -410,11 +409,11 @@ def test_layers_are_compiled_once_for_both_phases(
     prepared: Path, write_config: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """At the switch only the embedding is compiled again; losses and saved model are those of the plain run."""
-    for name in ("BACKEND", "MODE", "USE_REGIONAL_COMPILATION"):  # set by what follows, for this test alone
+    for name in ("BACKEND", "MODE"):  # set by transformers, for this test alone
         monkeypatch.setenv(f"ACCELERATE_DYNAMO_{name}", "no")
         monkeypatch.delenv(f"ACCELERATE_DYNAMO_{name}")
-    training_arguments(load_config(write_config(append="compile = true\n")), tmp_path, Launch())
-    monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "no")
+    for name, value in Launch().variables(load_config(write_config()).train).items():
+        monkeypatch.setenv(name, value)
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
     graphs, plan = Graphs(), plan_of(prepared)

@@ -65,7 +65,7 @@ def per_token_losses(model: Path, out: Path) -> None:
     """Saves what a stock evaluator gets on this process of a model sharded over two."""
     start = AutoModelForCausalLM.from_pretrained(model)
     prepare_training_environment(backend="gloo", shared_filesystem=True)
-    config = Config(data=DataConfig(sequence_length=16))
+    config = Config(data=DataConfig(sequence_length=16), train=TrainConfig(precision="float32"))
     module = train_module(config, transformer_config(start.config).build(init_device="meta"), Layout(1, 2, 4))
     load_weights(module.model, start)
     ids = torch.arange(64).reshape(4, 16)

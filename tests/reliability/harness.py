@@ -34,7 +34,7 @@ def write_config(path: Path, data: Path) -> Path:
     for name, value in changes.items():
         (old,) = [line for line in content.splitlines() if line.startswith(f"{name} = ")]
         content = content.replace(f"\n{old}\n", f"\n{name} = {value}\n")
-    path.write_text(content + 'precision = "float32"\n')
+    path.write_text(content)
     return path
 
 

@@ -247,7 +247,7 @@ def test_a_checkpoint_later_than_the_run_is_refused(
         (["--superposition.ratio", "0.25"], "bag sizes of step 4 (4, 4) -> (1, 1)"),
         (["--data.sequence-length", "8"], "data.sequence_length 16 -> 8"),
         (["--train.seed", "3"], "train.seed 0 -> 3"),
-        (["--train.precision", "bfloat16"], "train.precision 'auto' -> 'bfloat16'"),
+        (["--train.precision", "bfloat16"], "train.precision 'float32' -> 'bfloat16'"),
     ],
 )
 def test_another_plan_is_refused_with_the_difference(

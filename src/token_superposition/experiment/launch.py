@@ -11,7 +11,7 @@ from typing import Literal
 import torch
 
 from token_superposition.errors import TokenSuperpositionError
-from token_superposition.experiment.config import Config
+from token_superposition.experiment.config import Config, TrainConfig
 
 BYTES_PER_PARAMETER = 16  # float32 weights, gradients and AdamW's two moments
 GB = 1e9
@@ -104,6 +104,18 @@ class Launch:
         return precision == "bfloat16" or (
             precision == "auto" and (self.mixed_precision == "bf16" or native_bfloat16())
         )
+
+    def variables(self, train: TrainConfig) -> dict[str, str]:
+        """What accelerate takes from the environment and from nowhere else, for as long as the run lasts."""
+        compilation = "ACCELERATE_DYNAMO_USE_REGIONAL_COMPILATION"
+        variables = {
+            "ACCELERATE_MIXED_PRECISION": "bf16" if self.bfloat16(train.precision) else "no",
+            # Layer by layer: less to compile, and no layer again at the switch.
+            compilation: os.environ.get(compilation, "true"),
+        }
+        if self.sharded and train.activation_checkpointing:  # FSDP's own: the other one gathers a layer once more
+            variables["FSDP_ACTIVATION_CHECKPOINTING"] = "true"
+        return variables
 
     def check_memory(self, parameters: int) -> None:
         """Raises ``TokenSuperpositionError`` where not even weights, gradients and optimizer state have room.

@@ -19,6 +19,7 @@ from typing import Any, cast
 
 import torch
 import torch.distributed as dist
+from accelerate.utils import patch_environment, purge_accelerate_environment
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import (
@@ -61,6 +62,7 @@ from token_superposition.experiment.trainer import RunTrainer
 from token_superposition.experiment.watchdog import Watchdog
 
 
+@purge_accelerate_environment  # what transformers leaves there for accelerate would hold for the next run
 def train(
     config: Config,
     out: str | Path,
@@ -82,7 +84,11 @@ def train(
     launch = Launch.from_environment()
     launch.micro_batch(config)
     check_trackers(config.train)
-    out = Path(out)
+    with patch_environment(**launch.variables(config.train)):
+        return _train(config, Path(out), launch, Start(Path(out) / "checkpoints", resume, resume_from), report)
+
+
+def _train(config: Config, out: Path, launch: Launch, start: Start, report: Report) -> RunResult:
     store = TokenStore(config.data.path)
     validation = TokenStore(config.data.path, "validation")
     schedule = config.schedule
@@ -90,7 +96,6 @@ def train(
     parameters = sum(p.numel() for p in empty.parameters())
     mtp_heads(config, empty)
     launch.check_memory(sum(p.numel() for p in empty.parameters()))
-    start = Start(out / "checkpoints", resume, resume_from)
     if (candidate := start.find(check=partial(damage, content=False))) is not None:
         launch.check_checkpoint(candidate)
         check_checkpoint(candidate, config.superposition.trained_heads)
@@ -243,12 +248,6 @@ def at_switch(config: Config) -> list[AtSwitch]:
 def training_arguments(config: Config, out: Path, launch: Launch) -> TrainingArguments:
     t = config.train
     micro = launch.micro_batch(config)
-    bfloat16 = launch.bfloat16(t.precision)
-    os.environ["ACCELERATE_MIXED_PRECISION"] = "bf16" if bfloat16 else "no"  # accelerate takes it from nowhere else
-    if launch.sharded and t.activation_checkpointing:  # FSDP's own: the other one gathers a layer once more
-        os.environ["FSDP_ACTIVATION_CHECKPOINTING"] = "true"
-    # Layer by layer: less to compile, and no layer again at the switch.
-    os.environ.setdefault("ACCELERATE_DYNAMO_USE_REGIONAL_COMPILATION", "true")
     cpu = not torch.accelerator.is_available()
     return TrainingArguments(
         output_dir=str(out / "checkpoints"),
@@ -261,7 +260,7 @@ def training_arguments(config: Config, out: Path, launch: Launch) -> TrainingArg
         adam_beta1=t.beta1,
         adam_beta2=t.beta2,
         max_grad_norm=t.max_grad_norm,
-        bf16=bfloat16,
+        bf16=launch.bfloat16(t.precision),
         activation_checkpointing=t.activation_checkpointing and not launch.sharded,
         torch_compile=t.compile,
         seed=t.seed,
