@@ -161,7 +161,7 @@ def plan(
 def _checkpoints(config: Config) -> int:
     every, keep = config.train.save_every, config.train.keep
     kept = {step for step in config.kept_steps if step <= config.train.steps}
-    ordinary = sum(step not in kept for step in range(every, config.train.steps + 1, every)) if every else 0
+    ordinary = config.train.steps // every - sum(step % every == 0 for step in kept) if every else 0
     return len(kept) + (min(ordinary, keep) if keep else ordinary)
 
 
