@@ -1,6 +1,7 @@
 """Continued pre-training: an existing checkpoint, new text, a new optimizer and a warm-up once more.
 
 python -m examples.text README.md docs/*.md --out data
+python -m examples.muon --data data --out out
 python -m examples.continued_pretraining --model out --data data --out further
 """
 

@@ -23,13 +23,14 @@ NAMES = {
 }
 REMARKS = {
     "nanogpt": "Four things: bags are folded, the embedding averages them, the loss takes them, and the schedule says "
-    "which step has which bag size. `--ratio 0` gives the losses of the plain script.",
+    "which step has which bag size. `--ratio 0` gives the losses of the plain script. A model that unpacks the shape of "
+    "its ids, as nanoGPT's `b, t = idx.size()`, asks for `b, t = idx.shape[:2]`.",
     "hf_trainer": "The `Trainer` is one line. The other change is that samples of bags are longer than the blocks of "
     "`group_texts`, so `StreamedPlan` cuts the stream instead; the held-out text still goes through `group_texts` and "
     "is evaluated the stock way. For text on this disk, `PlannedDataset` reads faster and needs no reading "
     "up to the step where a run goes on.",
-    "lightning_example": "The sampler is there for resuming: Lightning starts a data loader from its beginning, and "
-    "the plan goes on where the step is.",
+    "lightning_example": "The sampler is there for resuming, as Lightning starts a data loader from its beginning and "
+    "the plan goes on where the step is; and for several processes, each of which reads its part of every step.",
     "litgpt_pretrain": "LitGPT's GPT gives logits, so this takes the loss of logits. LitGPT 0.5.13 requires a "
     "huggingface-hub below 1.4, transformers 5 a newer one: install it without its dependencies, as the "
     "script says.",

@@ -38,16 +38,16 @@ class Blocks(Dataset[dict[str, Tensor]]):
 
 
 class InOrder(Sampler[int]):
-    """The samples of a plan in their order; of a run that goes on, those that are left."""
+    """One process's samples of a plan in their order; of a run that goes on, those that are left."""
 
-    def __init__(self, samples: int, first: int):
-        self.samples, self.first = samples, first
+    def __init__(self, samples: int, first: int, rank: int, processes: int):
+        self.samples, self.first, self.rank, self.processes = samples, first, rank, processes
 
     def __len__(self) -> int:
-        return self.samples
+        return self.samples // self.processes
 
     def __iter__(self) -> Iterator[int]:
-        return iter(range(self.first, self.samples))
+        return iter(range(self.first + self.rank, self.samples, self.processes))
 
 
 class Superposition(lightning.Callback):
@@ -60,7 +60,7 @@ class Superposition(lightning.Callback):
         superpose(module.model)
 
     def on_train_batch_start(self, trainer: lightning.Trainer, module: Any, batch: Any, i: int) -> None:
-        counts = (trainer.datamodule.batch_size, trainer.datamodule.length, trainer.global_step)
+        counts = (trainer.datamodule.sequences, trainer.datamodule.length, trainer.global_step)
         raw_tokens = float(self.schedule.raw_tokens(*counts))
         module.log_dict({"bag": float(self.schedule.at(trainer.global_step).input_bag), "raw_tokens": raw_tokens})
 
@@ -70,12 +70,19 @@ class Text(lightning.LightningDataModule):
         super().__init__()
         self.folder, self.length, self.batch_size, self.schedule = folder, length, batch_size, schedule
 
+    @property
+    def sequences(self) -> int:
+        """Of one optimizer step: what all processes read, in all accumulated batches."""
+        return self.batch_size * self.trainer.world_size * self.trainer.accumulate_grad_batches
+
     def tokens(self, split: str) -> np.ndarray:
         return np.memmap(self.folder / f"{split}.bin", dtype=np.uint16, mode="r")
 
     def train_dataloader(self) -> DataLoader[dict[str, Tensor]]:
-        plan = PlannedDataset(self.tokens("train"), self.schedule, self.length, self.batch_size)
-        return DataLoader(plan, self.batch_size, sampler=InOrder(len(plan), self.trainer.global_step * self.batch_size))
+        plan = PlannedDataset(self.tokens("train"), self.schedule, self.length, self.sequences)
+        first = self.trainer.global_step * self.sequences
+        order = InOrder(len(plan), first, self.trainer.global_rank, self.trainer.world_size)
+        return DataLoader(plan, self.batch_size, sampler=order)
 
     def val_dataloader(self) -> DataLoader[dict[str, Tensor]]:
         return DataLoader(Blocks(self.tokens("val"), self.length), self.batch_size)
@@ -108,6 +115,7 @@ def main(argv: Sequence[str] | None = None) -> list[float]:
     parser.add_argument("--out", type=Path, default=Path("out"))
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--batch-size", type=int, default=16)
+    parser.add_argument("--accumulate", type=int, default=1, help="batches of an optimizer step")
     parser.add_argument("--length", type=int, default=64)
     parser.add_argument("--width", type=int, default=64)
     parser.add_argument("--save-every", type=int, default=100)
@@ -134,6 +142,8 @@ def main(argv: Sequence[str] | None = None) -> list[float]:
         max_steps=args.steps,
         callbacks=[checkpoints, Superposition(schedule)],
         gradient_clip_val=1.0,
+        accumulate_grad_batches=args.accumulate,
+        use_distributed_sampler=False,  # the plan's order is shared out by InOrder
         logger=False,
         default_root_dir=args.out,
     )

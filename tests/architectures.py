@@ -195,6 +195,7 @@ def measure(family: str) -> Facts:
     token_loss = max(distance(ours, whole), distance(labelled, own))
     head = trainer.head
     told = [] if head is None else [f"soft cap {head.softcap:g}"] if head is not None and head.softcap else []
+    told += ["bias"] if head is not None and getattr(model.get_output_embeddings(), "bias", None) is not None else []
     told += [f"logits x {head.logit_scale:g}"] if head is not None and head.logit_scale != 1 else []
     return Facts(
         bag_loss=distance(loss, expected),
@@ -249,8 +250,9 @@ work. Families that are not here were not measured; `TSTTrainer` finds out the w
 on any model. BERT and its relatives see later tokens, and are refused, unless `is_decoder` is true.
 
 In a loop of your own, `model.get_decoder()(ids).last_hidden_state` gives the hidden states of a *fused* family, and
-`linear_multi_hot_cross_entropy` takes what the row names: `softcap=30`, `logit_scale=0.125`. Where whole logits are
-named, use `multi_hot_cross_entropy(model(ids).logits, targets)`. `superpose` does not refuse anything: a family that is
+`linear_multi_hot_cross_entropy` takes what the row names: `softcap=30`, `logit_scale=0.125`, `bias=head.bias`. Where
+whole logits are named, use `multi_hot_cross_entropy(model(ids).logits, targets)`; so also for an *auxiliary loss*, which
+`model(ids)` gives and `get_decoder()` does not, and which is added to it (`TSTTrainer` does all that by itself). `superpose` does not refuse anything: a family that is
 *refused* would read bags without the scale or the further embeddings that it gives to tokens, so leave its input bag 1.
 
 | family | equal | loss | |

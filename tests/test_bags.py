@@ -45,3 +45,12 @@ def test_wrong_length_names_a_right_one(n: int, a: int, b: int) -> None:
 def test_bag_size_must_be_a_whole_number(bag: object) -> None:
     with pytest.raises(TokenSuperpositionError, match=r"input_bag is .* at least 1"):
         fold(torch.arange(10), bag, 1)  # pyright: ignore[reportArgumentType]
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int16, torch.uint16, torch.int32])
+def test_tokens_of_any_whole_type_are_folded_to_one_that_models_take(dtype: torch.dtype) -> None:
+    tokens = torch.arange(20).to(dtype)
+    for folded, expected in zip(fold(tokens, 4, 4), fold(torch.arange(20), 4, 4), strict=True):
+        assert folded.dtype == (dtype if dtype == torch.int32 else torch.int64) and torch.equal(folded.long(), expected)
+    with pytest.raises(TokenSuperpositionError, match=r"tokens are torch.float32; give ids, which are whole"):
+        fold(torch.zeros(20), 4, 4)

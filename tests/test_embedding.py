@@ -57,6 +57,18 @@ def test_twice_is_once_and_it_can_be_undone(architecture: str) -> None:
     assert unsuperpose(model) is model and state() == before
 
 
+def test_an_embedding_that_is_replaced_afterwards_is_told_and_can_be_superposed() -> None:
+    model = superpose(tiny("llama"))
+    new = torch.nn.Embedding(VOCAB, 32)
+    model.set_input_embeddings(new)
+    with pytest.raises(TokenSuperpositionError, match=r"LlamaForCausalLM was replaced .*unsuperpose\(model\), then"):
+        model(input_ids=IDS)
+    model(input_ids=IDS[..., 0])  # ordinary ids take the ordinary way
+    expected = model(inputs_embeds=reference.bag_embedding(new.weight, IDS)).logits
+    torch.testing.assert_close(superpose(model)(input_ids=IDS).logits, expected)
+    torch.testing.assert_close(superpose(unsuperpose(model))(input_ids=IDS).logits, expected)
+
+
 @pytest.mark.parametrize("architecture", [*TINY, "opt", "mpt", "openai-gpt"])
 def test_a_decoder_reads_bags_by_itself(architecture: str) -> None:
     """Contiguous ids, which a model could flatten to (B * L, s) without a word."""

@@ -76,6 +76,7 @@ def main(argv: Sequence[str] | None = None) -> list[float]:
     parser.add_argument("--out", type=Path, default=Path("out"))
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--batch-size", type=int, default=16)
+    parser.add_argument("--accumulate", type=int, default=1, help="batches of an optimizer step")
     parser.add_argument("--length", type=int, default=64)
     parser.add_argument("--width", type=int, default=64)
     parser.add_argument("--save-every", type=int, default=100)
@@ -96,7 +97,12 @@ def main(argv: Sequence[str] | None = None) -> list[float]:
         args.out, "{step}", every_n_train_steps=args.save_every, save_top_k=-1
     )
     trainer = lightning.Trainer(
-        max_steps=args.steps, callbacks=[checkpoints], gradient_clip_val=1.0, logger=False, default_root_dir=args.out
+        max_steps=args.steps,
+        callbacks=[checkpoints],
+        gradient_clip_val=1.0,
+        accumulate_grad_batches=args.accumulate,
+        logger=False,
+        default_root_dir=args.out,
     )
     trainer.fit(module, data, ckpt_path=args.resume)
     trainer.validate(module, data)

@@ -29,11 +29,11 @@ def fold(
     Position ``j`` reads tokens ``[j*a, (j+1)*a)`` and predicts the multiset of the ``b`` tokens after them
     (``a = input_bag``, ``b = output_bag``). ``a = b = s`` is token superposition, ``a = s, b = 1`` input-only,
     ``a = 1, b = s`` output-only superposition, ``a = b = 1`` ordinary next-token training (arXiv 2605.06546).
-    A bag size of 1 adds no axis: the rank of the tensors carries the phase. The ids are a view of the tokens; the
-    targets are contiguous, as models that flatten them by ``view`` want them.
+    A bag size of 1 adds no axis: the rank of the tensors carries the phase. The ids are a view of
+    the tokens (of int16, uint16 and the like, of an int64 copy); the targets are contiguous, as models that flatten them by ``view`` want them.
 
-    Raises ``TokenSuperpositionError`` unless the length of ``tokens`` is ``L * a + b`` for a whole ``L >= 1``, and for
-    labels of another shape.
+    Raises ``TokenSuperpositionError`` unless the length of ``tokens`` is ``L * a + b`` for a whole ``L >= 1``, for
+    tokens that are no whole numbers, and for labels of another shape.
 
     >>> import torch
     >>> ids, targets = fold(torch.arange(8), 2, 2)
@@ -50,6 +50,7 @@ def fold(
             f"labels have shape {tuple(labels.shape)}, tokens {tuple(tokens.shape)}; give one label for each token, "
             "the token itself or -100"
         )
+    tokens = _whole_numbers(tokens)
     ids = tokens[..., : length * a]
     targets = (tokens if labels is None else labels)[..., a:]
     if a > 1:
@@ -96,6 +97,13 @@ def ragged_fold(
     segment = begins.cumsum(-1)
     targets = _take(tokens, predicted).where(_take(segment, predicted) == _take(segment, following), -100)
     return ids if a > 1 else ids.squeeze(-1), targets if b > 1 else targets.squeeze(-1)
+
+
+def _whole_numbers(tokens: Tensor) -> Tensor:
+    """Of a type that embeddings and losses take: int64, unless it is int32."""
+    if tokens.is_floating_point() or tokens.is_complex():
+        raise TokenSuperpositionError(f"tokens are {tokens.dtype}; give ids, which are whole numbers")
+    return tokens if tokens.dtype == torch.int32 else tokens.long()
 
 
 def _take(values: Tensor, places: Tensor) -> Tensor:  # (..., n), (..., L, k) -> (..., L, k)

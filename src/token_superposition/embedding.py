@@ -205,7 +205,7 @@ def superpose(
     sees a third axis. What a model makes of ids beside that, such as a scale or further embeddings, is not done for
     bags: ``docs/architectures.md`` names such models. Parameters, buffers, their names and the state dict are
     untouched, and ordinary ids take the path they took before. Doing it twice changes nothing; ``unsuperpose`` undoes
-    it.
+    it. A model whose embedding is replaced or wrapped afterwards (adapters) raises at the next bags: superpose it then.
 
     ``weighting`` weighs the tokens of a bag that is read, and ``place_signal``, in [0, 1], lets it tell their places
     (see ``bag_embedding``); they mean nothing for ordinary ids and are not in the state dict.
@@ -225,8 +225,12 @@ def superpose(
                 )
     for module in model.modules():
         reads_ids = module is model or _own_embedding(module) is embedding
-        if reads_ids and "inputs_embeds" in inspect.signature(module.forward).parameters and not _feeders(module):
-            module.register_forward_pre_hook(_FeedEmbeddings(embedding), with_kwargs=True)
+        if reads_ids and "inputs_embeds" in inspect.signature(module.forward).parameters:
+            own = _own_embedding(module)
+            for key in (there := _feeders(module)):
+                cast(Any, module)._forward_pre_hooks[key].read(embedding, own)  # replaced since, perhaps
+            if not there:
+                module.register_forward_pre_hook(_FeedEmbeddings(embedding, own), with_kwargs=True)
     return model
 
 
@@ -303,13 +307,22 @@ def _unpickle(stock: type, place_signal: float, weighting: Weighting) -> Any:
 class _FeedEmbeddings:
     """Forward pre-hook of a model: bags of ``input_ids`` are replaced by ``inputs_embeds``."""
 
-    def __init__(self, embedding: nn.Module):
-        self.embedding = embedding
+    def __init__(self, embedding: nn.Module, own: nn.Module | None):
+        self.read(embedding, own)
+
+    def read(self, embedding: nn.Module, own: nn.Module | None) -> None:
+        """``own`` is what the hooked model says is its embedding; it is seen by that whether it has been replaced."""
+        self.embedding, self.own = embedding, own
 
     def __call__(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         ids = args[0] if args else kwargs.get("input_ids")
         if ids is None or ids.dim() != 3:
             return None
+        if _own_embedding(model) is not self.own:
+            raise TokenSuperpositionError(
+                f"the input embedding of {type(model).__name__} was replaced or wrapped after superpose, which would go "
+                "on with the old one; unsuperpose(model), then superpose(model)"
+            )
         return (None, *args[1:]) if args else (), {
             **kwargs,
             **({} if args else {"input_ids": None}),

@@ -60,7 +60,12 @@ class StreamedPlan(IterableDataset[Sample]):
             wanted = span(self.sequence_length, a, b)
             for _ in range(phase.steps * self.batch_size):
                 while len(waiting) < wanted:
-                    waiting += np.asarray(next(documents)).tolist()  # a list, an array or a tensor
+                    ids = np.asarray(next(documents))  # a list, an array or a tensor
+                    if ids.ndim != 1:
+                        raise TokenSuperpositionError(
+                            f"input_ids of a document have shape {ids.shape}; give the ids of one document, in one axis"
+                        )
+                    waiting += ids.tolist()
                 ids, targets = fold(torch.tensor(waiting[:wanted]), a, b)
                 del waiting[: self.sequence_length * a]
                 yield {"input_ids": ids, "shift_labels": targets.clone(memory_format=torch.contiguous_format)}
