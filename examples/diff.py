@@ -23,8 +23,8 @@ NAMES = {
 }
 REMARKS = {
     "nanogpt": "Four things: bags are folded, the embedding averages them, the loss takes them, and the schedule says "
-    "which step has which bag size. `--ratio 0` gives the losses of the plain script. A model that unpacks the shape of "
-    "its ids, as nanoGPT's `b, t = idx.size()`, asks for `b, t = idx.shape[:2]`.",
+    "which step has which bag size. `--ratio 0` gives the losses of the plain script. A model that unpacks the shape "
+    "of its ids, as nanoGPT's `b, t = idx.size()`, asks for `b, t = idx.shape[:2]`.",
     "hf_trainer": "The `Trainer` is one line. The other change is that samples of bags are longer than the blocks of "
     "`group_texts`, so `StreamedPlan` cuts the stream instead; the held-out text still goes through `group_texts` and "
     "is evaluated the stock way. For text on this disk, `PlannedDataset` reads faster and needs no reading "

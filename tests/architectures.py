@@ -251,9 +251,10 @@ on any model. BERT and its relatives see later tokens, and are refused, unless `
 
 In a loop of your own, `model.get_decoder()(ids).last_hidden_state` gives the hidden states of a *fused* family, and
 `linear_multi_hot_cross_entropy` takes what the row names: `softcap=30`, `logit_scale=0.125`, `bias=head.bias`. Where
-whole logits are named, use `multi_hot_cross_entropy(model(ids).logits, targets)`; so also for an *auxiliary loss*, which
-`model(ids)` gives and `get_decoder()` does not, and which is added to it (`TSTTrainer` does all that by itself). `superpose` does not refuse anything: a family that is
-*refused* would read bags without the scale or the further embeddings that it gives to tokens, so leave its input bag 1.
+whole logits are named, use `multi_hot_cross_entropy(model(ids).logits, targets)`; so also with an *auxiliary loss*,
+which `model(ids)` gives, `get_decoder()` does not, and your loop adds (`TSTTrainer` does all that by itself).
+`superpose` does not refuse anything: a family that is *refused* would read bags without the scale or the further
+embeddings that it gives to tokens, so leave its input bag 1.
 
 | family | equal | loss | |
 |---|---|---|---|"""

@@ -229,6 +229,25 @@ def test_a_batch_that_does_not_divide() -> None:
     assert not follow(warning, "600m", gpus=256).warnings
 
 
+def test_checkpoints_are_counted_without_going_through_them() -> None:
+    """Of ten, every second step and the kept ones, 0 and 3; a run of any length is answered at once."""
+    config = load_preset("600m")
+    train = replace(config.train, steps=10, warmup_steps=1, save_every=2, keep=0, save_at=(0, 3))
+    config = replace(config, train=train, superposition=replace(config.superposition, ratio=0.2))
+    assert plan(config).checkpoints == len({0, 3, 2, 4, 6, 8, 10})
+    long = replace(config, train=replace(train, steps=10**20, save_every=1))
+    assert plan(long).checkpoints == 10**20 + 1
+
+
+def test_memory_with_activation_checkpointing_is_what_is_needed() -> None:
+    config = load_preset("3b")
+    config = replace(config, train=replace(config.train, micro_batch_size=8))
+    (warning,) = [w for w in plan(config, gpus=2, gpu_type="A100").warnings if "needed" in w]
+    assert "activation checkpointing" in warning
+    config = replace(config, train=replace(config.train, activation_checkpointing=True))
+    assert not [w for w in plan(config, gpus=2, gpu_type="A100").warnings if "needed" in w]
+
+
 def test_too_little_memory() -> None:
     (warning,) = [w for w in plan(load_preset("3b"), gpus=1).warnings if "needed" in w]
     assert warning.startswith(

@@ -29,8 +29,9 @@ def fold(
     Position ``j`` reads tokens ``[j*a, (j+1)*a)`` and predicts the multiset of the ``b`` tokens after them
     (``a = input_bag``, ``b = output_bag``). ``a = b = s`` is token superposition, ``a = s, b = 1`` input-only,
     ``a = 1, b = s`` output-only superposition, ``a = b = 1`` ordinary next-token training (arXiv 2605.06546).
-    A bag size of 1 adds no axis: the rank of the tensors carries the phase. The ids are a view of
-    the tokens (of int16, uint16 and the like, of an int64 copy); the targets are contiguous, as models that flatten them by ``view`` want them.
+    A bag size of 1 adds no axis: the rank of the tensors carries the phase. The ids are a view of the tokens (of an
+    int64 copy, unless they are int32 or int64); the targets are contiguous, as models that flatten them by ``view``
+    want them.
 
     Raises ``TokenSuperpositionError`` unless the length of ``tokens`` is ``L * a + b`` for a whole ``L >= 1``, for
     tokens that are no whole numbers, and for labels of another shape.

@@ -320,8 +320,8 @@ class _FeedEmbeddings:
             return None
         if _own_embedding(model) is not self.own:
             raise TokenSuperpositionError(
-                f"the input embedding of {type(model).__name__} was replaced or wrapped after superpose, which would go "
-                "on with the old one; unsuperpose(model), then superpose(model)"
+                f"the input embedding of {type(model).__name__} was replaced or wrapped after superpose, which "
+                "would go on with the old one; unsuperpose(model), then superpose(model)"
             )
         return (None, *args[1:]) if args else (), {
             **kwargs,

@@ -10,6 +10,13 @@ class TokenSuperpositionError(ValueError):
     """An input that cannot be used. Its message is one line: the value, the limit and the remedy."""
 
 
+def require_seed(name: str, value: object) -> int:
+    """``require_int`` for what numpy takes as a seed."""
+    if (seed := require_int(name, value, 0)) >= 2**32:
+        raise TokenSuperpositionError(f"{name} is {seed}; give a whole number below 2**32 ({2**32:,})")
+    return seed
+
+
 def require_int(name: str, value: object, minimum: int) -> int:
     """``value`` as an int if it is a whole number (numpy's, too) of at least ``minimum``.
 

@@ -27,7 +27,16 @@ COMMANDS = {
     "report": "write the report of a comparison or a sweep again",
 }
 
-WRITE_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EROFS, errno.ENOTDIR)
+WRITE_ERRORS = (
+    errno.ENOSPC,
+    errno.EDQUOT,
+    errno.EFBIG,
+    errno.EACCES,
+    errno.EROFS,
+    errno.ENOTDIR,
+    errno.EEXIST,
+    errno.EISDIR,
+)
 
 HELP = f"""\
 tst: Token-Superposition Training (arXiv 2605.06546)

@@ -44,4 +44,4 @@ def run(args: Sequence[str]) -> None:
     print_table(options.out, console)
     if note is not None:
         console.print(f"[yellow]note[/yellow]: {note}", soft_wrap=True, highlight=False)
-    console.print(f"\nreport: {path}")
+    console.print(f"\nreport: {path}", markup=False)

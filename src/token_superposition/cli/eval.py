@@ -61,6 +61,10 @@ def run(args: Sequence[str]) -> None:
         raise TokenSuperpositionError("there is nothing to evaluate on; give --data, --text or --tasks")
     if (most := options.max_tokens) is not None and most < 1:
         raise TokenSuperpositionError(f"max-tokens is {most}; give at least 1, or None")
+    if (limit := options.limit) is not None and limit < 1:
+        raise TokenSuperpositionError(f"limit is {limit}; give at least 1, or None")
+    if (file := options.out) is not None and (file.is_dir() or not file.parent.is_dir()):
+        raise TokenSuperpositionError(f"--out {file} cannot be written; give a file in a directory that exists")
     from token_superposition.cli.quiet import quiet
 
     quiet()

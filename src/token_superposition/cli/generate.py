@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import tyro
 
 from token_superposition.cli.arguments import parse
-from token_superposition.errors import TokenSuperpositionError
+from token_superposition.errors import TokenSuperpositionError, require_seed
 
 
 @dataclass(frozen=True)
@@ -34,11 +35,12 @@ class GenerateCommand:
 
 def run(args: Sequence[str]) -> None:
     options = parse(GenerateCommand, "generate", args)
-    if options.max_new_tokens < 1 or options.temperature < 0 or not 0 < options.top_p <= 1:
+    if options.max_new_tokens < 1 or not 0 <= options.temperature < math.inf or not 0 < options.top_p <= 1:
         raise TokenSuperpositionError(
             f"max-new-tokens is {options.max_new_tokens}, temperature {options.temperature}, top-p {options.top_p}; "
             "give at least 1, at least 0, and a share in (0, 1]"
         )
+    require_seed("seed", options.seed)
     from token_superposition.cli.quiet import quiet
     from token_superposition.experiment.generate import generate, load_model
 

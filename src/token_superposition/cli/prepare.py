@@ -52,4 +52,4 @@ def run(args: Sequence[str]) -> None:
         console.print(f"left out: {count:,} ({reason})")
     seconds = time.monotonic() - start
     speed = (meta.train.tokens + meta.validation.tokens) / seconds
-    console.print(f"written to {command.out} in {seconds:.0f} s, {speed:,.0f} tokens/s")
+    console.print(f"written to {command.out} in {seconds:.0f} s, {speed:,.0f} tokens/s", markup=False)

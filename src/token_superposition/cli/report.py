@@ -31,4 +31,4 @@ def run(args: Sequence[str]) -> None:
     console = Console()
     path = write_report(options.directory)
     print_table(options.directory, console)
-    console.print(f"report: {path}")
+    console.print(f"report: {path}", markup=False)

@@ -59,6 +59,6 @@ def run(args: Sequence[str]) -> None:
             print(f"tst: damaged: {line}", file=sys.stderr)
         damaged += len(lines)
         if not lines:
-            console.print(f"{path}: {whole}", soft_wrap=True, highlight=False)
+            console.print(f"{path}: {whole}", soft_wrap=True, highlight=False, markup=False)
     if damaged:
         raise TokenSuperpositionError(f"{damaged} of the files are damaged or missing, named above; do not use them")

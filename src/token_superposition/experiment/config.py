@@ -19,7 +19,7 @@ from typing import Any, Literal, TypeVar, cast
 
 import torch
 
-from token_superposition.errors import TokenSuperpositionError, require_int
+from token_superposition.errors import TokenSuperpositionError, require_int, require_seed
 from token_superposition.experiment.superposition import SuperpositionConfig
 from token_superposition.schedule import WSD, Schedule
 from token_superposition.weights import Weighting
@@ -221,8 +221,9 @@ class Config:
         t = self.train
         for name in ("steps", "batch_size", "log_every", "eval_every"):
             require_int(f"train.{name}", getattr(t, name), 1)
-        for name in ("seed", "warmup_steps", "save_every", "keep", "loader_workers"):
+        for name in ("warmup_steps", "save_every", "keep", "loader_workers"):
             require_int(f"train.{name}", getattr(t, name), 0)
+        require_seed("train.seed", t.seed)
         require_int("data.sequence_length", self.data.sequence_length, 2)
         for name in ("common_bag", "eval_tokens", "final_eval_tokens"):
             require_int(f"data.{name}", getattr(self.data, name), 1)
@@ -250,7 +251,8 @@ class Config:
         if t.compile:
             _check_compiler()
         for seed in self.compare.seeds:
-            require_int("compare.seeds", seed, 0)
+            require_seed("compare.seeds", seed)
+        require_int("compare.parallel", self.compare.parallel, 0)
         if len(set(self.compare.seeds)) < len(self.compare.seeds):
             raise TokenSuperpositionError(f"compare.seeds are {list(self.compare.seeds)}; give each seed once")
         lengths = self.compare.baseline_lengths
@@ -339,7 +341,7 @@ def _parse(content: str, where: str) -> Config:
 def save_config(config: Config, path: Path) -> None:
     import tomli_w
 
-    path.write_text(tomli_w.dumps(without_none(dataclasses.asdict(config))))
+    path.write_text(tomli_w.dumps(without_none(dataclasses.asdict(config))), encoding="utf-8")
 
 
 def from_dict(cls: type[T], content: Any, where: str) -> T:

@@ -41,6 +41,7 @@ def demo(out: str | Path, minutes: float | None, console: Console, bars: Bars, s
     if minutes is not None and not 0 < minutes < 10_000:
         raise TokenSuperpositionError(f"minutes is {minutes}; give a number above 0, such as 10")
     config = replace(DEMO, data=replace(DEMO.data, path=str(out / "data")), train=replace(DEMO.train, seed=seed))
+    config.check()
     with console.status("measuring the speed of this machine"):
         step_minutes = seconds_per_step(config, VOCAB_SIZE, default_parallel(2)) / 60
     # The baseline's process also runs the decay of the shorter baseline.

@@ -161,7 +161,7 @@ def plan(
 def _checkpoints(config: Config) -> int:
     every, keep = config.train.save_every, config.train.keep
     kept = {step for step in config.kept_steps if step <= config.train.steps}
-    ordinary = config.train.steps // every - sum(step % every == 0 for step in kept) if every else 0
+    ordinary = config.train.steps // every - sum(step > 0 and step % every == 0 for step in kept) if every else 0
     return len(kept) + (min(ordinary, keep) if keep else ordinary)
 
 
@@ -214,23 +214,28 @@ def _batch_warnings(config: Config, gpus: int, micro: int) -> list[str]:
 def _memory_warnings(config: Config, shape: Shape, gpus: int, gpu_type: GpuType, micro: int, limit: int) -> list[str]:
     batch, length = config.train.batch_size, config.data.sequence_length
     need = memory_of(shape, gpus, micro * length)
-    if need.total <= limit:
+    again = config.train.activation_checkpointing
+
+    def total(memory: Memory) -> int:
+        return memory.total_checkpointed if again else memory.total
+
+    if total(need) <= limit:
         return []
     remedies: list[str] = []
     for m in range(micro - 1, 0, -1):
-        if batch % (m * gpus) == 0 and memory_of(shape, gpus, m * length).total <= limit:
+        if batch % (m * gpus) == 0 and total(memory_of(shape, gpus, m * length)) <= limit:
             remedies.append(f"--train.micro-batch-size {m}")
             break
-    if need.total_checkpointed <= limit:
+    if not again and need.total_checkpointed <= limit:
         remedies.append(f"activation checkpointing ({need.total_checkpointed / 1e9:.0f} GB, a third more FLOPs)")
     for n in range(gpus + 1, batch // micro + 1):
-        if batch % (micro * n) == 0 and memory_of(shape, n, micro * length).total <= limit:
+        if batch % (micro * n) == 0 and total(memory_of(shape, n, micro * length)) <= limit:
             remedies.append(f"{n} GPUs")
             break
-    larger = [g for g in GPUS if GPUS[g].memory > GPUS[gpu_type].memory and need.total <= USABLE * GPUS[g].memory]
+    larger = [g for g in GPUS if GPUS[g].memory > GPUS[gpu_type].memory and total(need) <= USABLE * GPUS[g].memory]
     remedies += [f"{larger[0]} GPUs"] if larger else []
     return [
-        f"{need.total / 1e9:.0f} GB are needed on each GPU, "
+        f"{total(need) / 1e9:.0f} GB are needed on each GPU, "
         f"{limit / 1e9:.0f} GB can be used ({USABLE:.0%} of the {gpu_type}'s); "
         + (
             f"use {', or '.join(remedies)}"

@@ -25,7 +25,7 @@ def write_report(directory: str | Path) -> Path:
         page = environment.get_template("comparison.html.j2").render(**_comparison(directory))
     path = directory / "report.html"
     partial = directory / f".report.html.{os.getpid()}.partial"  # several may write at once
-    partial.write_text(page)
+    partial.write_text(page, encoding="utf-8")
     partial.rename(path)
     return path
 

@@ -85,7 +85,7 @@ def read_sweep(directory: Path) -> SweepContents:
     try:
         summary = json.loads((directory / SUMMARY).read_text())
         rows = read_rows(directory / TABLE)
-        contents = SweepContents(summary, rows, (directory / "config.toml").read_text())
+        contents = SweepContents(summary, rows, (directory / "config.toml").read_text(encoding="utf-8"))
         _ = contents.by_cell[contents.best], contents.by_cell[contents.baseline]
     except (OSError, ValueError, KeyError, TypeError) as e:
         raise TokenSuperpositionError(f"{directory} holds no finished sweep ({e}); make one with tst sweep") from None
