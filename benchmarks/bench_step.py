@@ -30,16 +30,14 @@ SMOLLM2_135M: dict[str, Any] = {  # untied, as in arXiv 2605.06546: 270M paramet
 }
 
 
-def step_of(
-    model: Any, optimizer: torch.optim.Optimizer, batch: int, length: int, s: int, bfloat16: bool
-) -> Callable[[], None]:
+def step_of(model: Any, optimizer: torch.optim.Optimizer, batch: int, length: int, s: int) -> Callable[[], None]:
     device = next(model.parameters()).device
     tokens = torch.randint(model.config.vocab_size, (batch, span(length, s, s)), device=device)
     ids, targets = fold(tokens, s, s)
     decoder, head = model.get_decoder(), model.get_output_embeddings().weight
 
     def call() -> None:
-        with torch.autocast(device.type, torch.bfloat16, enabled=bfloat16):
+        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
             hidden = decoder(ids, use_cache=False).last_hidden_state
             loss = linear_multi_hot_cross_entropy(hidden, head, targets)
         loss.backward()
@@ -72,7 +70,7 @@ def main() -> None:
             for layer in model.get_decoder().layers:
                 layer.compile()
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
-        calls = {f"s = {s}": step_of(model, optimizer, batch, length, s, gpu) for s in (1, BAG)}
+        calls = {f"s = {s}": step_of(model, optimizer, batch, length, s) for s in (1, BAG)}
         title += ", compiled" if gpu else ""
         print(title)
         for name, timing in side_by_side(calls, rounds).items():
