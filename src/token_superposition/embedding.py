@@ -274,6 +274,11 @@ def _own_embedding(module: nn.Module) -> nn.Module | None:
         return None
 
 
+def _uncompiled(module: nn.Module | None) -> nn.Module | None:
+    """What ``torch.compile`` was given, which computes the same."""
+    return getattr(module, "_orig_mod", module)
+
+
 class _BagMixin:
     """Mixed into the class of an embedding: ids of rank 3 are bags."""
 
@@ -312,13 +317,13 @@ class _FeedEmbeddings:
 
     def read(self, embedding: nn.Module, own: nn.Module | None) -> None:
         """``own`` is what the hooked model says is its embedding; it is seen by that whether it has been replaced."""
-        self.embedding, self.own = embedding, own
+        self.embedding, self.own = embedding, _uncompiled(own)
 
     def __call__(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         ids = args[0] if args else kwargs.get("input_ids")
         if ids is None or ids.dim() != 3:
             return None
-        if _own_embedding(model) is not self.own:
+        if _uncompiled(_own_embedding(model)) is not self.own:
             raise TokenSuperpositionError(
                 f"the input embedding of {type(model).__name__} was replaced or wrapped after superpose, which "
                 "would go on with the old one; unsuperpose(model), then superpose(model)"
