@@ -296,6 +296,28 @@ def test_order_in_a_bag_matters_only_through_weights() -> None:
     assert not torch.isclose(linear(hidden, head, targets, w), linear(hidden, head, shuffled, w))
 
 
+@pytest.mark.parametrize("impl", ALL)
+@pytest.mark.parametrize("wrong", [-0.5, math.nan, math.inf])
+def test_a_weight_that_is_no_weight_is_refused(impl: Any, wrong: float) -> None:
+    hidden, head, _, targets = example(5, 4, 9, 3, 0.0, 1)
+    weights = torch.tensor([1.0, wrong, 0.5])
+    message = f"place_weights is {wrong} at place 1; give a finite number of at least 0"
+    with pytest.raises(TokenSuperpositionError, match=message):
+        linear(hidden, head, targets, weights, impl=impl)
+    with pytest.raises(TokenSuperpositionError, match=message):
+        on_logits(hidden @ head.T, targets, weights)
+
+
+def test_compiled_a_negative_weight_leaves_its_place_out() -> None:
+    """As in the specification: no value can be looked at there."""
+    hidden, head, _, targets = example(5, 4, 9, 3, 0.2, 1)
+    weights = torch.tensor([1.0, -0.5, 0.5])
+    torch._dynamo.reset()
+    compiled = torch.compile(linear, backend="eager", fullgraph=True)
+    expected = reference.multi_hot_cross_entropy(hidden @ head.T, targets, weights)
+    torch.testing.assert_close(compiled(hidden, head, targets, weights), expected)
+
+
 def test_untrained_model_starts_at_ln_v() -> None:
     """Flattening bags into single targets would start far below (METHOD: trap 1)."""
     hidden, head = torch.randn(64, 16) * 0.02, torch.randn(500, 16) * 0.02

@@ -32,7 +32,7 @@ def linear_multi_hot_cross_entropy(
     hidden: Tensor,  # (..., d)
     weight: Tensor,  # (V, d) the output head; a DTensor sharded over V if hidden is one, or rows with vocab_parallel
     targets: Tensor,  # (..., s) int64, or (...) for s = 1; a bag is a multiset
-    place_weights: Tensor | None = None,  # (s,) weights of the places in a bag; None is uniform
+    place_weights: Tensor | None = None,  # (s,) weights of the places in a bag, from 0 up; None is uniform
     *,
     bias: Tensor | None = None,  # (V,)
     ignore_index: int = -100,
