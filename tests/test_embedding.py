@@ -12,6 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
+from torch.nn.utils import parametrize
 
 from tests.architectures import build
 from tests.conftest import TINY, VOCAB, tiny
@@ -67,6 +68,22 @@ def test_an_embedding_that_is_replaced_afterwards_is_told_and_can_be_superposed(
     expected = model(inputs_embeds=reference.bag_embedding(new.weight, IDS)).logits
     torch.testing.assert_close(superpose(model)(input_ids=IDS).logits, expected)
     torch.testing.assert_close(superpose(unsuperpose(model))(input_ids=IDS).logits, expected)
+
+
+def test_an_embedding_whose_class_was_changed_afterwards_keeps_it() -> None:
+    """As FSDP2 does it; the class that it was made of is no longer the right one."""
+    model = superpose(tiny("llama"))
+    embedding: Any = model.get_input_embeddings()
+    parametrize.register_parametrization(embedding, "weight", nn.Identity())
+    changed, logits = type(embedding), model(input_ids=IDS).logits
+    with pytest.raises(TokenSuperpositionError, match=r"made a ParametrizedBagEmbedding after superpose .* leave it"):
+        unsuperpose(model)
+    assert type(embedding) is changed and torch.equal(model(input_ids=IDS).logits, logits)
+    model = tiny("llama")
+    embedding = model.get_input_embeddings()
+    parametrize.register_parametrization(embedding, "weight", nn.Identity())
+    before = type(embedding)
+    assert type(unsuperpose(superpose(model)).get_input_embeddings()) is before
 
 
 @pytest.mark.parametrize("architecture", [*TINY, "opt", "mpt", "openai-gpt"])

@@ -235,7 +235,17 @@ def superpose(
 
 
 def unsuperpose(model: M) -> M:
-    """Undo ``superpose``: every class and hook is what it was; returns the same object."""
+    """Undo ``superpose``: every class and hook is what it was; returns the same object.
+
+    Raises ``TokenSuperpositionError``, and changes nothing, if something else has changed the embedding's class since
+    (FSDP2's ``fully_shard``).
+    """
+    for module in filter(is_superposed, model.modules()):
+        if type(module).__mro__[1] is not _BagMixin:
+            raise TokenSuperpositionError(
+                f"the embedding was made a {type(module).__name__} after superpose (by fully_shard, for example), and "
+                "that would be undone, too; leave it, since ordinary ids are read as before, or superpose it last"
+            )
     for module in model.modules():
         hooks = cast(Any, module)
         for key in _feeders(module):
