@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate.hooks import ModelHook, add_hook_to_module, remove_hook_from_module
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
@@ -84,6 +85,42 @@ def test_an_embedding_whose_class_was_changed_afterwards_keeps_it() -> None:
     parametrize.register_parametrization(embedding, "weight", nn.Identity())
     before = type(embedding)
     assert type(unsuperpose(superpose(model)).get_input_embeddings()) is before
+
+
+def test_hooks_that_hide_the_forward_come_after_superpose() -> None:
+    """accelerate's: they keep the forward that they found, which would not know bags."""
+    model = tiny("llama").eval()
+    embedding = model.get_input_embeddings()
+    expected = model(inputs_embeds=embedding(IDS).mean(2)).logits
+    add_hook_to_module(embedding, ModelHook())
+    with pytest.raises(TokenSuperpositionError, match=r"Embedding has a forward of its own.*remove_hook_from_module"):
+        superpose(model)
+    assert type(embedding) is nn.Embedding
+    remove_hook_from_module(embedding)
+    add_hook_to_module(superpose(model).get_input_embeddings(), ModelHook())
+    torch.testing.assert_close(superpose(model)(input_ids=IDS).logits, expected)
+    with pytest.raises(TokenSuperpositionError, match="BagEmbedding has a forward of its own"):
+        unsuperpose(model)
+    remove_hook_from_module(embedding)
+    torch.testing.assert_close(model(input_ids=IDS).logits, expected)
+    ordinary = model(input_ids=IDS[..., 0]).logits
+    assert torch.equal(unsuperpose(model)(input_ids=IDS[..., 0]).logits, ordinary)
+    assert type(embedding) is nn.Embedding
+
+
+@pytest.mark.parametrize("compile_first", [False, True])
+def test_an_embedding_that_is_compiled_alone(compile_first: bool) -> None:
+    model = tiny("llama").eval()
+    embedding = model.get_input_embeddings()
+    expected = model(inputs_embeds=embedding(IDS).mean(2)).logits
+    torch._dynamo.reset()
+    if not compile_first:
+        superpose(model)
+    compiled: Any = torch.compile(embedding, backend="eager")
+    model.set_input_embeddings(compiled)
+    torch.testing.assert_close(superpose(model)(input_ids=IDS).logits, expected)
+    torch.testing.assert_close(model.get_decoder()(IDS).last_hidden_state, model.model(IDS).last_hidden_state)
+    torch.testing.assert_close(compiled(IDS), embedding(IDS))
 
 
 @pytest.mark.parametrize("architecture", [*TINY, "opt", "mpt", "openai-gpt"])
