@@ -282,6 +282,14 @@ def test_a_target_outside_the_vocabulary_is_refused(impl: Any, loss: Any, target
     assert w is None or score(targets).isfinite()
 
 
+def test_the_reference_takes_the_transforms_of_torch_func() -> None:
+    """Gradients of single rows, as the docstring has it; the operators of the others have none."""
+    hidden, head, _, targets = example(5, 4, 9, 3, 0.2, 1)
+    one = torch.func.grad(lambda h, y: linear(h, head.detach(), y, impl="reference"))
+    rows = torch.func.vmap(one)(hidden.detach().unsqueeze(1), targets.unsqueeze(1)).squeeze(1)
+    torch.testing.assert_close(rows, torch.autograd.grad(linear(hidden, head, targets, reduction="sum"), hidden)[0])
+
+
 def test_repeated_tokens_count_twice() -> None:
     logits = torch.tensor([[0.0, 1.0, 3.0]])
     twice = on_logits(logits, torch.tensor([[2, 2, 0]]))
