@@ -285,6 +285,9 @@ def test_a_streamed_plan_says_when_it_cannot() -> None:
             next(iter(StreamedPlan([{"input_ids": ids}], schedule, 4, 2)))
     with pytest.raises(TokenSuperpositionError, match="no tokens"):
         next(iter(StreamedPlan([], schedule, 4, 2)))
+    for document, keys in (({"text": "a", "id": 3}, "text, id"), ({}, "none"), ([1, 2], "none, being no mapping")):
+        with pytest.raises(TokenSuperpositionError, match=rf"no input_ids \(its keys: {keys}\); tokenise the text"):
+            next(iter(StreamedPlan([document], schedule, 4, 2)))  # pyright: ignore[reportArgumentType]
     with pytest.warns(UserWarning, match="ended after 9 tokens"):
         samples = list(StreamedPlan([{"input_ids": list(range(9))}], schedule, 4, 2))
     assert samples[-1]["input_ids"].tolist() == [(60 + i) % 9 for i in range(4)]

@@ -28,8 +28,8 @@ class StreamedPlan(IterableDataset[Sample]):
     The order is the stream's: shuffle ``documents`` (``shuffle(seed=..., buffer_size=...)``). A stream has no index, so
     going on at a step means reading up to it again, which is what ``Trainer`` and accelerate do.
 
-    Raises ``TokenSuperpositionError`` while iterating for an empty stream and for more than one loader worker, which
-    would each read the whole of it; warns where the stream ends and is read again.
+    Raises ``TokenSuperpositionError`` while iterating for an empty stream, for a document without ``input_ids`` and for
+    more than one loader worker, which would each read the whole of it; warns where the stream ends and is read again.
     """
 
     def __init__(
@@ -72,6 +72,12 @@ class StreamedPlan(IterableDataset[Sample]):
             if hasattr(self.documents, "set_epoch"):  # shuffles anew
                 cast(Any, self.documents).set_epoch(epoch)
             for document in self.documents:
+                if not isinstance(document, Mapping) or "input_ids" not in document:
+                    keys = ", ".join(map(str, document)) if isinstance(document, Mapping) else "none, being no mapping"
+                    raise TokenSuperpositionError(
+                        f"a document of the stream has no input_ids (its keys: {keys or 'none'}); tokenise the text "
+                        'first and give {"input_ids": ids}'
+                    )
                 read += len(document["input_ids"])
                 yield document["input_ids"]
             if not read:
