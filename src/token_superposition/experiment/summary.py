@@ -114,6 +114,7 @@ def baseline_of(ratio: float, runs: Sequence[Run], ours: dict[int, Run], baselin
         "baseline_val_loss": loss,
         "val_loss": mean(r.val_loss for r in ours.values()),
         "delta_val_loss": mean(deltas) if whole else None,
+        "delta_val_loss_per_seed": deltas if whole else None,
         "interval": t_interval(deltas) if whole else None,
         "how": how,
     }
