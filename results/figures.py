@@ -17,7 +17,7 @@ from token_superposition.report.figures import COLOURS, svg
 def forest(found: list[Result], again: dict[tuple[str, str], str], widest: float = 0.4) -> str:
     """Every difference with its interval, one line each; one further off than ``widest`` stands at the edge."""
     entries = [
-        (f"{r.name}: {label}", values)
+        (f"{r.name}: {label.replace('a baseline of ', 'baseline ').replace(' x the steps', ' x')}", values)
         for r in found
         for name, c in r.variants.items()
         if (r.name, name) not in again
@@ -38,8 +38,9 @@ def forest(found: list[Result], again: dict[tuple[str, str], str], widest: float
         axes.plot(mean(values), y, "o", color=colour, ms=6, mfc=colour if len(values) >= SEEDS else "none")
     axes.axvline(0, color="#000000", lw=1)
     axes.set_xlim(-widest, widest)
+    axes.set_ylim(-0.7, len(entries) - 0.3)
     axes.set_yticks(range(len(entries)), [name for name, _ in entries], fontsize=9)
-    axes.set_xlabel("validation loss minus the baseline's, nats per token (left is better)")
+    axes.set_xlabel("loss less the baseline's, nats per token\n(left is better; hollow: too few seeds for an interval)")
     bare(axes)
     return svg(figure)
 
