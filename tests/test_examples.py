@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import importlib
 import math
+import subprocess
+import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator
@@ -16,12 +18,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_hook
 from transformers import AutoModelForCausalLM
 
 from examples import diff, text
 from tests.conftest import once
+from tests.processes import ROOT
 from token_superposition import Phase, Schedule, TokenSuperpositionError, reference
 from token_superposition.data.stream import StreamedPlan
 from token_superposition.embedding import is_superposed
@@ -187,6 +191,19 @@ def test_lightning_accumulates(data: Path, tmp_path: Path, monkeypatch: pytest.M
     with seen.watch(module, monkeypatch):
         run("lightning_example", *arguments, "--out", tmp_path)
     assert [ids.shape[2:] for ids in seen.ids] == [(BAG,)] * STEPS + [()] * STEPS
+
+
+def test_lightning_on_two_devices_trains_the_model_of_one(data: Path, tmp_path: Path) -> None:
+    """Across the switch; each process reads its half of every batch."""
+    arguments = ["--data", data, *LOOPS["lightning_example"], *SMALL, "--ratio", "0.5"]
+    run("lightning_example", *arguments, "--out", tmp_path / "one")
+    arguments += ["--devices", "2", "--batch-size", "2", "--out", tmp_path / "two"]
+    command = [sys.executable, "-m", "examples.lightning_example", *map(str, arguments)]
+    subprocess.run(command, check=True, cwd=ROOT, timeout=300)
+    one, two = (load_file(tmp_path / x / "model/model.safetensors") for x in ("one", "two"))
+    assert one.keys() == two.keys()
+    for name in one:
+        torch.testing.assert_close(two[name], one[name], rtol=1e-4, atol=1e-5)
 
 
 def test_continued_pretraining_begins_with_the_checkpoint(

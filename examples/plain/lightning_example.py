@@ -77,6 +77,7 @@ def main(argv: Sequence[str] | None = None) -> list[float]:
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--batch-size", type=int, default=16)
     parser.add_argument("--accumulate", type=int, default=1, help="batches of an optimizer step")
+    parser.add_argument("--devices", default="auto")
     parser.add_argument("--length", type=int, default=64)
     parser.add_argument("--width", type=int, default=64)
     parser.add_argument("--save-every", type=int, default=100)
@@ -98,6 +99,7 @@ def main(argv: Sequence[str] | None = None) -> list[float]:
     )
     trainer = lightning.Trainer(
         max_steps=args.steps,
+        devices=args.devices,
         callbacks=[checkpoints],
         gradient_clip_val=1.0,
         accumulate_grad_batches=args.accumulate,
