@@ -88,7 +88,8 @@ def read_sweep(directory: Path) -> SweepContents:
         contents = SweepContents(summary, rows, (directory / "config.toml").read_text(encoding="utf-8"))
         _ = contents.by_cell[contents.best], contents.by_cell[contents.baseline]
     except (OSError, ValueError, KeyError, TypeError) as e:
-        raise TokenSuperpositionError(f"{directory} holds no finished sweep ({e}); make one with tst sweep") from None
+        why = e if isinstance(e, OSError) else f"{SUMMARY} or {TABLE}: {e!r}"
+        raise TokenSuperpositionError(f"{directory} holds no finished sweep ({why}); make one with tst sweep") from None
     return contents
 
 
