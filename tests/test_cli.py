@@ -127,6 +127,7 @@ def test_a_wrong_file_has_one_line(
         (["trian"], "unknown command trian; did you mean train?"),
         (["train", "missing.toml"], "missing.toml does not exist"),
         (["generate", "nowhere", "x"], "nowhere holds no causal LM"),
+        (["generate", "nowhere", "caf\udce9"], "the prompt is not UTF-8 at place 4 ('caf\\udce9'); give it in UTF-8"),
         (["report", "nowhere"], "nowhere holds no finished comparison"),
         (["demo", "--minutes", "-1", "--out", "d"], "minutes is -1.0"),
     ],
