@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
 import re
 import shutil
@@ -23,6 +24,7 @@ from tests.conftest import CONFIG, TINY, once, tiny, toml, tst
 from tests.processes import call, command_on_a_full_disk
 from token_superposition import TokenSuperpositionError
 from token_superposition.cli import COMMANDS, main
+from token_superposition.cli.quiet import quiet
 from token_superposition.experiment.checkpoints import newest_whole
 from token_superposition.experiment.config import Config, from_dict, load_config, save_config
 from token_superposition.experiment.metrics import read_metrics
@@ -127,7 +129,7 @@ def test_a_wrong_file_has_one_line(
         (["trian"], "unknown command trian; did you mean train?"),
         (["train", "missing.toml"], "missing.toml does not exist"),
         (["generate", "nowhere", "x"], "nowhere holds no causal LM"),
-        (["generate", "nowhere", "caf\udce9"], "the prompt is not UTF-8 at place 4 ('caf\\udce9'); give it in UTF-8"),
+        (["generate", "nowhere", "caf\udce9"], "not UTF-8: character 4 is '\\udce9'; give it in UTF-8"),
         (["report", "nowhere"], "nowhere holds no finished comparison"),
         (["demo", "--minutes", "-1", "--out", "d"], "minutes is -1.0"),
     ],
@@ -140,6 +142,17 @@ def test_a_wrong_argument_has_one_line(
     assert main(arguments) == 2
     error = capsys.readouterr().err
     assert message in error and error.count("\n") == 1 and not list(tmp_path.iterdir())
+
+
+def test_what_is_looked_for_on_the_hub_in_vain_prints_nothing_of_its_own() -> None:
+    """Its client tells of every attempt, beside our one line."""
+    import huggingface_hub
+
+    client = logging.getLogger("huggingface_hub.utils._http")
+    huggingface_hub.logging.set_verbosity_warning()
+    assert client.isEnabledFor(logging.WARNING)
+    quiet()
+    assert not client.isEnabledFor(logging.WARNING)
 
 
 def test_unknown_options_of_the_model_and_small_vocabulary(

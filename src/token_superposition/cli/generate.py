@@ -45,7 +45,7 @@ def run(args: Sequence[str]) -> None:
         options.prompt.encode()
     except UnicodeEncodeError as e:
         raise TokenSuperpositionError(
-            f"the prompt is not UTF-8 at place {e.start + 1} ({options.prompt!r}); give it in UTF-8"
+            f"the prompt is not UTF-8: character {e.start + 1} is {options.prompt[e.start]!r}; give it in UTF-8"
         ) from None
     from token_superposition.cli.quiet import quiet
     from token_superposition.experiment.generate import generate, load_model
