@@ -111,6 +111,7 @@ def test_compiling_without_a_compiler_has_one_line(
         ("[[compare.variants]]\nname = 'baseline-ema'\n", "does not begin with baseline"),
         ("[compare]\nbaseline_lengths = [0]\n", "baseline_lengths are (0.0,); give numbers above 0"),
         ("[compare]\nbaseline_lengths = [inf]\n", "baseline_lengths are (inf,); give numbers above 0"),
+        ("[compare]\nbaseline_lengths = [1.0, 0.04]\n", "has 0.04, of 12 steps not one; give at least 0.0833"),
         ("[compare]\nbaseline_lengths = [1.5, 1.501]\n", "of 12 steps; give lengths that differ by a step"),
         ("[compare]\nseeds = [-1]\n", "compare.seeds is -1"),
     ],
