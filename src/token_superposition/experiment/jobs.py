@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from rich.console import Console
+from rich.markup import escape
 
 from token_superposition.data.store import Meta
 from token_superposition.errors import TokenSuperpositionError
@@ -96,7 +97,7 @@ def run_jobs(
                         if process.returncode and not _over(out, job.directory):
                             raise TokenSuperpositionError(f"{_failure(job, out)}; see {_log(job, out)}")
                         if process.returncode:
-                            console.print(f"[yellow]diverged[/yellow]: {_failure(job, out)}", highlight=False)
+                            console.print(f"[yellow]diverged[/yellow]: {escape(_failure(job, out))}", highlight=False)
                         progress.finish(job.directory)
                         finished(job)
                 time.sleep(0.5)
