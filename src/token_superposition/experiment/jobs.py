@@ -155,5 +155,5 @@ def _log(job: Job, out: Path) -> Path:
 
 
 def _failure(job: Job, out: Path) -> str:
-    lines = [line for line in _log(job, out).read_text(errors="replace").splitlines() if line.strip()]
+    lines = [line for line in _log(job, out).read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
     return f"the run {job.directory} failed ({lines[-1] if lines else 'no message'})"

@@ -120,12 +120,12 @@ def result_file(directory: Path) -> Path | None:
 
 
 def read_result(path: Path) -> RunResult:
-    return RunResult(**json.loads(path.read_text()))
+    return RunResult(**json.loads(path.read_text(encoding="utf-8")))
 
 
 def write_json(path: Path, content: Any) -> None:
     partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(json.dumps(content, indent=2) + "\n")
+    partial.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
     partial.rename(path)
 
 
@@ -134,7 +134,7 @@ def hardware() -> str:
         return f"{torch.cuda.device_count()} x {torch.cuda.get_device_name()}"
     name = platform.processor() or platform.machine()
     try:
-        with Path("/proc/cpuinfo").open() as f:
+        with Path("/proc/cpuinfo").open(encoding="utf-8") as f:
             name = next((line.split(":", 1)[1].strip() for line in f if line.startswith("model name")), name)
     except OSError:
         pass

@@ -156,7 +156,7 @@ def _train(config: Config, out: Path, launch: Launch, start: Start, report: Repo
         if first and checkpoint.resolve().parent != (out / "checkpoints").resolve():
             lines = read_metrics(checkpoint.parent.parent / METRICS)
             before = [m for m in lines if m["step"] <= step_of(checkpoint)]
-            (out / METRICS).write_text("".join(json.dumps(m) + "\n" for m in before))
+            (out / METRICS).write_text("".join(json.dumps(m) + "\n" for m in before), encoding="utf-8")
 
     def result(val_loss: float) -> RunResult:
         starts = [0, *schedule.switches[-1:]] if config.superposition.mixture else schedule.starts

@@ -44,7 +44,7 @@ class Contents:
 def read(directory: Path) -> Contents:
     """Raises ``TokenSuperpositionError`` if ``directory`` holds no finished comparison."""
     try:
-        summary = json.loads((directory / "summary.json").read_text())
+        summary = json.loads((directory / "summary.json").read_text(encoding="utf-8"))
         config_text = tomli_w.dumps(without_none(summary["config"]))  # config.toml may already ask for more
         metrics = {
             r["directory"]: _metrics(directory / "runs" / r["directory"] / "metrics.jsonl") for r in summary["runs"]
@@ -68,7 +68,7 @@ def _metrics(path: Path) -> list[dict[str, Any]]:
     drawn = ("step", "val_loss", "flops", "seconds", "raw_tokens")
     lines: list[dict[str, Any]] = []
     try:
-        lines = [json.loads(line) for line in path.read_text().splitlines()]
+        lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
         whole = all("step" in m and all(isinstance(m.get(key, 0), int | float) for key in drawn) for m in lines)
     except (AttributeError, TypeError, ValueError):
         whole = False

@@ -83,7 +83,7 @@ class SweepContents:
 def read_sweep(directory: Path) -> SweepContents:
     """Raises ``TokenSuperpositionError`` if ``directory`` holds no finished sweep."""
     try:
-        summary = json.loads((directory / SUMMARY).read_text())
+        summary = json.loads((directory / SUMMARY).read_text(encoding="utf-8"))
         rows = read_rows(directory / TABLE)
         contents = SweepContents(summary, rows, (directory / "config.toml").read_text(encoding="utf-8"))
         _ = contents.by_cell[contents.best], contents.by_cell[contents.baseline]
