@@ -25,7 +25,7 @@ from token_superposition.experiment.compare import checked_jobs, jobs_of, sample
 from token_superposition.experiment.config import CompareConfig, Config, Variant, load_config
 from token_superposition.experiment.dry_run import START_SECONDS, cost_of_job, dry_run, makespan
 from token_superposition.experiment.intervals import t_interval
-from token_superposition.experiment.jobs import share, unfinished
+from token_superposition.experiment.jobs import check_precision, run_jobs, share, unfinished
 from token_superposition.experiment.speed import time_steps
 from token_superposition.experiment.summary import Run, comparison
 from token_superposition.report import print_table, write_report
@@ -302,6 +302,31 @@ def test_runs_on_another_text_are_not_compared(two_seeds: tuple[Path, Path, str]
     result.write_text(json.dumps(content | {"data_sha256": "0" * 64}))
     with pytest.raises(TokenSuperpositionError, match="tst-seed3 read another text than"):
         checked_jobs(load_config(path), out)
+
+
+def test_runs_of_another_precision_are_not_gone_on_with(
+    two_seeds: tuple[Path, Path, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """auto is bfloat16 on one machine and float32 on another."""
+    path, finished, _ = two_seeds
+    out = shutil.copytree(finished, tmp_path / "copy")
+    config = load_config(path)
+    jobs = jobs_of(replace(config, train=replace(config.train, precision="auto")))
+    monkeypatch.setattr("token_superposition.experiment.launch.native_bfloat16", lambda: True)
+    run_jobs(jobs, out, 1, Console())  # nothing is left to train
+    (out / "runs/tst-seed3/run.json").unlink()
+    before = {p: p.read_bytes() for p in out.rglob("*.json*")}
+    with pytest.raises(
+        TokenSuperpositionError, match=r"was trained in float32, and train.precision 'auto' is bfloat16"
+    ):
+        run_jobs(jobs, out, 1, Console())
+    assert {p: p.read_bytes() for p in out.rglob("*.json*")} == before
+    for result in out.glob("runs/*/run.json"):
+        content = json.loads(result.read_text())
+        assert content.pop("precision") == "float32"
+        result.write_text(json.dumps(content))  # an older one does not say
+    for job in jobs:
+        check_precision(job, out)
 
 
 @pytest.mark.parametrize(("mask", "expected"), [(None, "01"), ("2,5", "25"), ("GPU-a,GPU-b", ["GPU-a", "GPU-b"])])

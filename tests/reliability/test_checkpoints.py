@@ -25,6 +25,7 @@ from tests.reliability.harness import flip_a_bit
 from token_superposition import TokenSuperpositionError
 from token_superposition.cli import main
 from token_superposition.data.prepare import PrepareOptions, prepare
+from token_superposition.data.store import Meta
 from token_superposition.experiment.checkpoints import (
     ASIDE,
     MANIFEST,
@@ -38,6 +39,7 @@ from token_superposition.experiment.checkpoints import (
 )
 from token_superposition.experiment.config import load_config
 from token_superposition.experiment.export import SHARDS, export
+from token_superposition.experiment.resume import check_start
 from token_superposition.experiment.run import train
 from token_superposition.experiment.shards import check_shards
 
@@ -256,6 +258,20 @@ def test_another_plan_is_refused_with_the_difference(
     config, checkpoint = finished.parent / "config.toml", finished / "checkpoints/checkpoint-6"
     error = refused(capsys, config, *flags, "--out", tmp_path / "new", "--branch-from", checkpoint)
     assert difference in error and not (tmp_path / "new").exists()
+
+
+def test_a_checkpoint_of_another_precision_is_refused(finished: Path, tmp_path: Path) -> None:
+    """auto is bfloat16 on one machine and float32 on another."""
+    config, checkpoint = load_config(finished.parent / "config.toml"), copy_of(finished, tmp_path) / "checkpoints"
+    checkpoint, meta = checkpoint / "checkpoint-6", Meta.load(Path(config.data.path))
+    auto = replace(config, train=replace(config.train, precision="auto"))
+    check_start(checkpoint, auto, meta, "float32")
+    with pytest.raises(TokenSuperpositionError, match=r"train.precision 'float32' -> 'bfloat16'"):
+        check_start(checkpoint, auto, meta, "bfloat16")
+    forge(checkpoint)  # as by an older version, which did not say
+    check_start(checkpoint, config, meta, "bfloat16")
+    with pytest.raises(TokenSuperpositionError, match=r"train.precision 'float32' -> 'auto'"):
+        check_start(checkpoint, auto, meta, "float32")
 
 
 class Malicious:

@@ -59,6 +59,8 @@ class RunResult:
     versions: dict[str, str]
     data_sha256: str = ""
     """Of what was read: vocabulary, tokens and documents of both splits; files of older versions lack it."""
+    precision: str = ""
+    """In which it was computed, whatever train.precision auto is elsewhere; files of older versions lack it."""
 
     @classmethod
     def of(
@@ -72,6 +74,7 @@ class RunResult:
         val_loss: float,
         bits_per_byte: float,
         parameters: int,
+        precision: str,
         engine: str | None = None,
     ) -> RunResult:
         """The counts follow from the plan, which reads a token store, hardware and versions from this process.
@@ -97,6 +100,7 @@ class RunResult:
             hardware=hardware(),
             versions={name: version(name) for name in packages} | {"python": platform.python_version()},
             data_sha256=data_digest(plan.tokens.meta),
+            precision=precision,
         )
 
 
