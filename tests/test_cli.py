@@ -343,7 +343,7 @@ def test_demo_on_this_installation(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(module, "DEMO", small)
     monkeypatch.setattr(module, "MIN_TEXT_BYTES", 4 * 2**20)
     console = Console(record=True, width=100)
-    with pytest.raises(TokenSuperpositionError, match="minutes are enough for 0 steps"):
+    with pytest.raises(TokenSuperpositionError, match=r"minutes are enough for 0 steps .*; give at least 0\.[1-9]$"):
         module.demo(tmp_path / "demo", 1e-6, console, lambda: bars(console))
     assert not (tmp_path / "demo").exists()
     note = module.demo(tmp_path / "demo", 0.02, console, lambda: bars(console), seed=3)
@@ -352,6 +352,7 @@ def test_demo_on_this_installation(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert list(runs) == ["baseline", "tst", "baseline-x0.5"] and {r["seed"] for r in runs.values()} == {3}
     assert runs["tst"]["flops"] == runs["baseline"]["flops"] and runs["tst"]["epochs"] < 1
     assert (note is not None) == (runs["tst"]["steps"] < module.STEPS) and summary["note"] == note
+    assert note is None or re.search(r"seen to win with 1,000 steps, here --minutes [1-9]\d*, and", note)
     assert summary["comparison"]["equal_loss_speedup"] is None or runs["tst"]["val_loss"] > runs["baseline"]["val_loss"]
     write_report(tmp_path / "demo")
     print_table(tmp_path / "demo", console)
