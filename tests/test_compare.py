@@ -18,7 +18,6 @@ from scipy import stats
 
 from tests.conftest import VOCAB, tiny
 from token_superposition import TokenSuperpositionError
-from token_superposition.cli import main
 from token_superposition.data.tokenizer import load_tokenizer
 from token_superposition.experiment import jobs as jobs_module
 from token_superposition.experiment.compare import checked_jobs, jobs_of, samples
@@ -212,44 +211,6 @@ def test_text_that_is_read_again_is_told(tmp_path: Path) -> None:
     for text in shown(directory_of(again, tmp_path / "again")):
         assert "tst reads its text 2.0 times, the baseline 1.0 times" in text
     assert all("reads its text" not in text for text in shown(directory_of(once_each, tmp_path / "once")))
-
-
-def test_the_report_of_an_older_summary_says_what_to_do(tmp_path: Path) -> None:
-    out = directory_of(experiment(), tmp_path / "old")
-    summary = json.loads((out / "summary.json").read_text())
-    del summary["comparison"]["variants"]["tst"]["speedup_per_seed"]
-    (out / "summary.json").write_text(json.dumps(summary))
-    with pytest.raises(TokenSuperpositionError, match="give tst compare again"):
-        write_report(out)
-
-
-@pytest.mark.parametrize(
-    ("file", "content", "message"),
-    [
-        ("summary.json", [], "has not the form that tst compare writes"),
-        ("summary.json", {"runs": []}, "has not the form"),
-        ("summary.json", {"runs": 3}, "has not the form"),
-        ("summary.json", {"runs": [{"name": "baseline"}]}, "KeyError('directory')"),
-        ("summary.json", {"comparison": {"variants": []}}, "has not the form"),
-        ("summary.json", {"comparison": {"variants": {"tst": {"speedup_per_seed": []}}}}, "KeyError('delta_val_loss')"),
-        ("summary.json", {"data": 0}, "UndefinedError"),
-        ("summary.json", {"config": None}, "has not the form"),
-        ("summary.json", {"samples": [{"text": ""}]}, "has not the form"),
-        ("runs/tst-seed1/metrics.jsonl", [1], "has lines that are no metrics"),
-        ("runs/tst-seed1/metrics.jsonl", {}, "has lines that are no metrics"),
-        ("runs/tst-seed1/metrics.jsonl", {"step": 1, "val_loss": "low"}, "has lines that are no metrics"),
-    ],
-)
-def test_a_report_of_files_of_another_form_has_one_line(
-    file: str, content: Any, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    path = directory_of(experiment(), tmp_path / "out") / file
-    whole = json.loads(path.read_text()) if file == "summary.json" and content else None
-    path.write_text(json.dumps({**whole, **content} if whole else content))
-    assert main(["report", str(tmp_path / "out")]) == 2
-    error = capsys.readouterr().err
-    assert error.startswith("tst: error: ") and error.count("\n") == 1 and "; " in error, error
-    assert message in error and file in error and "tst compare again" in error, error
 
 
 def test_the_dry_run_counts_what_is_then_run(two_seeds: tuple[Path, Path, str]) -> None:
