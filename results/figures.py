@@ -9,26 +9,38 @@ from statistics import mean
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from results.kept import Result, verdict
+from results.kept import SEEDS, Result, at_equal_flops, verdict
 from token_superposition.experiment.intervals import t_interval
 from token_superposition.report.figures import COLOURS, svg
 
 
-def forest(found: list[Result]) -> str:
-    """Every difference with its interval, one line each."""
-    entries = [(f"{r.name}: {name}", c) for r in found for name, c in r.variants.items()][::-1]
+def forest(found: list[Result], again: dict[tuple[str, str], str], widest: float = 0.4) -> str:
+    """Every difference with its interval, one line each; one further off than ``widest`` stands at the edge."""
+    entries = [
+        (f"{r.name}: {label.replace('a baseline of ', 'baseline ').replace(' x the steps', ' x')}", values)
+        for r in found
+        for name, c in r.variants.items()
+        if (r.name, name) not in again
+        for label, values in (at_equal_flops(name, c),)
+    ][::-1]
     figure = Figure(figsize=(7.6, 1.2 + 0.3 * len(entries)), layout="constrained")
     axes = figure.subplots()
     colours = {"better": COLOURS[1], "worse": COLOURS[2]}
-    for y, (_, c) in enumerate(entries):
-        colour = colours.get(verdict(c["delta_val_loss_interval"]), COLOURS[0])
-        if ends := c["delta_val_loss_interval"]:
+    for y, (_, values) in enumerate(entries):
+        colour = colours.get(verdict(values), COLOURS[0])
+        if abs(mean(values)) > widest:
+            axes.annotate(f"{mean(values):+.2f} →", (widest, y), ha="right", va="center", fontsize=8, color=colour)
+            continue
+        if len(values) >= SEEDS and (ends := t_interval(values)):
             axes.plot(ends, (y, y), color=colour, lw=2)
-        axes.plot(c["delta_val_loss_per_seed"], [y] * len(c["delta_val_loss_per_seed"]), ".", color=colour, alpha=0.5)
-        axes.plot(c["delta_val_loss"], y, "o", color=colour, ms=6)
+        axes.plot(values, [y] * len(values), ".", color=colour, alpha=0.5)
+        # Hollow: too few seeds for an interval.
+        axes.plot(mean(values), y, "o", color=colour, ms=6, mfc=colour if len(values) >= SEEDS else "none")
     axes.axvline(0, color="#000000", lw=1)
+    axes.set_xlim(-widest, widest)
+    axes.set_ylim(-0.7, len(entries) - 0.3)
     axes.set_yticks(range(len(entries)), [name for name, _ in entries], fontsize=9)
-    axes.set_xlabel("validation loss minus the baseline's, nats per token (left is better)")
+    axes.set_xlabel("loss less the baseline's, nats per token\n(left is better; hollow: too few seeds for an interval)")
     bare(axes)
     return svg(figure)
 
@@ -76,7 +88,7 @@ def differences_by_step(r: Result) -> dict[int, list[float]]:
 
 
 def ahead(found: list[Result]) -> tuple[str, str]:
-    """Where TST passes the baseline on the way: a figure of the comparisons of several seeds, and a table of all."""
+    """Where TST passes the baseline on the way: a figure of comparisons of three seeds and more, and a table of all."""
     figure = Figure(figsize=(8.6, 4.4), layout="constrained")
     axes = figure.subplots()
     styles = itertools.cycle(itertools.product("osD^", COLOURS))
@@ -89,14 +101,15 @@ def ahead(found: list[Result]) -> tuple[str, str]:
         steps = r.summary["config"]["train"]["steps"]
         switch = round(r.summary["config"]["superposition"]["ratio"] * steps)
         after = [step for step in by_step if step > switch]
-        if len(by_step[after[0]]) > 1:
+        if len(by_step[after[0]]) >= SEEDS:
             marker, colour = next(styles)
             done = [step / steps for step in after]
             axes.plot(done, [mean(by_step[step]) for step in after], f"{marker}-", color=colour, ms=4, label=r.name)
         behind = [step for step in by_step if mean(by_step[step]) >= 0]
         unsure = [step for step in after if (ends := t_interval(by_step[step])) is None or ends[1] >= 0]
         first = next((step for step in after if step > max(unsure, default=0)), None)
-        found_at = f"{first:,}" if first else "never" if len(by_step[after[0]]) > 1 else "one seed"
+        few = {1: "one seed", 2: "two seeds"}.get(len(by_step[after[0]]))
+        found_at = few or (f"{first:,}" if first else "never")
         lines.append(f"| {r.name} | {switch:,} | {max(behind, default=0):,} | {found_at} |")
     axes.axhline(0, color="#000000", lw=1)
     axes.set_xlabel("share of the steps done, up to where the learning rate decays")

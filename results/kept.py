@@ -4,15 +4,21 @@ from __future__ import annotations
 
 import csv
 import json
+import math
 import tomllib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from statistics import mean
 from typing import Any
 
 from token_superposition.experiment.intervals import t_interval
+from token_superposition.experiment.summary import Run, comparison
 from token_superposition.report.contents import interval, short
+
+SEEDS = 3
+"""Fewer have no interval that is of use: that of two lies by chance close around their mean now and then."""
 
 
 @dataclass(frozen=True)
@@ -26,9 +32,10 @@ class Result:
     copying: list[dict[str, str]]
     """Losses by what can be copied from the window (results.copying), where that was measured."""
 
-    @property
+    @cached_property
     def variants(self) -> dict[str, dict[str, Any]]:
-        return self.summary["comparison"]["variants"]
+        """What the comparison says of each variant, by its runs."""
+        return comparison([Run(**r) for r in self.summary["runs"]])["variants"]
 
     @property
     def baseline(self) -> dict[str, Any]:
@@ -52,6 +59,37 @@ class Result:
     @property
     def seeds(self) -> list[int]:
         return sorted({r["seed"] for r in self.summary["runs"]})
+
+    def losses(self, name: str) -> tuple[float, ...]:
+        """Final validation losses of that run, seed by seed."""
+        by_seed = {r["seed"]: r["val_loss"] for r in self.summary["runs"] if r["name"] == name}
+        return tuple(by_seed[seed] for seed in self.seeds)
+
+
+def at_equal_flops(name: str, c: dict[str, Any]) -> tuple[str, list[float]]:
+    """A variant's name and its differences, seed by seed, to the baseline of as many FLOPs.
+
+    Where no baseline tells that, the differences are those of equal steps, and the name says so.
+    """
+    ratio: float = c["flops_ratio"]
+    if math.isclose(ratio, 1):
+        return name, c["delta_val_loss_per_seed"]
+    if (values := c["equal_flops"]["delta_val_loss_per_seed"]) is not None:
+        return f"{name} (a baseline of {ratio:.3g} x the steps)", values
+    return f"{name} (in {ratio:.3g} x the FLOPs)", c["delta_val_loss_per_seed"]
+
+
+def first_shown(found: Sequence[Result]) -> dict[tuple[str, str], str]:
+    """(comparison, run) -> the comparison before it that has the very same runs, where there is one."""
+    again: dict[tuple[str, str], str] = {}
+    seen: dict[float, str] = {}
+    for r in found:
+        for name in r.variants:
+            losses = r.losses(name)
+            if all(x in seen for x in losses):
+                again[r.name, name] = seen[losses[0]]
+            seen = dict.fromkeys(losses, r.name) | seen
+    return again
 
 
 def load(root: Path) -> list[Result]:
@@ -78,15 +116,18 @@ def rows(path: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(f))
 
 
-def verdict(ends: Sequence[float] | None) -> str:
-    """What an interval of a difference says; None is that of one seed.
+def verdict(values: Sequence[float]) -> str:
+    """What differences say, seed by seed.
 
-    >>> verdict((-0.2, -0.05)), verdict((-0.1, 0.1))
-    ('better', 'not told from chance')
+    >>> verdict((-0.2, -0.19, -0.21)), verdict((-0.1, 0.1, 0.0)), verdict((-0.1, -0.1))
+    ('better', 'not told from chance', 'two seeds: a lead')
     """
-    if ends is None:
-        return "one seed: a lead"
-    return "better" if ends[1] < 0 else "worse" if ends[0] > 0 else "not told from chance"
+    if not all(map(math.isfinite, values)):
+        return "diverged"
+    if len(values) < SEEDS:
+        return f"{('one seed', 'two seeds')[len(values) - 1]}: a lead"
+    low, high = t_interval(values) or (-math.inf, math.inf)
+    return "better" if high < 0 else "worse" if low > 0 else "not told from chance"
 
 
 def told(values: list[float]) -> str:

@@ -16,7 +16,6 @@ from matplotlib.figure import Figure
 
 from results.figures import bare
 from results.kept import Result, told, verdict
-from token_superposition.experiment.intervals import t_interval
 from token_superposition.experiment.superposition import SuperpositionConfig
 from token_superposition.report.contents import short
 from token_superposition.report.figures import COLOURS, svg
@@ -42,8 +41,7 @@ def plain(r: Result, length: float = 1.0) -> str | None:
 
 def differences(r: Result, name: str, reference: str) -> list[float]:
     """Of the validation losses, seed by seed."""
-    losses = {(x["name"], x["seed"]): x["val_loss"] for x in r.summary["runs"]}
-    return [losses[name, seed] - losses[reference, seed] for seed in r.seeds]
+    return [ours - other for ours, other in zip(r.losses(name), r.losses(reference), strict=True)]
 
 
 def text_of(r: Result) -> str:
@@ -57,11 +55,15 @@ def read(r: Result, name: str) -> str:
     return "once at most" if times <= 1 else f"{times:.2g} times"
 
 
-def over_batches(found: list[Result]) -> tuple[str, str]:
+Again = dict[tuple[str, str], str]
+"""As kept.first_shown tells: runs that stand in an earlier comparison."""
+
+
+def over_batches(found: list[Result], again: Again) -> tuple[str, str]:
     """Plain TST less the baseline by batch and steps: a figure and a table, the comparisons on TEXTS alone."""
     entries: list[tuple[int, float, int, int, list[float], str, Result]] = []
     for r in found:
-        if (name := plain(r)) and text_of(r) in TEXTS:
+        if (name := plain(r)) and text_of(r) in TEXTS and (r.name, name) not in again:
             c = r.summary["config"]
             tokens = c["train"]["batch_size"] * c["data"]["sequence_length"]
             per_parameter = r.baseline["latent_tokens"] / r.baseline["parameters"]
@@ -100,18 +102,17 @@ def over_batches(found: list[Result]) -> tuple[str, str]:
     return svg(figure), "\n".join([*lines, ""])
 
 
-def against_plain(found: list[Result]) -> str:
+def against_plain(found: list[Result], again: Again) -> str:
     """A table of every variant less plain TST of the same seeds and steps, the best first."""
     table: list[tuple[bool, float, str]] = []
     for r in found:
         if reference := plain(r):
             for name, changed, length in ways(r):
-                if changed and length == 1:
+                if changed and length == 1 and (r.name, name) not in again:
                     values = differences(r, name, reference)
                     how = ", ".join(f"{k} = {v}" for k, v in changed.items())
                     row = (
-                        f"| `{how}` | {told(values)} | {len(values)} | {verdict(t_interval(values))} | "
-                        f"{read(r, name)} | {r.name} |"
+                        f"| `{how}` | {told(values)} | {len(values)} | {verdict(values)} | {read(r, name)} | {r.name} |"
                     )
                     table.append((len(values) == 1, mean(values), row))
     head = ["| changed | less plain TST, nats (95%) | seeds | | text read | comparison |", "|---|---|---|---|---|---|"]
@@ -131,9 +132,9 @@ def recipes(found: list[Result], length: float = 1.1) -> str:
                 if changed and steps == 1:
                     values = differences(r, name, reference)
                     how = ", ".join(f"{k} = {v}" for k, v in changed.items())
-                    judged = verdict(t_interval(values))
+                    judged = verdict(values)
                     saves.add(judged == "better")
                     lines.append(f"| {r.name} | {text_of(r)} | `{how}` | {told(values)} | {judged} |")
     if saves == {False}:
-        lines += ["", "Nothing that was tried does, so the default of `tst train` is plain TST."]
+        lines += ["", "Nothing that was tried is shown to, so the default of `tst train` is plain TST."]
     return "\n".join([*lines, ""])

@@ -3,30 +3,30 @@
 from __future__ import annotations
 
 from collections import Counter, defaultdict
+from statistics import mean
 
-from results.kept import Result, told, verdict
-from results.plain import TEXTS, differences, plain, text_of, ways
-from token_superposition.experiment.intervals import t_interval
+from scipy import stats
+
+from results.kept import SEEDS, Result, told, verdict
+from results.plain import TEXTS, Again, differences, plain, text_of, ways
 from token_superposition.report.contents import short
 
-SEEDS = 3
-"""Fewer have no interval that is of use."""
 COUNTED = {"better": "below the baseline", "worse": "above it", "not told from chance": "not told from it"}
 
 
-def short_answers(found: list[Result]) -> str:
+def short_answers(found: list[Result], again: Again) -> str:
     """Bullets; none where no comparison has enough seeds."""
     enough = [r for r in found if len(r.seeds) >= SEEDS]
-    lines = [*wins(enough), *from_where(enough), *where(enough), *variants(enough)]
+    of_plain = [r for r in enough if text_of(r) in TEXTS and (name := plain(r)) and (r.name, name) not in again]
+    lines = [*wins(of_plain), *from_where(of_plain), *where(enough), *variants(enough, again)]
     return "\n".join([*lines, ""]) if lines else ""
 
 
-def wins(enough: list[Result]) -> list[str]:
+def wins(of_plain: list[Result]) -> list[str]:
     """How many comparisons of plain TST ended how, text by text."""
     by_text: dict[str, Counter[str]] = defaultdict(Counter)
-    for r in enough:
-        if text_of(r) in TEXTS and (name := plain(r)):
-            by_text[text_of(r)][verdict(t_interval(differences(r, name, "baseline")))] += 1
+    for r in of_plain:
+        by_text[text_of(r)][verdict(differences(r, plain(r) or "", "baseline"))] += 1
     told_of = (
         f"{text}: {', '.join(f'{count[kind]} {words}' for kind, words in COUNTED.items() if count[kind])}"
         for text, count in by_text.items()
@@ -35,22 +35,22 @@ def wins(enough: list[Result]) -> list[str]:
     return [f"{head}: {'; '.join(told_of)}."] if by_text else []
 
 
-def from_where(enough: list[Result]) -> list[str]:
-    """Of each text and size of the model: with how many tokens a parameter TST does not win, and does."""
+def from_where(of_plain: list[Result]) -> list[str]:
+    """Of each text and size of the model: the difference by tokens a parameter."""
     groups: dict[tuple[str, str], list[tuple[float, str]]] = defaultdict(list)
-    for r in enough:
-        if text_of(r) in TEXTS and (name := plain(r)):
-            b = r.baseline
-            judged = verdict(t_interval(differences(r, name, "baseline")))
-            groups[text_of(r), short(b["parameters"])].append((b["latent_tokens"] / b["parameters"], judged))
-    lines: list[str] = []
-    for (text, size), entries in groups.items():
-        won = [x for x, judged in entries if judged == "better"]
-        not_won = [x for x, judged in entries if judged != "better"]
-        said = [f"not ahead with up to {max(not_won):.1f}"] if not_won else []
-        said += [f"ahead from {min(won):.1f} on"] if won else []
-        lines.append(f"- Latent tokens a parameter, {text}, {size} parameters: {', '.join(said)}.")
-    return lines
+    for r in of_plain:
+        b = r.baseline
+        tokens, values = b["latent_tokens"] / b["parameters"], differences(r, plain(r) or "", "baseline")
+        judged = verdict(values)
+        unsure = ", not told from chance" if judged == "not told from chance" else ""
+        flattered = f"; its baseline is {r.about['mistuned']} mistuned" if "mistuned" in r.about else ""
+        said = f"{mean(values):+.3f} with {tokens:.1f} ({r.name}{unsure}{flattered})"
+        groups[text_of(r), short(b["parameters"])].append((tokens, said))
+    return [
+        f"- Plain TST less the baseline by latent tokens a parameter, {text}, {size} parameters: "
+        f"{', '.join(said for _, said in sorted(entries))}."
+        for (text, size), entries in groups.items()
+    ]
 
 
 def where(enough: list[Result]) -> list[str]:
@@ -69,17 +69,36 @@ def where(enough: list[Result]) -> list[str]:
     return []
 
 
-def variants(enough: list[Result]) -> list[str]:
-    """What of the changes to plain TST is told from chance."""
-    better: list[str] = []
-    worse: list[str] = []
+def variants(enough: list[Result], again: Again) -> list[str]:
+    """What of the changes to plain TST is told from chance, each by itself and among all that were looked at."""
+    told_apart: list[str] = []
+    chances: list[float] = []
     for r in enough:
         if text_of(r) in TEXTS and (reference := plain(r)):
             for name, changed, length in ways(r):
-                if changed and length == 1:
+                if changed and length == 1 and (r.name, name) not in again:
                     values = differences(r, name, reference)
-                    judged = verdict(t_interval(values))
-                    how = f"`{', '.join(f'{k} = {v}' for k, v in changed.items())}` {told(values)} in {r.name}"
-                    {"better": better, "worse": worse}.get(judged, []).append(how)
-    lines = [f"- Below plain TST beyond chance: {'; '.join(better)}."] if better else []
-    return lines + ([f"- Above plain TST beyond chance: {'; '.join(worse)}."] if worse else [])
+                    chances.append(float(stats.ttest_1samp(values, 0)[1]))
+                    if (judged := verdict(values)) in ("better", "worse"):
+                        how = f"`{', '.join(f'{k} = {v}' for k, v in changed.items())}`"
+                        told_apart.append(f"{how} {told(values)} in {r.name}, {judged}")
+    if not told_apart:
+        return []
+    left = sum(holm(chances))
+    return [
+        f"- Told from plain TST by their own intervals: {'; '.join(told_apart)}. Of the {len(chances)} variants that "
+        f"were looked at {left or 'none'} {'is' if left < 2 else 'are'} told from it after Holm's correction for so "
+        "many chances."
+    ]
+
+
+def holm(chances: list[float], level: float = 0.05) -> list[bool]:
+    """Which of several hypotheses are rejected, by Holm's step-down procedure (Scand. J. Statist. 6, 1979).
+
+    >>> holm([0.01, 0.04, 0.03]), holm([0.04, 0.01, 0.02])
+    ([True, False, False], [True, True, True])
+    """
+    order = sorted(range(len(chances)), key=chances.__getitem__)
+    passed = [chances[i] <= level / (len(chances) - place) for place, i in enumerate(order)]
+    kept = passed.index(False) if False in passed else len(passed)
+    return [order.index(i) < kept for i in range(len(chances))]

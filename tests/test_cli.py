@@ -371,5 +371,6 @@ def test_equal_loss_is_read_off_the_baselines() -> None:
     assert above is not None and (above.how, above.baseline_steps) == ("at most", 500)
     assert equal_loss(curve[:1], 3.1, 1000) is None and equal_loss(curve, math.nan, 1000) is None
     assert loss_at(curve, 1000) == (3.2, "measured")
-    value, how = loss_at(curve, 4000)
-    assert value == pytest.approx(2.8) and how == "extrapolated"
+    value, how = loss_at(curve, 1414)
+    assert value == pytest.approx(3.1, abs=1e-4) and how == "interpolated"
+    assert loss_at(curve, 4000) == loss_at(curve, 400) == (None, "not run")

@@ -95,6 +95,28 @@ def test_with_bounds_alone_the_longest_baseline_that_is_beaten_is_the_lower_end(
     assert found(-0.03)["low"] is None  # one seed
 
 
+def test_a_longer_baseline_that_diverged_is_told_and_used_by_no_accounting(tmp_path: Path) -> None:
+    """Of three lengths the one of as much text is lost with one seed; what the others beat is told of all seeds."""
+    runs = [replace(r, val_loss=r.val_loss - 0.2 * (r.name == "tst")) for r in experiment(longest=2)]
+    runs += [run("baseline-x1.5", seed, 1500, 2.9) for seed in range(3)]
+    lost = [replace(r, val_loss=math.nan) if r.directory == "baseline-x2-seed1" else r for r in runs]
+    found = comparison(lost)
+    assert (found["equal_data"]["how"], found["equal_data"]["interval"]) == ("diverged", None)
+    assert found["speedup"]["low"] == 1.5 and found["speedup"]["seeds"] == 3
+    only = [r for r in lost if r.name != "baseline-x1.5"]
+    assert comparison(only)["speedup"] is None
+    for text in shown(directory_of(only, tmp_path / "out")):
+        words = " ".join(text.split())
+        assert "a baseline of another length diverged" in words and "it diverged with some seed" in words
+
+
+def test_beyond_the_lengths_that_were_run_nothing_is_told_of_a_baseline(tmp_path: Path) -> None:
+    runs = experiment(longest=1.5)
+    assert comparison(runs)["equal_data"]["baseline_val_loss"] is None
+    for text in shown(directory_of(runs, tmp_path / "out")):
+        assert "was not run (--compare.baseline-lengths with 2 among them tells)" in " ".join(text.split())
+
+
 def directory_of(runs: list[Run], out: Path) -> Path:
     """What tst compare leaves for the report."""
     for r in runs:
@@ -124,8 +146,11 @@ def test_table_and_report_show_the_intervals(tmp_path: Path) -> None:
             assert expected in text, expected
         assert "at least" not in text
     for text in shown(directory_of(experiment(longest=2), tmp_path / "cut")):
-        assert "the baseline needs at least 1.7" in text and " or more" in text
+        assert "the baseline needs at least 1.7" in text and "no interval" in text  # the difference contains 0
         assert "1 of 3 seeds only known to be at least 2.00 x" in text
+    lower = [replace(r, val_loss=r.val_loss - 0.2 * (r.name == "tst")) for r in experiment(longest=2)]
+    for text in shown(directory_of(lower, tmp_path / "beaten")):
+        assert "the baseline needs at least 2.00 x" in text and " or more" in text
 
 
 def test_a_variant_is_judged_against_plain_tst_too(tmp_path: Path) -> None:
@@ -149,6 +174,9 @@ def test_a_variant_of_its_own_length_shows_what_steps_another_is_worth(tmp_path:
     assert (found["steps_ratio"], found["flops_ratio"]) == (1.2, 1.2)
     assert found["equal_flops"]["baseline_steps"] == found["equal_data"]["baseline_steps"] == 1200
     assert found["equal_flops"]["baseline_val_loss"] == pytest.approx(3.0 - 0.2 * math.log2(1.2))
+    at_equal = [delta + 0.01 * (1 + seed) + 0.2 * math.log2(1.2) for seed, delta in enumerate(DELTAS)]
+    assert found["equal_flops"]["delta_val_loss"] == pytest.approx(mean(at_equal))
+    assert found["equal_flops"]["interval"] == pytest.approx(t_interval(at_equal))
     assert found["against_tst"]["interval"] == pytest.approx(t_interval([0.01, 0.02, 0.03]))
     steps = [1000 * 2 ** (-(delta + 0.01 * (1 + seed)) / 0.2) for seed, delta in enumerate(DELTAS)]
     assert [s["speedup"] for s in found["speedup_per_seed"]] == pytest.approx([n / 1200 for n in steps])

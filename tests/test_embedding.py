@@ -9,9 +9,11 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate.hooks import ModelHook, add_hook_to_module, remove_hook_from_module
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
+from torch.nn.utils import parametrize
 
 from tests.architectures import build
 from tests.conftest import TINY, VOCAB, tiny
@@ -67,6 +69,58 @@ def test_an_embedding_that_is_replaced_afterwards_is_told_and_can_be_superposed(
     expected = model(inputs_embeds=reference.bag_embedding(new.weight, IDS)).logits
     torch.testing.assert_close(superpose(model)(input_ids=IDS).logits, expected)
     torch.testing.assert_close(superpose(unsuperpose(model))(input_ids=IDS).logits, expected)
+
+
+def test_an_embedding_whose_class_was_changed_afterwards_keeps_it() -> None:
+    """As FSDP2 does it; the class that it was made of is no longer the right one."""
+    model = superpose(tiny("llama"))
+    embedding: Any = model.get_input_embeddings()
+    parametrize.register_parametrization(embedding, "weight", nn.Identity())
+    changed, logits = type(embedding), model(input_ids=IDS).logits
+    with pytest.raises(TokenSuperpositionError, match=r"made a ParametrizedBagEmbedding after superpose .* leave it"):
+        unsuperpose(model)
+    assert type(embedding) is changed and torch.equal(model(input_ids=IDS).logits, logits)
+    model = tiny("llama")
+    embedding = model.get_input_embeddings()
+    parametrize.register_parametrization(embedding, "weight", nn.Identity())
+    before = type(embedding)
+    assert type(unsuperpose(superpose(model)).get_input_embeddings()) is before
+
+
+def test_hooks_that_hide_the_forward_come_after_superpose() -> None:
+    """accelerate's: they keep the forward that they found, which would not know bags."""
+    model = tiny("llama").eval()
+    embedding = model.get_input_embeddings()
+    expected = model(inputs_embeds=embedding(IDS).mean(2)).logits
+    add_hook_to_module(embedding, ModelHook())
+    with pytest.raises(TokenSuperpositionError, match=r"Embedding has a forward of its own.*remove_hook_from_module"):
+        superpose(model)
+    assert type(embedding) is nn.Embedding
+    remove_hook_from_module(embedding)
+    add_hook_to_module(superpose(model).get_input_embeddings(), ModelHook())
+    torch.testing.assert_close(superpose(model)(input_ids=IDS).logits, expected)
+    with pytest.raises(TokenSuperpositionError, match="BagEmbedding has a forward of its own"):
+        unsuperpose(model)
+    remove_hook_from_module(embedding)
+    torch.testing.assert_close(model(input_ids=IDS).logits, expected)
+    ordinary = model(input_ids=IDS[..., 0]).logits
+    assert torch.equal(unsuperpose(model)(input_ids=IDS[..., 0]).logits, ordinary)
+    assert type(embedding) is nn.Embedding
+
+
+@pytest.mark.parametrize("compile_first", [False, True])
+def test_an_embedding_that_is_compiled_alone(compile_first: bool) -> None:
+    model = tiny("llama").eval()
+    embedding = model.get_input_embeddings()
+    expected = model(inputs_embeds=embedding(IDS).mean(2)).logits
+    torch._dynamo.reset()
+    if not compile_first:
+        superpose(model)
+    compiled: Any = torch.compile(embedding, backend="eager")
+    model.set_input_embeddings(compiled)
+    torch.testing.assert_close(superpose(model)(input_ids=IDS).logits, expected)
+    torch.testing.assert_close(model.get_decoder()(IDS).last_hidden_state, model.model(IDS).last_hidden_state)
+    torch.testing.assert_close(compiled(IDS), embedding(IDS))
 
 
 @pytest.mark.parametrize("architecture", [*TINY, "opt", "mpt", "openai-gpt"])

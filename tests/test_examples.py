@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import importlib
 import math
+import time
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -21,7 +22,7 @@ from transformers import AutoModelForCausalLM
 
 from examples import diff, text
 from tests.conftest import once
-from token_superposition import Schedule, TokenSuperpositionError, reference
+from token_superposition import Phase, Schedule, TokenSuperpositionError, reference
 from token_superposition.data.stream import StreamedPlan
 from token_superposition.embedding import is_superposed
 from token_superposition.engines.transformers import trainer as engine
@@ -255,10 +256,38 @@ def test_a_streamed_plan_reads_every_token_once(kind: Callable[[list[int]], Any]
         assert torch.equal(targets, ids + (3 if ids.dim() == 2 else 1)) and targets.dtype == torch.int64
 
 
+def test_a_streamed_plan_takes_documents_of_any_length() -> None:
+    """The time is that of the tokens: what is left of a long document is not moved for every sample."""
+
+    def seconds(lengths: list[int], samples: int) -> float:
+        documents = [{"input_ids": np.zeros(n, np.int64)} for n in lengths]
+        plan = StreamedPlan(documents, Schedule([Phase(samples, 2, 2)]), 64, 1)
+        begin = time.process_time()
+        assert sum(1 for _ in plan) == samples
+        return time.process_time() - begin
+
+    seconds([1000], 4)  # whatever is done once
+    assert seconds([10_000_000], 1000) < 5 * seconds([100] * 1300, 1000) + 0.5
+
+
+def test_a_streamed_plan_skips_empty_documents_and_keeps_no_long_one() -> None:
+    documents = [{"input_ids": ids} for ids in ([], list(range(500)), np.empty(0, np.uint16))]
+    with pytest.warns(UserWarning, match="ended after 500 tokens"):
+        samples = list(StreamedPlan(documents, Schedule([Phase(130, 1, 1)]), 4, 1))
+    assert [int(t) for s in samples for t in s["input_ids"]] == [i % 500 for i in range(520)]
+    assert all(s["input_ids"].untyped_storage().nbytes() <= 5 * 8 for s in samples)  # what a worker would send
+
+
 def test_a_streamed_plan_says_when_it_cannot() -> None:
     schedule = Schedule.two_phase(4, 3, 0.5)
+    for ids, what in (([[1, 2]], r"shape \(1, 2\) and type int64"), ([1.5] * 20, "float64"), ("text", r"shape \(\)")):
+        with pytest.raises(TokenSuperpositionError, match=f"{what}.*whole numbers in one axis"):
+            next(iter(StreamedPlan([{"input_ids": ids}], schedule, 4, 2)))
     with pytest.raises(TokenSuperpositionError, match="no tokens"):
         next(iter(StreamedPlan([], schedule, 4, 2)))
+    for document, keys in (({"text": "a", "id": 3}, "text, id"), ({}, "none"), ([1, 2], "none, being no mapping")):
+        with pytest.raises(TokenSuperpositionError, match=rf"no input_ids \(its keys: {keys}\); tokenise the text"):
+            next(iter(StreamedPlan([document], schedule, 4, 2)))  # pyright: ignore[reportArgumentType]
     with pytest.warns(UserWarning, match="ended after 9 tokens"):
         samples = list(StreamedPlan([{"input_ids": list(range(9))}], schedule, 4, 2))
     assert samples[-1]["input_ids"].tolist() == [(60 + i) % 9 for i in range(4)]

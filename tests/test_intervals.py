@@ -80,29 +80,13 @@ def test_a_bound_in_some_seed_makes_the_mean_a_bound() -> None:
     below = speedup(seeds(1.5, 1.6, (2.0, "at most")))
     assert measured is not None and above is not None and below is not None
     assert (above.bound, above.measured) == ("at least", 2) and above.geometric_mean == measured.geometric_mean
-    assert (above.low, above.high) == (measured.low, None)
-    assert (below.bound, below.low, below.high) == ("at most", None, measured.high)
+    assert (above.low, above.high) == (None, None) and measured.low is not None
+    assert (below.bound, below.low, below.high) == ("at most", None, None)
     both = speedup(seeds(1.5, 1.6, (1.0, "at most"), (2.0, "at least")))
     assert both is not None and (both.bound, both.low, both.high) == ("not comparable", None, None)
-    # Bounds alone, and one seed alone, have no spread to go by, however equal they are.
-    for few in (seeds(*[(2.0, "at least")] * 5), seeds(1.9, *[(2.0, "at least")] * 4), seeds(1.7)):
-        s = speedup(few)
-        assert s is not None and (s.low, s.high) == (None, None)
+    one = speedup(seeds(1.7))
+    assert one is not None and (one.low, one.high) == (None, None)
     assert speedup([]) is None
-
-
-@pytest.mark.parametrize("longest", [1.6, 1.8, 3.0])
-def test_the_lower_end_holds_where_the_longest_baseline_cuts_speedups_off(longest: float) -> None:
-    """2,000 experiments of five seeds around 1.7: the lower end is above the true mean in at most 2.5% of them."""
-    generator = random.Random(0)
-    missed = reported = 0
-    for _ in range(2000):
-        true = [1.7 * math.exp(generator.gauss(0, 0.1)) for _ in range(5)]
-        s = speedup(seeds(*((longest, "at least") if x > longest else x for x in true)))
-        if s is not None and s.low is not None:
-            reported += 1
-            missed += s.low > 1.7
-    assert reported > 800 and missed <= 0.025 * 2000 * 1.3  # and the noise of the count
 
 
 def test_the_length_that_is_beaten_is_where_the_paired_interval_touches_0() -> None:
@@ -118,16 +102,17 @@ def test_the_length_that_is_beaten_is_where_the_paired_interval_touches_0() -> N
     assert beaten_length(curves[:1], losses[:1]) is None
 
 
-def test_the_length_that_is_beaten_is_rarely_above_the_true_one() -> None:
-    """2,000 experiments of five seeds, where the true means meet at 1.6 x the steps."""
+@pytest.mark.parametrize("longest", [1.6, 1.8, 2.5])
+def test_the_length_that_is_beaten_is_rarely_above_the_true_one(longest: float) -> None:
+    """2,000 experiments of five seeds, where the true means meet at 1.6 x the steps, however long the longest is."""
     generator = random.Random(0)
     missed = reported = 0
     for _ in range(2000):
         curves: list[list[tuple[int, float]]] = []
         for _ in range(5):
             late = generator.gauss(0, 0.03)
-            end = 3.05 - 0.15 + late
-            curves.append([(1000, 3.05 + generator.gauss(0, 0.01) + late / 2), (1600, end)])
+            end = 3.05 - 0.15 * math.log(longest) / math.log(1.6) + late
+            curves.append([(1000, 3.05 + generator.gauss(0, 0.01) + late / 2), (round(1000 * longest), end)])
         length = beaten_length(curves, [2.9 + generator.gauss(0, 0.01) for _ in curves])
         reported += length is not None
         missed += length is not None and length >= 1600

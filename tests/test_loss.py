@@ -282,6 +282,14 @@ def test_a_target_outside_the_vocabulary_is_refused(impl: Any, loss: Any, target
     assert w is None or score(targets).isfinite()
 
 
+def test_the_reference_takes_the_transforms_of_torch_func() -> None:
+    """Gradients of single rows, as the docstring has it; the operators of the others have none."""
+    hidden, head, _, targets = example(5, 4, 9, 3, 0.2, 1)
+    one = torch.func.grad(lambda h, y: linear(h, head.detach(), y, impl="reference"))
+    rows = torch.func.vmap(one)(hidden.detach().unsqueeze(1), targets.unsqueeze(1)).squeeze(1)
+    torch.testing.assert_close(rows, torch.autograd.grad(linear(hidden, head, targets, reduction="sum"), hidden)[0])
+
+
 def test_repeated_tokens_count_twice() -> None:
     logits = torch.tensor([[0.0, 1.0, 3.0]])
     twice = on_logits(logits, torch.tensor([[2, 2, 0]]))
@@ -294,6 +302,28 @@ def test_order_in_a_bag_matters_only_through_weights() -> None:
     torch.testing.assert_close(linear(hidden, head, targets), linear(hidden, head, shuffled))
     w = place_weights("power", 4)
     assert not torch.isclose(linear(hidden, head, targets, w), linear(hidden, head, shuffled, w))
+
+
+@pytest.mark.parametrize("impl", ALL)
+@pytest.mark.parametrize("wrong", [-0.5, math.nan, math.inf])
+def test_a_weight_that_is_no_weight_is_refused(impl: Any, wrong: float) -> None:
+    hidden, head, _, targets = example(5, 4, 9, 3, 0.0, 1)
+    weights = torch.tensor([1.0, wrong, 0.5])
+    message = f"place_weights is {wrong} at place 1; give a finite number of at least 0"
+    with pytest.raises(TokenSuperpositionError, match=message):
+        linear(hidden, head, targets, weights, impl=impl)
+    with pytest.raises(TokenSuperpositionError, match=message):
+        on_logits(hidden @ head.T, targets, weights)
+
+
+def test_compiled_a_negative_weight_leaves_its_place_out() -> None:
+    """As in the specification: no value can be looked at there."""
+    hidden, head, _, targets = example(5, 4, 9, 3, 0.2, 1)
+    weights = torch.tensor([1.0, -0.5, 0.5])
+    torch._dynamo.reset()
+    compiled = torch.compile(linear, backend="eager", fullgraph=True)
+    expected = reference.multi_hot_cross_entropy(hidden @ head.T, targets, weights)
+    torch.testing.assert_close(compiled(hidden, head, targets, weights), expected)
 
 
 def test_untrained_model_starts_at_ln_v() -> None:

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import pickle
+import re
+import warnings
 from collections import Counter
 from math import ceil, lcm
 from pathlib import Path
@@ -68,6 +70,24 @@ def test_an_epoch_visits_every_block_and_the_next_one_in_another_order() -> None
     starts = [plan.start_of(i) for i in range(20)]
     assert sorted(starts[:10]) == sorted(starts[10:]) == list(range(0, 40, 4))
     assert starts[:10] != starts[10:]
+
+
+@pytest.mark.parametrize("spare", [0.0, 0.02, 0.1, 0.3])
+@pytest.mark.parametrize(("bags", "common"), [((8, 4, 2, 1), 1), ((4, 1), 1), ((4, 1), 8), ((1,), 16)])
+def test_text_that_is_read_twice_while_other_is_not_is_told(bags: tuple[int, ...], common: int, spare: float) -> None:
+    """Windows that a switch leaves unfinished may use up the text before all of it is read."""
+    length, batch = 4, 4
+    schedule = Schedule.annealed(200, bags, 0.4)
+    block = length * lcm(*bags, common)
+    size = ceil((1 + spare) * schedule.raw_tokens(batch, length) / block) * block
+    with warnings.catch_warnings(record=True) as told:
+        plan = PlannedDataset(np.arange(size + max(*bags, common)), schedule, length, batch, common_bag=common)
+    read = Counter(int(t) for i in range(len(plan)) for t in plan[i]["input_ids"].flatten())
+    twice = sum(n > 1 for n in read.values()) / size
+    assert plan.epochs <= 1 and len(told) == (twice > 0) and (twice == 0 or spare < 0.3)
+    if told:
+        most = re.search(r"up to (.*)% of the text is read twice while other text is not read; prepare", str(told[0]))
+        assert most is not None and twice <= float(most[1]) / 100 + 0.0005
 
 
 def test_a_longer_plan_begins_like_a_shorter_one() -> None:

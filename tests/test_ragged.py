@@ -85,6 +85,15 @@ def test_without_boundaries_it_is_fold(length: int, a: int, b: int) -> None:
         assert torch.equal(got, want) and got.dtype == want.dtype
 
 
+@pytest.mark.parametrize("dtype", [torch.int64, torch.uint8, torch.float32])
+@pytest.mark.filterwarnings("error")
+def test_boundaries_may_be_numbers(dtype: torch.dtype) -> None:
+    tokens, begins = torch.arange(8), torch.tensor([0, 0, 0, 1, 0, 1, 0, 0])
+    want = ragged_fold(tokens, begins.bool(), 2, 2)
+    for got, expected in zip(ragged_fold(tokens, begins.to(dtype), 2, 2), want, strict=True):
+        assert torch.equal(got, expected)
+
+
 def test_wrong_length_names_a_right_one() -> None:
     with pytest.raises(TokenSuperpositionError, match=r"cannot fold 9 tokens .* for example 8"):
         ragged_fold(torch.arange(9), torch.zeros(9, dtype=torch.bool), 2, 2)

@@ -27,7 +27,7 @@ from results.corpora import Language, invented, random_strings, with_strings, wr
 from results.figures import ahead
 from results.findings import memorised
 from results.findings import write as write_findings
-from results.kept import Result
+from results.kept import Result, first_shown, load
 from results.memorisation import losses
 from results.memorisation import main as memorisation
 from results.plain import PLAIN, against_plain, over_batches, recipes
@@ -85,17 +85,17 @@ def test_the_page_says_what_was_measured(kept: Path, tmp_path: Path) -> None:
 def test_where_tst_passes_the_baseline() -> None:
     """Of 100 steps, superposed for 30, decaying from 90 on; after 60 steps the seeds do not agree yet."""
     differences = {
-        20: (1.0, 1.1),
-        40: (0.2, 0.4),
-        60: (-0.3, 0.1),
-        80: (-0.3, -0.31),
-        90: (-0.4, -0.41),
-        100: (0.5, 0.6),
+        20: (1.0, 1.1, 1.0),
+        40: (0.2, 0.4, 0.3),
+        60: (-0.3, 0.1, 0.0),
+        80: (-0.3, -0.31, -0.3),
+        90: (-0.4, -0.41, -0.4),
+        100: (0.5, 0.6, 0.5),
     }
     curves = [
-        {"name": name, "seed": str(seed), "step": str(step), "val_loss": str(3 + (name == "tst") * pair[seed])}
-        for step, pair in differences.items()
-        for seed in (0, 1)
+        {"name": name, "seed": str(seed), "step": str(step), "val_loss": str(3 + (name == "tst") * by_seed[seed])}
+        for step, by_seed in differences.items()
+        for seed in (0, 1, 2)
         for name in ("baseline", "tst", "baseline-x2")
     ]
     settings = {"train": {"steps": 100, "decay_ratio": 0.1}, "superposition": {"ratio": 0.3}}
@@ -104,6 +104,8 @@ def test_where_tst_passes_the_baseline() -> None:
     alone = [x for x in curves if x["seed"] == "0"]
     _, table = ahead([Result("alone", {}, {"config": settings}, alone, [], [])])
     assert "| alone | 30 | 40 | one seed |" in table
+    _, table = ahead([Result("pair", {}, {"config": settings}, [x for x in curves if x["seed"] != "2"], [], [])])
+    assert "| pair | 30 | 40 | two seeds |" in table  # by chance they may agree
 
 
 def made_of(
@@ -134,30 +136,79 @@ def made_of(
 
 def test_plain_tst_is_found_wherever_it_stands() -> None:
     weights: Changed = {"weighting": "exponential"}
-    first, second = made_of({}, {"exp": (weights, 1.0)}), made_of(weights, {"uniform": ({}, 1.0), "x1.1": ({}, 1.1)})
-    _, table = over_batches([first, second])
-    assert "| python | 8.0 | 80 | 100 | 1k | -0.100 (-0.100 to -0.100) | 2 | once at most |" in table
-    assert "| python | 8.0 | 80 | 100 | 1k | -0.200 (-0.200 to -0.200) | 2 | once at most |" in table
-    rows = over_batches([made_of({}, {}, "English (`a command`)"), first])[1].splitlines()[2:]
+    first, second = (
+        made_of({}, {"exp": (weights, 1.0)}, seeds=3),
+        made_of(weights, {"uniform": ({}, 1.0), "x1.1": ({}, 1.1)}, seeds=3),
+    )
+    _, table = over_batches([first, second], {})
+    assert "| python | 8.0 | 80 | 100 | 1k | -0.100 (-0.100 to -0.100) | 3 | once at most |" in table
+    assert "| python | 8.0 | 80 | 100 | 1k | -0.200 (-0.200 to -0.200) | 3 | once at most |" in table
+    rows = over_batches([made_of({}, {}, "English (`a command`)"), first], {})[1].splitlines()[2:]
     assert [row.split(" | ")[0] for row in rows] == ["| python", "| English"]
-    table = against_plain([first, second])
-    assert "| `weighting = exponential` | -0.100 (-0.100 to -0.100) | 2 | better | once at most |" in table
-    assert "| `weighting = exponential` | +0.100 (+0.100 to +0.100) | 2 | worse | once at most |" in table
-    assert "| better | 11 times |" in against_plain([made_of({}, {"exp": (weights, 1.0)}, epochs=11.1)])
+    table = against_plain([first, second], {})
+    assert "| `weighting = exponential` | -0.100 (-0.100 to -0.100) | 3 | better | once at most |" in table
+    assert "| `weighting = exponential` | +0.100 (+0.100 to +0.100) | 3 | worse | once at most |" in table
+    assert "| better | 11 times |" in against_plain([made_of({}, {"exp": (weights, 1.0)}, seeds=3, epochs=11.1)], {})
     assert len(table.splitlines()) == 4  # plain TST itself is not listed, nor the one of another length
     _, _, row, _, conclusion = recipes([first, second]).splitlines()
-    assert conclusion.startswith("Nothing that was tried does")
+    assert conclusion.startswith("Nothing that was tried is shown to")
     assert row == "| made-up | python | `weighting = exponential` | +0.200 (+0.200 to +0.200) | worse |"
 
 
 def test_the_short_answers_are_those_of_comparisons_of_three_seeds() -> None:
     weights: Changed = {"weighting": "exponential"}
     won = made_of({}, {"exp": (weights, 1.0)}, seeds=3)
-    (by_text, from_where, below) = short_answers([won, made_of({}, {}), made_of({}, {}, "other", 3)]).splitlines()
+    found = [won, made_of({}, {}), made_of({}, {}, "other", 3)]
+    (by_text, by_tokens, below) = short_answers(found, {}).splitlines()
     assert by_text.endswith("at least 3 seeds: python: 1 below the baseline.")
-    assert from_where == "- Latent tokens a parameter, python, 1k parameters: ahead from 8.0 on."
-    assert below.startswith("- Below plain TST beyond chance: `weighting = exponential` -0.100")
-    assert short_answers([made_of({}, {})]) == ""
+    assert by_tokens.endswith("a parameter, python, 1k parameters: -0.100 with 8.0 (made-up).")
+    assert "by their own intervals: `weighting = exponential` -0.100" in below and "in made-up, better" in below
+    assert below.endswith(
+        "Of the 1 variants that were looked at 1 is told from it after Holm's correction for so many chances."
+    )
+    assert short_answers([made_of({}, {})], {}) == ""
+    again = {("made-up", "exp"): "another", ("made-up", "tst"): "another"}
+    assert short_answers([won], again) == ""  # what was told of it already
+
+
+def test_of_many_variants_one_is_told_apart_by_chance() -> None:
+    """One of four has an interval that excludes 0, as one in twenty would without any difference."""
+    changed: dict[str, tuple[Changed, float]] = {f"v{s}": ({"bag_size": s}, 1.0) for s in (5, 6, 7, 8)}
+    r = made_of({}, changed, seeds=3)
+    off = {"v5": (0.0, 0.1, -0.1), "v6": (-0.10, -0.12, -0.155), "v7": (0.1, 0.0, 0.0), "v8": (0.1, -0.1, 0.1)}
+    for x in r.summary["runs"]:
+        if x["name"] in off:
+            x["val_loss"] = 3 + off[x["name"]][x["seed"]]
+        elif x["name"] == "tst":
+            x["val_loss"] = 3.0
+    (line,) = [x for x in short_answers([r], {}).splitlines() if "own intervals" in x]
+    assert "`bag_size = 6`" in line and "`bag_size = 5`" not in line
+    assert "Of the 4 variants that were looked at none is told from it" in line
+
+
+def test_runs_that_stand_in_two_comparisons_are_shown_once(kept: Path, tmp_path: Path) -> None:
+    root = tmp_path / "results"
+    shutil.copytree(kept, root)
+    shutil.copytree(kept / "tiny", root / "tiny-again")
+    found = load(root)
+    assert first_shown(found) == {("tiny-again", name): "tiny" for name in found[0].variants}
+    write_findings(root, tmp_path)
+    assert "the runs of tiny |" in (tmp_path / "findings.md").read_text()
+    assert "tiny-again" not in (tmp_path / "findings_forest.svg").read_text()
+
+
+def test_a_variant_of_another_length_is_judged_by_a_baseline_of_as_many_flops(kept: Path, tmp_path: Path) -> None:
+    """The baseline of 1.5 x the steps, taken for a variant: it is level with itself, not ahead of the one of 1 x."""
+    root = tmp_path / "results"
+    shutil.copytree(kept, root)
+    path = root / "tiny" / "summary.json"
+    summary = json.loads(path.read_text())
+    longer = [x for x in summary["runs"] if x["name"] == "baseline-x1.5"]
+    summary["runs"] += [x | {"name": "longer", "directory": x["directory"] + "-again"} for x in longer]
+    path.write_text(json.dumps(summary))
+    write_findings(root, tmp_path)
+    page = (tmp_path / "findings.md").read_text()
+    assert "| longer (a baseline of 1.5 x the steps) | +0.000 (+0.000 to +0.000) |" in page
 
 
 def test_the_intervals_of_the_readme_are_those_of_the_findings() -> None:
@@ -168,8 +219,8 @@ def test_the_intervals_of_the_readme_are_those_of_the_findings() -> None:
 
 def test_results_without_plain_tst_or_of_other_texts_are_left_out() -> None:
     other = made_of({"ratio": 0.5}, {})
-    assert len(over_batches([other, made_of({}, {}, "369k tokens of Python source")])[1].splitlines()) == 2
-    assert len(against_plain([other]).splitlines()) == 2 and len(recipes([other]).splitlines()) == 2
+    assert len(over_batches([other, made_of({}, {}, "369k tokens of Python source")], {})[1].splitlines()) == 2
+    assert len(against_plain([other], {}).splitlines()) == 2 and len(recipes([other]).splitlines()) == 2
 
 
 def test_a_sweep_is_on_the_page_with_its_pictures(kept: Path, tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from fractions import Fraction
 from typing import Any
 
 import numpy as np
@@ -43,6 +44,12 @@ def test_annealed_and_one_sided() -> None:
 def test_ratio_outside_the_limits(ratio: object) -> None:
     with pytest.raises(TokenSuperpositionError, match=r"ratio is .*\[0, 1\)"):
         Schedule.two_phase(10, 4, ratio)  # pyright: ignore[reportArgumentType]
+
+
+@pytest.mark.parametrize("kind", [np.float16, np.float32, np.float64, Fraction])
+def test_ratios_of_other_kinds(kind: Any) -> None:
+    """Computed with as a float: 0.5 x 300,000 steps is infinite in 16 bits."""
+    assert Schedule.two_phase(300_000, 4, kind(0.5)) == Schedule.two_phase(300_000, 4, 0.5)
 
 
 @pytest.mark.parametrize("bag", [0, 2.5, -3, "4", True])

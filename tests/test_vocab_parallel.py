@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor, init_device_mesh
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.profiler import ProfilerActivity, profile
@@ -136,6 +136,11 @@ def check_fsdp(rank: int) -> None:
         linear(rows, head.weight, labels, bias=head.bias)
     sharded.unshard()
     close(linear(rows, head.weight, labels, bias=head.bias), expected)
+    table = nn.Embedding(V, D)
+    fully_shard(superpose(table, table), mesh=init_device_mesh("cpu", (2,)))
+    with pytest.raises(TokenSuperpositionError, match="was made a FSDPBagEmbedding after superpose"):
+        unsuperpose(table)
+    assert isinstance(table, FSDPModule)
 
 
 CHECKS = (check_loss_on_local_rows, check_number_of_collectives, check_dtensors, check_fsdp)

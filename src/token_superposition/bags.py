@@ -63,7 +63,7 @@ def fold(
 
 def ragged_fold(
     tokens: Tensor,  # (..., L * input_bag + output_bag) contiguous raw tokens
-    begins: Tensor,  # the same shape, bool: a bag must begin at this token
+    begins: Tensor,  # the same shape, bool, or numbers that are 0 for no: a bag must begin at this token
     input_bag: int = 1,
     output_bag: int = 1,
 ) -> tuple[Tensor, Tensor]:  # int64 ids (..., L) or (..., L, input_bag), targets (..., L) or (..., L, output_bag)
@@ -86,7 +86,7 @@ def ragged_fold(
     n = tokens.shape[-1]
     length = _positions(n, a, b)
     place = torch.arange(n, device=tokens.device)
-    begins = begins | (place == 0)
+    begins = begins.bool() | (place == 0)
     segment_start = torch.where(begins, place, 0).cummax(-1).values
     bags_so_far = ((place - segment_start) % a == 0).cumsum(-1)
     wanted = torch.arange(1, length + 2, device=tokens.device).expand(*tokens.shape[:-1], -1)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterator
+from types import MethodType
 from typing import Any, TypeVar, cast
 
 import torch
@@ -210,12 +211,14 @@ def superpose(
     ``weighting`` weighs the tokens of a bag that is read, and ``place_signal``, in [0, 1], lets it tell their places
     (see ``bag_embedding``); they mean nothing for ordinary ids and are not in the state dict.
 
-    Raises ``TokenSuperpositionError`` if the input embedding cannot be found, or reads bags in another way already.
+    Raises ``TokenSuperpositionError`` if the input embedding cannot be found, reads bags in another way already, or has
+    a forward of its own that hides its class's (accelerate's hooks): attach such hooks to a superposed model.
     """
     check_signal("place_signal", place_signal)
     place_weights(weighting, 1)
-    embedding = embedding if embedding is not None else find_embedding(model)
+    embedding = cast(nn.Module, _uncompiled(embedding if embedding is not None else find_embedding(model)))
     if not is_superposed(embedding):
+        _forget_own_forward(embedding)
         embedding.__class__ = _bag_class(type(embedding), place_signal, weighting)
     else:
         for name, wanted in (("place_signal", place_signal), ("weighting", weighting)):
@@ -224,7 +227,7 @@ def superpose(
                     f"the model reads bags with {name} {present} already, not {wanted}; unsuperpose it first"
                 )
     for module in model.modules():
-        reads_ids = module is model or _own_embedding(module) is embedding
+        reads_ids = module is model or _uncompiled(_own_embedding(module)) is embedding
         if reads_ids and "inputs_embeds" in inspect.signature(module.forward).parameters:
             own = _own_embedding(module)
             for key in (there := _feeders(module)):
@@ -235,7 +238,18 @@ def superpose(
 
 
 def unsuperpose(model: M) -> M:
-    """Undo ``superpose``: every class and hook is what it was; returns the same object."""
+    """Undo ``superpose``: every class and hook is what it was; returns the same object.
+
+    Raises ``TokenSuperpositionError``, and changes nothing, if something else has changed the embedding's class since
+    (FSDP2's ``fully_shard``) or given it a forward of its own (accelerate's hooks).
+    """
+    for module in filter(is_superposed, model.modules()):
+        if type(module).__mro__[1] is not _BagMixin:
+            raise TokenSuperpositionError(
+                f"the embedding was made a {type(module).__name__} after superpose (by fully_shard, for example), and "
+                "that would be undone, too; leave it, since ordinary ids are read as before, or superpose it last"
+            )
+        _forget_own_forward(module)
     for module in model.modules():
         hooks = cast(Any, module)
         for key in _feeders(module):
@@ -277,6 +291,17 @@ def _own_embedding(module: nn.Module) -> nn.Module | None:
 def _uncompiled(module: nn.Module | None) -> nn.Module | None:
     """What ``torch.compile`` was given, which computes the same."""
     return getattr(module, "_orig_mod", module)
+
+
+def _forget_own_forward(embedding: nn.Module) -> None:
+    """Drop a forward of the instance that is its class's, as accelerate leaves one; refuse another, which hides it."""
+    own = vars(embedding).get("forward")
+    if own is not None and own != MethodType(type(embedding).forward, embedding):
+        raise TokenSuperpositionError(
+            f"the {type(embedding).__name__} has a forward of its own, not its class's, as accelerate's hooks give it; "
+            "remove it (accelerate.hooks.remove_hook_from_module) and attach it again afterwards"
+        )
+    vars(embedding).pop("forward", None)
 
 
 class _BagMixin:

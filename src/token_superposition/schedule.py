@@ -8,6 +8,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate, pairwise
+from numbers import Real
 
 from token_superposition.errors import TokenSuperpositionError, require_int
 from token_superposition.permutation import permute
@@ -75,7 +76,7 @@ class Schedule:
         Ratio 0 or bag size 1 is ordinary training. The switch is at step ``round(ratio * total_steps)``.
         """
         total_steps = require_int("total_steps", total_steps, 1)
-        if not isinstance(ratio, (int, float)) or isinstance(ratio, bool) or not 0 <= ratio < 1:
+        if not isinstance(ratio, Real) or isinstance(ratio, bool) or not 0 <= ratio < 1:
             raise TokenSuperpositionError(
                 f"ratio is {ratio!r}; give a share of the steps in [0, 1): the recovery phase must not be empty"
             )
@@ -83,7 +84,7 @@ class Schedule:
             require_int("bag_size", bag_size, 1)
         a = input_bag if input_bag is not None else bag_size or 1
         b = output_bag if output_bag is not None else bag_size or 1
-        superposed = min(round(ratio * total_steps), total_steps - 1)
+        superposed = min(round(float(ratio) * total_steps), total_steps - 1)
         return cls([Phase(superposed, a, b), Phase(total_steps - superposed)])
 
     @classmethod

@@ -69,7 +69,8 @@ class PlannedDataset(Dataset[Sample]):
     input_ids, -100 in shift_labels). A sample begins where it would begin without them and has the same tokens at its
     disposal; those that its L ragged bags do not come to are passed over. For bags of one token it changes nothing.
 
-    Raises ``TokenSuperpositionError`` if the stream is shorter than one block; warns if it is read more than once.
+    Raises ``TokenSuperpositionError`` if the stream is shorter than one block; warns if it is read more than once, or
+    part of it is: a phase that ends inside a window leaves some of its blocks unread.
     """
 
     def __init__(
@@ -122,6 +123,13 @@ class PlannedDataset(Dataset[Sample]):
             warnings.warn(
                 f"the run reads its text {self.epochs:.2f} times; TST pays for speed with fresh text, "
                 "so prepare more, or use a smaller bag or ratio",
+                stacklevel=2,
+            )
+        elif (missing := block - self.blocks) > 0:
+            warnings.warn(
+                f"the run opens {block} blocks of text and leaves some unfinished, but there are {self.blocks}: up to "
+                f"{missing / self.blocks:.1%} of the text is read twice while other text is not read; prepare about "
+                f"{missing * self.block_tokens:,} tokens more",
                 stacklevel=2,
             )
 

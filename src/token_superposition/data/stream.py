@@ -28,8 +28,8 @@ class StreamedPlan(IterableDataset[Sample]):
     The order is the stream's: shuffle ``documents`` (``shuffle(seed=..., buffer_size=...)``). A stream has no index, so
     going on at a step means reading up to it again, which is what ``Trainer`` and accelerate do.
 
-    Raises ``TokenSuperpositionError`` while iterating for an empty stream and for more than one loader worker, which
-    would each read the whole of it; warns where the stream ends and is read again.
+    Raises ``TokenSuperpositionError`` while iterating for an empty stream, for a document without ``input_ids`` and for
+    more than one loader worker, which would each read the whole of it; warns where the stream ends and is read again.
     """
 
     def __init__(
@@ -53,21 +53,16 @@ class StreamedPlan(IterableDataset[Sample]):
             raise TokenSuperpositionError(
                 f"{workers.num_workers} loader workers would each read the whole stream; use one, or none"
             )
-        waiting: list[int] = []  # tokens that were read and not used up
+        waiting = np.empty(0, np.int64)  # tokens that were read and not used up
         documents = self._forever()
         for phase in self.schedule.phases:
             a, b = phase.input_bag, phase.output_bag
             wanted = span(self.sequence_length, a, b)
             for _ in range(phase.steps * self.batch_size):
-                while len(waiting) < wanted:
-                    ids = np.asarray(next(documents))  # a list, an array or a tensor
-                    if ids.ndim != 1:
-                        raise TokenSuperpositionError(
-                            f"input_ids of a document have shape {ids.shape}; give the ids of one document, in one axis"
-                        )
-                    waiting += ids.tolist()
+                if (missing := wanted - len(waiting)) > 0:  # joined once a sample, however long the documents are
+                    waiting = np.concatenate((waiting, *_take(documents, missing)))
                 ids, targets = fold(torch.tensor(waiting[:wanted]), a, b)
-                del waiting[: self.sequence_length * a]
+                waiting = waiting[self.sequence_length * a :]
                 yield {"input_ids": ids, "shift_labels": targets.clone(memory_format=torch.contiguous_format)}
 
     def _forever(self) -> Iterator[Sequence[int]]:
@@ -77,6 +72,12 @@ class StreamedPlan(IterableDataset[Sample]):
             if hasattr(self.documents, "set_epoch"):  # shuffles anew
                 cast(Any, self.documents).set_epoch(epoch)
             for document in self.documents:
+                if not isinstance(document, Mapping) or "input_ids" not in document:
+                    keys = ", ".join(map(str, document)) if isinstance(document, Mapping) else "none, being no mapping"
+                    raise TokenSuperpositionError(
+                        f"a document of the stream has no input_ids (its keys: {keys or 'none'}); tokenise the text "
+                        'first and give {"input_ids": ids}'
+                    )
                 read += len(document["input_ids"])
                 yield document["input_ids"]
             if not read:
@@ -87,3 +88,16 @@ class StreamedPlan(IterableDataset[Sample]):
                     f"the stream ended after {read} tokens and is read again; TST pays for speed with fresh text",
                     stacklevel=2,
                 )
+
+
+def _take(documents: Iterator[Any], wanted: int) -> Iterator[np.ndarray]:  # of int64
+    """Documents of together ``wanted`` tokens or more."""
+    while wanted > 0:
+        ids = np.asarray(next(documents))  # a list, an array or a tensor
+        if ids.ndim != 1 or (ids.size and ids.dtype.kind not in "iu"):
+            raise TokenSuperpositionError(
+                f"input_ids of a document have shape {ids.shape} and type {ids.dtype}; give the ids of one document, "
+                "whole numbers in one axis"
+            )
+        wanted -= len(ids)
+        yield ids.astype(np.int64, copy=False)

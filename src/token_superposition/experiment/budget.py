@@ -30,6 +30,7 @@ GPUS: dict[GpuType, Gpu] = {
     "H200": Gpu(989e12, 141e9),  # NVIDIA H200 Tensor Core GPU data sheet, SXM
     "B200": Gpu(2250e12, 180e9),  # NVIDIA DGX B200 data sheet, an eighth of the system
 }
+NO_ATTENTION = ("linear_attention", "conv", "moe", "mlp")  # kinds of layers whose cost does not grow with the length
 USABLE = 0.9  # share of the memory; ours: the rest is for the driver, communication and fragmentation
 
 
@@ -49,13 +50,22 @@ class Shape:
     layers: int
     hidden_size: int
     vocab_size: int
+    attention_layers: int
+    """Those in which every position is compared with every other."""
     attention_width: int
-    """Heads x size of a head; 0 without attention."""
+    """Heads x size of a head, of queries and values the mean; 0 without attention."""
     key_value_width: int
     mlp_width: int
     """Width of the MLP, or of the experts that one token uses together."""
     experts_per_token: int
     normalizes_queries: bool
+    optimizer_bytes: int
+    """float32: AdamW's two averages; with Muon one for the hidden matrices and AdamW's for the rest."""
+
+    @property
+    def checkpoint_bytes(self) -> int:
+        """float32 weights and the optimizer's state."""
+        return 4 * self.parameters + self.optimizer_bytes
 
     @property
     def body_parameters(self) -> int:
@@ -63,13 +73,14 @@ class Shape:
         return self.active_parameters - self.embedding_parameters
 
     def flops_per_token(self, sequence_length: int, mtp_heads: int = 0) -> int:
-        """FLOPs of training on one latent token: 6 per matrix weight, 12 per layer, attention width and position.
+        """FLOPs of training on one latent token: 6 per matrix weight, 12 per position and attention layer's width.
 
         The convention of PaLM (appendix B) and torchtitan: forward and backward, no recomputation, attention as if
-        it were not causal. ``mtp_heads`` are the heads for further tokens, each with one unembedding more.
+        it were not causal; recurrences (linear attention, Mamba) are left out. ``mtp_heads`` are the heads for
+        further tokens, each with one unembedding more.
         """
         matrices = self.matrix_parameters + mtp_parameters(mtp_heads, self.hidden_size, self.vocab_size)
-        return 6 * matrices + 12 * self.layers * self.attention_width * sequence_length
+        return 6 * matrices + 12 * self.attention_layers * self.attention_width * sequence_length
 
     def activation_bytes(self) -> int:
         """Bytes that autograd keeps for one latent token in one layer, bfloat16 with fused attention.
@@ -92,6 +103,7 @@ def shape_of(config: Config, vocab_size: int) -> Shape:
     """Raises ``TokenSuperpositionError`` for a model that cannot be built."""
     from torch import nn
 
+    from token_superposition.engines.transformers.muon import split_parameters
     from token_superposition.experiment.model import empty_model
 
     model: Any = empty_model(config, vocab_size)
@@ -111,7 +123,12 @@ def shape_of(config: Config, vocab_size: int) -> Shape:
             layers[number] = layers.get(number, 0) + p.numel()
     hidden: int = settings.hidden_size
     heads: int = _get(settings, "num_attention_heads")
-    head_size: int = _get(settings, "head_dim") or hidden // max(heads, 1)
+    attention = heads * (_get(settings, "head_dim") or hidden // max(heads, 1))
+    keys = attention // max(heads, 1) * (_get(settings, "num_key_value_heads") or heads)
+    if latent := _get(settings, "qk_nope_head_dim"):  # multi-head latent attention: keys and values of every head
+        attention = keys = heads * (latent + _get(settings, "qk_rope_head_dim") + _get(settings, "v_head_dim")) // 2
+    muon = sum(p.numel() for p in split_parameters(model)[0]) if config.train.optimizer == "muon" else 0
+    kinds = getattr(settings, "layer_types", None) or ["full_attention"] * settings.num_hidden_layers
     mlp: int = _get(settings, "moe_intermediate_size") * used or _get(settings, "intermediate_size") * max(used, 1)
     return Shape(
         parameters=parameters,
@@ -122,11 +139,13 @@ def shape_of(config: Config, vocab_size: int) -> Shape:
         layers=settings.num_hidden_layers,
         hidden_size=hidden,
         vocab_size=embedding.weight.shape[0],
-        attention_width=heads * head_size,
-        key_value_width=(_get(settings, "num_key_value_heads") or heads) * head_size,
+        attention_layers=sum(kind not in NO_ATTENTION for kind in kinds),
+        attention_width=attention,
+        key_value_width=keys,
         mlp_width=mlp or 4 * hidden,
         experts_per_token=used,
         normalizes_queries=any("q_norm" in name for name in named),
+        optimizer_bytes=8 * parameters - 4 * muon,
     )
 
 
@@ -143,7 +162,7 @@ class Memory:
     gradients: int
     """This GPU's share, float32."""
     optimizer: int
-    """This GPU's share of AdamW's two averages, float32."""
+    """This GPU's share of the optimizer's state, float32."""
     gathered: int
     """bfloat16 weights that are whole here: embedding, head, two layers, and the gradients of one; all on one GPU."""
     activations: int
@@ -161,18 +180,18 @@ class Memory:
 
 def memory_of(shape: Shape, gpus: int, tokens: int) -> Memory:
     """``tokens`` is the number of latent positions of a micro-batch on one GPU; a bag counts once."""
-    share = math.ceil(shape.parameters / gpus)
+    share, optimizer = (math.ceil(n / gpus) for n in (shape.parameters, shape.optimizer_bytes))
     embedding, layer, head = shape.embedding_parameters, shape.layer_parameters, shape.vocab_size * shape.hidden_size
     gathered = 2 * (embedding + 2 * layer) + 2 * (embedding + layer) if gpus > 1 else 2 * shape.parameters
     rows = min(CHUNK_ROWS_KERNEL, CHUNK_BYTES // (2 * shape.vocab_size), tokens)
     loss = 2 * rows * shape.vocab_size + 4 * head
     activations = tokens * shape.layers * shape.activation_bytes()
     checkpointed = tokens * (2 * shape.layers * shape.hidden_size + shape.activation_bytes())
-    fixed = 16 * share + gathered + loss
+    fixed = 8 * share + optimizer + gathered + loss
     return Memory(
         weights=4 * share,
         gradients=4 * share,
-        optimizer=8 * share,
+        optimizer=optimizer,
         gathered=gathered,
         activations=activations,
         activations_checkpointed=checkpointed,

@@ -73,38 +73,37 @@ class Speedup:
     """measured in every seed; at least or at most, if some seeds are such bounds; not comparable, if both occur: then
     the mean is no bound in either direction."""
     low: float | None
-    """Lower end of the t-interval on log speed-up. None with one seed, fewer than two measured ones, or where only the
-    upper end holds. In a summary it is then ``beaten_length``, in multiples of the variant's steps."""
+    """Lower end of the t-interval on log speed-up; None with one seed, or where a seed is a bound. In a summary
+    it is then, if the mean is "at least", ``beaten_length`` in multiples of the variant's steps."""
     high: float | None
-    """Upper end, likewise. Where a seed is "at least", more may be true and there is none."""
+    """Upper end, likewise; None where a seed is a bound."""
     seeds: int
     measured: int
     """Seeds whose speed-up is measured rather than a bound."""
 
 
 def speedup(seeds: Sequence[SeedSpeedup]) -> Speedup | None:
-    """The geometric mean and its interval.
+    """The geometric mean and, where every seed is measured, its interval.
 
-    A seed at least x times as fast counts as x: the mean of such values is no larger than the true one, hence the
-    interval's lower end holds for the true one as well and its upper end does not. The other way for at most.
+    A seed at least x times as fast counts as x: the mean of such values is no larger than the true one. Their spread
+    is too small as well, so that no interval can be made of them.
     """
     if not seeds:
         return None
     logs = [math.log(s.speedup) for s in seeds]
     bounds: set[Bound] = {s.bound for s in seeds if s.bound != "measured"}
-    measured = sum(s.bound == "measured" for s in seeds)
     bound: Bound = "measured"
     if bounds:
         bound = bounds.pop() if len(bounds) == 1 else "not comparable"
-    interval = t_interval(logs) if measured > 1 else None  # bounds alone have no spread to go by
+    interval = t_interval(logs) if bound == "measured" else None
     low, high = (math.exp(interval[0]), math.exp(interval[1])) if interval is not None else (None, None)
     return Speedup(
         geometric_mean=math.exp(mean(logs)),
         bound=bound,
-        low=low if bound in ("measured", "at least") else None,
-        high=high if bound in ("measured", "at most") else None,
+        low=low,
+        high=high,
         seeds=len(seeds),
-        measured=measured,
+        measured=sum(s.bound == "measured" for s in seeds),
     )
 
 

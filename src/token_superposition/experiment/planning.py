@@ -19,7 +19,7 @@ from token_superposition.experiment.budget import (
     micro_batch_of,
     shape_of,
 )
-from token_superposition.experiment.config import Config
+from token_superposition.experiment.config import Config, load_preset
 from token_superposition.experiment.published import Cell, PublishedRun, nearest_runs, nearest_table, outside
 from token_superposition.experiment.superposition import BASELINE
 
@@ -53,7 +53,7 @@ class Published:
     run_gains: list[float | None]
     """Their gain over the baseline of as many steps, nats; None without such a baseline."""
     mfu: list[float | None]
-    """Utilisation of B200s which their hours mean by our formula, where the model has this size."""
+    """Utilisation of B200s which their hours mean by our formula for the paper's model, where this one has its size."""
 
 
 @dataclass(frozen=True)
@@ -142,7 +142,7 @@ def plan(
         micro_batch=micro,
         memory=memory,
         memory_limit=limit,
-        checkpoint_bytes=12 * shape.parameters,
+        checkpoint_bytes=shape.checkpoint_bytes,
         checkpoints=_checkpoints(config),
         baseline_checkpoints=_checkpoints(replace(config, superposition=BASELINE)),
         tokens_available=tokens_available,
@@ -173,7 +173,8 @@ def _published(config: Config, shape: Shape, run: Cost, tokens_available: int | 
     runs = nearest_runs(shape.body_parameters, shape.experts_per_token > 0)
     same_size = abs(shape.body_parameters / runs[0].body_parameters - 1) < SAME_SIZE
     baselines = {r.steps: r.final_loss for r in runs if r.superposed_steps == 0}
-    flops = shape.flops_per_token(config.data.sequence_length)
+    preset = load_preset(runs[0].model.lower())  # the paper's model, whatever this run's vocabulary and length are
+    flops = shape_of(preset, LLAMA3_VOCAB).flops_per_token(preset.data.sequence_length) if same_size else 0
     peak = GPUS["B200"].flops * 3600
     in_table = wanted.sides == "both" and not wanted.anneal
     return Published(

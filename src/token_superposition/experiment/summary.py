@@ -72,11 +72,7 @@ def compare_variant(runs: Sequence[Run], name: str) -> dict[str, Any]:
     over_seeds = with_lower_end(speedup(per_seed), runs, ours) if len(per_seed) == len(ours) else None
     equal = equal_loss(curve, loss, steps)
     one, of_baseline = next(iter(ours.values())), next(iter(baseline.values()))
-    data_steps = round(one.raw_tokens / of_baseline.raw_tokens * of_baseline.steps)
-    data_loss, data_how = loss_at(curve, data_steps)
-    flops_ratio = one.flops / of_baseline.flops
-    flops_steps = round(flops_ratio * of_baseline.steps)
-    flops_loss, flops_how = loss_at(curve, flops_steps)
+    data_ratio, flops_ratio = one.raw_tokens / of_baseline.raw_tokens, one.flops / of_baseline.flops
     plain = {r.seed: r for r in runs if r.name == "tst"} if name != "tst" else {}
     ratios = [
         r.phase_step_seconds[0] / r.phase_step_seconds[-1] for r in ours.values() if len(r.phase_step_seconds) > 1
@@ -96,15 +92,31 @@ def compare_variant(runs: Sequence[Run], name: str) -> dict[str, Any]:
         "against_tst": paired(ours, plain),
         "steps_ratio": steps / of_baseline.steps,
         "flops_ratio": flops_ratio,
-        "equal_flops": {
-            "baseline_steps": flops_steps,
-            "baseline_val_loss": flops_loss,
-            "val_loss": loss,
-            "how": flops_how,
-        },
-        "equal_data": {"baseline_steps": data_steps, "baseline_val_loss": data_loss, "val_loss": loss, "how": data_how},
-        "equal_time": equal_time(list(ours.values()), list(baseline.values()), curve),
+        "equal_flops": baseline_of(flops_ratio, runs, ours, baseline),
+        "equal_data": baseline_of(data_ratio, runs, ours, baseline),
+        "equal_time": equal_time(runs, ours, baseline),
         "phase_step_time_ratio": mean(finite) if finite else None,
+    }
+
+
+def baseline_of(ratio: float, runs: Sequence[Run], ours: dict[int, Run], baseline: dict[int, Run]) -> dict[str, Any]:
+    """The baseline of ``ratio`` x the steps beside the variant: mean losses, and their paired difference."""
+    steps = round(ratio * next(iter(baseline.values())).steps) if math.isfinite(ratio) else 0
+    loss, how = loss_at(baseline_curve(runs), steps)
+    if loss is None and any(r.name.startswith("baseline") and r.steps == steps for r in runs):
+        how = "diverged"
+    by_seed = {seed: loss_at(baseline_curve(runs, seed), steps)[0] for seed in ours}
+    deltas = [r.val_loss - other for seed, r in ours.items() if (other := by_seed[seed]) is not None]
+    whole = loss is not None and len(deltas) == len(ours)
+    return {
+        "ratio": ratio,
+        "baseline_steps": steps,
+        "baseline_val_loss": loss,
+        "val_loss": mean(r.val_loss for r in ours.values()),
+        "delta_val_loss": mean(deltas) if whole else None,
+        "delta_val_loss_per_seed": deltas if whole else None,
+        "interval": t_interval(deltas) if whole else None,
+        "how": how,
     }
 
 
@@ -121,16 +133,16 @@ def longer_baselines(runs: Sequence[Run], ours: dict[int, Run]) -> list[dict[str
 
 
 def with_lower_end(found: Speedup | None, runs: Sequence[Run], ours: dict[int, Run]) -> Speedup | None:
-    """Where too many seeds are bounds for an interval of speed-ups: the losses, which no bound cuts off, give its end.
+    """Where seeds are bounds there is no interval of speed-ups: the losses, which no bound cuts off, give its end.
 
     The variant is worth more steps than every baseline that it ends below with the whole interval of the difference.
     """
-    if found is None or found.bound != "at least" or found.low is not None:
+    if found is None or found.bound != "at least":
         return found
-    curves = {seed: baseline_curve(runs, seed) for seed in ours}
-    whole = max(len(curve) for curve in curves.values())
-    compared = [seed for seed, curve in curves.items() if len(curve) == whole]
-    low = beaten_length([curves[seed] for seed in compared], [ours[seed].val_loss for seed in compared])
+    curves = [baseline_curve(runs, seed) for seed in ours]
+    lengths = set.intersection(*({steps for steps, _ in curve} for curve in curves))  # one may have diverged
+    common = [[point for point in curve if point[0] in lengths] for curve in curves]
+    low = beaten_length(common, [r.val_loss for r in ours.values()]) if lengths else None
     return replace(found, low=None if low is None else low / next(iter(ours.values())).steps)
 
 
@@ -142,22 +154,13 @@ def paired(ours: dict[int, Run], others: dict[int, Run]) -> dict[str, Any] | Non
     return {"delta_val_loss": mean(deltas), "interval": t_interval(deltas), "seeds": len(deltas)}
 
 
-def equal_time(ours: Sequence[Run], baseline: Sequence[Run], curve: Sequence[tuple[int, float]]) -> dict[str, Any]:
+def equal_time(runs: Sequence[Run], ours: dict[int, Run], baseline: dict[int, Run]) -> dict[str, Any]:
     """Seconds in training steps, medians over seeds, and where the baseline is after the variant's seconds."""
-    seconds, baseline_seconds = (median(r.train_seconds for r in runs) for runs in (ours, baseline))
+    seconds, baseline_seconds = (median(r.train_seconds for r in x.values()) for x in (ours, baseline))
     # Of a few steps nothing was logged that has a time.
     ratio = seconds / baseline_seconds if baseline_seconds else math.nan
-    steps = round(baseline[0].steps * ratio) if baseline_seconds else 0
-    loss, how = loss_at(curve, steps)
-    return {
-        "train_seconds": seconds,
-        "baseline_train_seconds": baseline_seconds,
-        "ratio": ratio,
-        "baseline_steps": steps,
-        "baseline_val_loss": loss,
-        "val_loss": mean(r.val_loss for r in ours),
-        "how": how,
-    }
+    found = baseline_of(ratio, runs, ours, baseline)
+    return {"train_seconds": seconds, "baseline_train_seconds": baseline_seconds, **found}
 
 
 def baseline_curve(runs: Sequence[Run], seed: int | None = None) -> list[tuple[int, float]]:
@@ -198,16 +201,14 @@ def equal_loss(curve: Sequence[tuple[int, float]], loss: float, steps: int) -> E
 
 
 def loss_at(curve: Sequence[tuple[int, float]], steps: int) -> tuple[float | None, str]:
-    """The baseline's loss after ``steps``, linear in log steps; and how it is known."""
+    """The baseline's loss after ``steps``, linear in log steps between lengths that were run; and how it is known."""
     for n, loss in curve:
         if n == steps:
             return loss, "measured"
-    if len(curve) < 2 or steps < curve[0][0]:
-        return None, "not run"
-    i = next((i for i, (n, _) in enumerate(curve) if n > steps), len(curve) - 1)
-    (n0, l0), (n1, l1) = curve[i - 1], curve[i]
-    how = "interpolated" if n1 > steps else "extrapolated"
-    return _line(math.log(steps), math.log(n0), l0, math.log(n1), l1), how
+    for (n0, l0), (n1, l1) in pairwise(curve):
+        if n0 < steps < n1:
+            return _line(math.log(steps), math.log(n0), l0, math.log(n1), l1), "interpolated"
+    return None, "not run"
 
 
 def _line(x: float, x0: float, y0: float, x1: float, y1: float) -> float:

@@ -32,7 +32,7 @@ def linear_multi_hot_cross_entropy(
     hidden: Tensor,  # (..., d)
     weight: Tensor,  # (V, d) the output head; a DTensor sharded over V if hidden is one, or rows with vocab_parallel
     targets: Tensor,  # (..., s) int64, or (...) for s = 1; a bag is a multiset
-    place_weights: Tensor | None = None,  # (s,) weights of the places in a bag; None is uniform
+    place_weights: Tensor | None = None,  # (s,) weights of the places in a bag, from 0 up; None is uniform
     *,
     bias: Tensor | None = None,  # (V,)
     ignore_index: int = -100,
@@ -71,8 +71,9 @@ def linear_multi_hot_cross_entropy(
     group. A DTensor says so by a ``hidden`` that is a DTensor, too; under FSDP2, where processes have different rows,
     the head must be whole: ``unshard()`` of its module gathers it.
 
-    All but ``reference`` can be differentiated once, backward, and not by ``place_weights``. ``chunk_rows`` sets the
-    rows of a chunk of ``chunked`` and ``triton``. Raises ``TokenSuperpositionError`` for shapes that do not fit and for
+    All but ``reference`` can be differentiated once, backward, and not by ``place_weights``; the transforms of
+    ``torch.func`` (``grad``, ``vmap``) need ``reference``, too. ``chunk_rows`` sets the rows of a chunk of ``chunked``
+    and ``triton``. Raises ``TokenSuperpositionError`` for shapes that do not fit and for
     what ``impl`` cannot do.
 
     >>> linear_multi_hot_cross_entropy(torch.zeros(1, 2), torch.ones(4, 2), torch.tensor([[0, 0, 3]]))  # ln 4

@@ -19,7 +19,7 @@ from token_superposition.loss.targets import (
 def multi_hot_cross_entropy(
     logits: Tensor,  # (..., V)
     targets: Tensor,  # (..., s) int64, or (...) for s = 1; a bag is a multiset
-    place_weights: Tensor | None = None,  # (s,) weights of the places in a bag; None is uniform
+    place_weights: Tensor | None = None,  # (s,) weights of the places in a bag, from 0 up; None is uniform
     *,
     ignore_index: int = -100,
     z_loss: float = 0.0,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Literal, get_args
 
 import torch
@@ -37,14 +38,27 @@ def target_weights(
     """Weight of every target: its place's weight, renormalised over the valid targets of its row."""
     if place_weights is None:
         place_weights = targets.new_ones(targets.shape[1], dtype=dtype)
-    elif place_weights.shape != targets.shape[1:]:
-        raise TokenSuperpositionError(
-            f"place_weights has shape {tuple(place_weights.shape)} for bags of {targets.shape[1]}; "
-            "give one weight per place"
-        )
-    w = place_weights.to(targets.device, dtype) * (targets != ignore_index)
+    else:
+        _check_weights(place_weights, targets.shape[1])
+    w = place_weights.to(targets.device, dtype).clamp(min=0) * (targets != ignore_index)
     total = w.sum(1, keepdim=True)
     return w / torch.where(total > 0, total, 1), total.squeeze(1) > 0
+
+
+def _check_weights(place_weights: Tensor, bag_size: int) -> None:
+    """Values are read where they lie on the CPU: else the step would wait for them, or a compiled graph would break."""
+    if place_weights.shape != (bag_size,):
+        raise TokenSuperpositionError(
+            f"place_weights has shape {tuple(place_weights.shape)} for bags of {bag_size}; give one weight per place"
+        )
+    plain = type(place_weights) in (Tensor, torch.nn.Parameter)  # no fake tensor
+    if torch.compiler.is_compiling() or place_weights.device.type != "cpu" or not plain:
+        return
+    for place, weight in enumerate(place_weights.tolist()):
+        if not 0 <= weight < math.inf:
+            raise TokenSuperpositionError(
+                f"place_weights is {weight} at place {place}; give a finite number of at least 0, which leaves it out"
+            )
 
 
 def bag_members(

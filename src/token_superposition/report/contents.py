@@ -156,8 +156,9 @@ def verdicts(contents: Contents) -> list[tuple[str, str]]:
         if more:
             result.append((f"{label}equal FLOPs", equal_flops(c)))
         steps = round(length * contents.baseline["steps"])
-        loss = speedup(c) if several else equal_loss(name, c["equal_loss"], steps, one_length=contents.lengths == 1)
-        result.append((f"{label}equal loss", loss))
+        result.append(
+            (f"{label}equal loss", speedup(c) if several else equal_loss(name, c["equal_loss"], steps, contents))
+        )
         for longer in c.get("longer_baselines", []):  # reports of older comparisons lack them
             other = f"a baseline of {longer['baseline_steps']:,} steps"
             result.append((f"{label}{longer['ratio']:.3g} x the steps", paired(name, other, longer)))
@@ -233,8 +234,10 @@ def speedup(c: dict[str, Any]) -> str:
     return text + ")"
 
 
-def equal_loss(name: str, equal: dict[str, Any] | None, steps: int, *, one_length: bool) -> str:
-    if equal is None and not one_length:
+def equal_loss(name: str, equal: dict[str, Any] | None, steps: int, contents: Contents) -> str:
+    if any(r["name"].startswith("baseline") and not math.isfinite(r["val_loss"]) for r in contents.runs):
+        return "not measured: a baseline of another length diverged"
+    if equal is None and contents.lengths > 1:
         return "not measured: the baselines of more steps do not end lower"
     if equal is None:
         return (
@@ -259,12 +262,9 @@ def equal_time(equal: dict[str, Any]) -> str:
         return "not measured: no step of the baseline was timed"
     text = (
         f"{duration(equal['train_seconds'])} of training against {duration(equal['baseline_train_seconds'])} (medians "
-        f"over seeds), {equal['ratio']:.2f} x; in that time the baseline takes {equal['baseline_steps']:,} steps"
+        f"over seeds), {equal['ratio']:.2f} x; in that time the baseline takes "
     )
-    if equal["baseline_val_loss"] is None:
-        return f"{text}, which was not run"
-    how = "" if equal["how"] == "measured" else f" ({equal['how']})"
-    return f"{text} and ends at {equal['baseline_val_loss']:.4f}{how}, against {equal['val_loss']:.4f}"
+    return text + against(equal)
 
 
 def equal_data(equal: dict[str, Any]) -> str:
@@ -275,9 +275,24 @@ def against(equal: dict[str, Any]) -> str:
     """Where the baseline of another length ends."""
     n, loss = equal["baseline_steps"], equal["baseline_val_loss"]
     if loss is None:
-        return f"{n:,} steps; it was not run"
+        return f"{n:,} steps; {missing(equal)}"
     how = "" if equal["how"] == "measured" else f" ({equal['how']})"
-    return f"{n:,} steps and ends at {loss:.4f}{how}, against {equal['val_loss']:.4f}"
+    return f"{n:,} steps and ends at {loss:.4f}{how}, against {equal['val_loss']:.4f}{paired_difference(equal)}"
+
+
+def missing(equal: dict[str, Any]) -> str:
+    """Why nothing is known of a baseline of another length, and what tells it."""
+    if equal["how"] == "diverged":
+        return "it diverged with some seed"
+    remedy = f" (--compare.baseline-lengths with {equal['ratio']:.3g} among them tells)" if "ratio" in equal else ""
+    return f"it was not run{remedy}"
+
+
+def paired_difference(equal: dict[str, Any]) -> str:
+    """Reports of older comparisons lack it; of one seed there is no interval."""
+    if not (ends := equal.get("interval")):
+        return ""
+    return f": {equal['delta_val_loss']:+.4f}, 95% interval {interval(ends, '+.4f')}, {told_from_chance(ends)}"
 
 
 def short(n: float) -> str:
