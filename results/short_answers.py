@@ -78,7 +78,7 @@ def variants(enough: list[Result], again: Again) -> list[str]:
             for name, changed, length in ways(r):
                 if changed and length == 1 and (r.name, name) not in again:
                     values = differences(r, name, reference)
-                    chances.append(float(stats.ttest_1samp(values, 0)[1]))
+                    chances.append(stats.ttest_1samp(values, 0).pvalue)  # pyright: ignore
                     if (judged := verdict(values)) in ("better", "worse"):
                         how = f"`{', '.join(f'{k} = {v}' for k, v in changed.items())}`"
                         told_apart.append(f"{how} {told(values)} in {r.name}, {judged}")
