@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
 import re
 import shutil
@@ -23,6 +24,7 @@ from tests.conftest import CONFIG, TINY, once, tiny, toml, tst
 from tests.processes import call, command_on_a_full_disk
 from token_superposition import TokenSuperpositionError
 from token_superposition.cli import COMMANDS, main
+from token_superposition.cli.quiet import quiet
 from token_superposition.experiment.checkpoints import newest_whole
 from token_superposition.experiment.config import Config, from_dict, load_config, save_config
 from token_superposition.experiment.metrics import read_metrics
@@ -109,6 +111,7 @@ def test_compiling_without_a_compiler_has_one_line(
         ("[[compare.variants]]\nname = 'baseline-ema'\n", "does not begin with baseline"),
         ("[compare]\nbaseline_lengths = [0]\n", "baseline_lengths are (0.0,); give numbers above 0"),
         ("[compare]\nbaseline_lengths = [inf]\n", "baseline_lengths are (inf,); give numbers above 0"),
+        ("[compare]\nbaseline_lengths = [1.0, 0.04]\n", "has 0.04, of 12 steps not one; give at least 0.0833"),
         ("[compare]\nbaseline_lengths = [1.5, 1.501]\n", "of 12 steps; give lengths that differ by a step"),
         ("[compare]\nseeds = [-1]\n", "compare.seeds is -1"),
     ],
@@ -127,6 +130,7 @@ def test_a_wrong_file_has_one_line(
         (["trian"], "unknown command trian; did you mean train?"),
         (["train", "missing.toml"], "missing.toml does not exist"),
         (["generate", "nowhere", "x"], "nowhere holds no causal LM"),
+        (["generate", "nowhere", "caf\udce9"], "not UTF-8: character 4 is '\\udce9'; give it in UTF-8"),
         (["report", "nowhere"], "nowhere holds no finished comparison"),
         (["demo", "--minutes", "-1", "--out", "d"], "minutes is -1.0"),
     ],
@@ -139,6 +143,17 @@ def test_a_wrong_argument_has_one_line(
     assert main(arguments) == 2
     error = capsys.readouterr().err
     assert message in error and error.count("\n") == 1 and not list(tmp_path.iterdir())
+
+
+def test_what_is_looked_for_on_the_hub_in_vain_prints_nothing_of_its_own() -> None:
+    """Its client tells of every attempt, beside our one line."""
+    import huggingface_hub
+
+    client = logging.getLogger("huggingface_hub.utils._http")
+    huggingface_hub.logging.set_verbosity_warning()
+    assert client.isEnabledFor(logging.WARNING)
+    quiet()
+    assert not client.isEnabledFor(logging.WARNING)
 
 
 def test_unknown_options_of_the_model_and_small_vocabulary(
@@ -328,7 +343,7 @@ def test_demo_on_this_installation(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(module, "DEMO", small)
     monkeypatch.setattr(module, "MIN_TEXT_BYTES", 4 * 2**20)
     console = Console(record=True, width=100)
-    with pytest.raises(TokenSuperpositionError, match="minutes are enough for 0 steps"):
+    with pytest.raises(TokenSuperpositionError, match=r"minutes are enough for 0 steps .*; give at least 0\.[1-9]$"):
         module.demo(tmp_path / "demo", 1e-6, console, lambda: bars(console))
     assert not (tmp_path / "demo").exists()
     note = module.demo(tmp_path / "demo", 0.02, console, lambda: bars(console), seed=3)
@@ -337,6 +352,7 @@ def test_demo_on_this_installation(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert list(runs) == ["baseline", "tst", "baseline-x0.5"] and {r["seed"] for r in runs.values()} == {3}
     assert runs["tst"]["flops"] == runs["baseline"]["flops"] and runs["tst"]["epochs"] < 1
     assert (note is not None) == (runs["tst"]["steps"] < module.STEPS) and summary["note"] == note
+    assert note is None or re.search(r"seen to win with 1,000 steps, here --minutes [1-9]\d*, and", note)
     assert summary["comparison"]["equal_loss_speedup"] is None or runs["tst"]["val_loss"] > runs["baseline"]["val_loss"]
     write_report(tmp_path / "demo")
     print_table(tmp_path / "demo", console)

@@ -24,7 +24,7 @@ from token_superposition.experiment.compare import checked_jobs, jobs_of, sample
 from token_superposition.experiment.config import CompareConfig, Config, Variant, load_config
 from token_superposition.experiment.dry_run import START_SECONDS, cost_of_job, dry_run, makespan
 from token_superposition.experiment.intervals import t_interval
-from token_superposition.experiment.jobs import share, unfinished
+from token_superposition.experiment.jobs import check_precision, run_jobs, share, unfinished
 from token_superposition.experiment.speed import time_steps
 from token_superposition.experiment.summary import Run, comparison
 from token_superposition.report import print_table, write_report
@@ -241,15 +241,6 @@ def test_text_that_is_read_again_is_told(tmp_path: Path) -> None:
     assert all("reads its text" not in text for text in shown(directory_of(once_each, tmp_path / "once")))
 
 
-def test_the_report_of_an_older_summary_says_what_to_do(tmp_path: Path) -> None:
-    out = directory_of(experiment(), tmp_path / "old")
-    summary = json.loads((out / "summary.json").read_text())
-    del summary["comparison"]["variants"]["tst"]["speedup_per_seed"]
-    (out / "summary.json").write_text(json.dumps(summary))
-    with pytest.raises(TokenSuperpositionError, match="make one with tst compare"):
-        write_report(out)
-
-
 def test_the_dry_run_counts_what_is_then_run(two_seeds: tuple[Path, Path, str]) -> None:
     path, out, printed = two_seeds
     config = load_config(path)
@@ -300,6 +291,31 @@ def test_runs_on_another_text_are_not_compared(two_seeds: tuple[Path, Path, str]
     result.write_text(json.dumps(content | {"data_sha256": "0" * 64}))
     with pytest.raises(TokenSuperpositionError, match="tst-seed3 read another text than"):
         checked_jobs(load_config(path), out)
+
+
+def test_runs_of_another_precision_are_not_gone_on_with(
+    two_seeds: tuple[Path, Path, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """auto is bfloat16 on one machine and float32 on another."""
+    path, finished, _ = two_seeds
+    out = shutil.copytree(finished, tmp_path / "copy")
+    config = load_config(path)
+    jobs = jobs_of(replace(config, train=replace(config.train, precision="auto")))
+    monkeypatch.setattr("token_superposition.experiment.launch.native_bfloat16", lambda: True)
+    run_jobs(jobs, out, 1, Console())  # nothing is left to train
+    (out / "runs/tst-seed3/run.json").unlink()
+    before = {p: p.read_bytes() for p in out.rglob("*.json*")}
+    with pytest.raises(
+        TokenSuperpositionError, match=r"was trained in float32, and train.precision 'auto' is bfloat16"
+    ):
+        run_jobs(jobs, out, 1, Console())
+    assert {p: p.read_bytes() for p in out.rglob("*.json*")} == before
+    for result in out.glob("runs/*/run.json"):
+        content = json.loads(result.read_text())
+        assert content.pop("precision") == "float32"
+        result.write_text(json.dumps(content))  # an older one does not say
+    for job in jobs:
+        check_precision(job, out)
 
 
 @pytest.mark.parametrize(("mask", "expected"), [(None, "01"), ("2,5", "25"), ("GPU-a,GPU-b", ["GPU-a", "GPU-b"])])

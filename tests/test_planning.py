@@ -168,6 +168,12 @@ def test_data_that_repeats_and_what_then() -> None:
     assert follow(smaller, "600m").published.gain == 0.0489
     least = plan(load_preset("600m"), tokens_available=30_000_000_000)
     assert [a[:9] for a in least.advice] == ["read once"] and least.published.within_data is None
+    step = least.latent_tokens_per_step
+    assert plan(load_preset("600m"), tokens_available=step - 1).advice == [
+        f"the data is not enough for one step, of {step:,} tokens or more; prepare more text"
+    ]
+    (only,) = plan(load_preset("600m"), tokens_available=2 * step).advice
+    assert only.startswith("read once, the data is enough for no step of this run, or for 2 steps of the baseline")
     enough = plan(load_preset("600m"), tokens_available=104_857_600_000)
     assert enough.warnings == enough.advice == []
 

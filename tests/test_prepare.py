@@ -2,11 +2,7 @@ from __future__ import annotations
 
 import gzip
 import json
-import os
-import signal
-import subprocess
 import sys
-import time
 from collections import Counter
 from collections.abc import Iterator
 from itertools import pairwise
@@ -21,7 +17,6 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast, Qwen2Config
 
 from tests.conftest import VOCAB, text, tst
-from tests.processes import call, command_on_a_full_disk
 from token_superposition import TokenSuperpositionError
 from token_superposition.data.files import OTHER_FILE, find_files
 from token_superposition.data.prepare import PrepareOptions, prepare
@@ -282,141 +277,6 @@ def test_a_broken_connection_is_no_full_disk(tmp_path: Path) -> None:
     with pytest.raises(TokenSuperpositionError, match=r"cannot be read to its end \(the server hung up\)"):
         prepare((), tmp_path / "data", OPTIONS, documents=documents)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["train-0.jsonl.gz", "train-1.jsonl.gz"]
-
-
-def test_existing_output_is_never_touched(prepared: Path) -> None:
-    before = (prepared / "meta.json").read_bytes()
-    with pytest.raises(TokenSuperpositionError, match="exists already"):
-        prepare([str(prepared.parent / "text")], prepared, OPTIONS)
-    assert (prepared / "meta.json").read_bytes() == before
-
-
-@pytest.mark.parametrize("kind", ["empty folder", "link to an empty folder", "link to nothing yet", "under a link"])
-def test_output_through_links(prepared: Path, tmp_path: Path, kind: str) -> None:
-    """Also to another disk: what is written aside lies beside the folder that the link leads to."""
-    real = tmp_path / "other disk/real"
-    real.parent.mkdir()
-    out = tmp_path / "data"
-    if kind == "empty folder":
-        out.mkdir()
-    elif kind == "under a link":
-        (tmp_path / "link").symlink_to(real.parent)
-        out = tmp_path / "link/real"
-    else:
-        out.symlink_to("other disk/real")
-        if kind == "link to an empty folder":
-            real.mkdir()
-    prepare([str(prepared.parent / "text")], out, OPTIONS)
-    assert verify_store(out) == [] and out.is_symlink() == kind.startswith("link")
-    if kind != "empty folder":
-        assert verify_store(real) == [] and list(real.parent.iterdir()) == [real]
-
-
-def test_output_that_cannot_be_replaced_is_refused_before_any_work(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    here = tmp_path / "here"
-    here.mkdir()
-    monkeypatch.chdir(here)
-    Path("../loop").symlink_to("loop")
-    Path("../cwd").symlink_to("here")
-    cases = {".": "the current folder", "../cwd": "the current folder", "../loop": "a link that leads in a circle"}
-    for out, what in cases.items():
-        read: list[int] = []
-        with pytest.raises(TokenSuperpositionError, match=f"{out} is {what}.*--out"):
-            prepare((), out, OPTIONS, documents=lambda _, read=read: iter(read.append(1) or text()))
-        assert not read
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["cwd", "here", "loop"] and not list(here.iterdir())
-
-
-def test_mount_points_are_refused_before_any_work(tmp_path: Path) -> None:
-    """Of another file system, and of a folder of the same one, which only shows when it is to be replaced."""
-    (tmp_path / "a.txt").write_text("some text")
-    for name in ("real", "work/other", "work/same"):
-        (tmp_path / name).mkdir(parents=True)
-    mount = 'mount -t tmpfs none other && mount --bind ../real same && exec "$@"'
-    mounted = ["unshare", "--mount", "sh", "-c", mount, "sh"]
-    try:
-        subprocess.run([*mounted, "true"], check=True, cwd=tmp_path / "work", capture_output=True)
-    except (OSError, subprocess.CalledProcessError):
-        pytest.skip("mounting is not allowed here")
-    command = "from token_superposition.cli import main; "
-    command += "raise SystemExit([main(['prepare', '..', '--out', o]) for o in ('other', 'same')] != [2, 2])"
-    done = subprocess.run([*mounted, sys.executable, "-c", command], cwd=tmp_path / "work", capture_output=True)
-    other, same = done.stderr.decode().splitlines()
-    assert done.returncode == 0 and "error: other is a mount point, which cannot be replaced" in other
-    assert "error: cannot write" in same and "same (Device or resource busy); " in same
-    assert sorted(p.name for p in (tmp_path / "work").iterdir()) == ["other", "same"]
-
-
-@pytest.mark.skipif(os.geteuid() != 0, reason="the super-user can become another one")
-def test_an_empty_folder_of_another_user_is_refused_before_any_work(tmp_path: Path) -> None:
-    """In a folder like /tmp, where one may add to and not take away from what others own."""
-    for parent in (tmp_path, *tmp_path.parents):
-        if parent.owner() == tmp_path.owner() and parent.stat().st_mode & 0o777 == 0o700:
-            parent.chmod(0o755)
-    shared = tmp_path / "shared"
-    (shared / "data").mkdir(parents=True)
-    shared.chmod(0o1777)
-    read: list[int] = []
-    os.seteuid(65534)
-    try:
-        with pytest.raises(TokenSuperpositionError, match=r"cannot write .*data \(Operation not permitted\)"):
-            prepare((), shared / "data", OPTIONS, documents=lambda _: iter(read.append(1) or text()))
-    finally:
-        os.seteuid(0)
-    assert not read and [p.name for p in shared.iterdir()] == ["data"]
-
-
-def test_a_killed_run_leaves_nothing_that_looks_finished_and_can_be_repeated(tmp_path: Path) -> None:
-    (tmp_path / "big.jsonl").write_text("".join(json.dumps({"text": f"{i} " * 40}) + "\n" for i in range(60_000)))
-    command = [sys.executable, "-m", "token_superposition", "prepare", str(tmp_path / "big.jsonl")]
-    command += ["--out", str(tmp_path / "data"), "--vocab-size", "300", "--shard-tokens", "10000"]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    try:
-        deadline = time.monotonic() + 60
-        while not list(tmp_path.glob(".data.partial/train-*.npy")):
-            assert process.poll() is None and time.monotonic() < deadline
-            time.sleep(0.01)
-    finally:
-        process.send_signal(signal.SIGKILL)
-        process.wait()
-    assert not (tmp_path / "data").exists()
-    with pytest.raises(TokenSuperpositionError, match="no prepared data"):
-        TokenStore(tmp_path / "data")
-    options = PrepareOptions(vocab_size=300, max_bytes=500_000)
-    prepare([str(tmp_path / "big.jsonl")], tmp_path / "data", options)
-    assert not (tmp_path / ".data.partial").exists()
-
-
-def test_a_full_disk_has_one_line_and_exit_code_2(prepared: Path, tmp_path: Path) -> None:
-    arguments = ("prepare", str(prepared.parent / "text"), "--out", str(tmp_path / "data"))
-    done = call(command_on_a_full_disk, 4096, *arguments)
-    assert done.returncode == 2, done.stderr
-    assert done.stderr.startswith("tst: error: cannot write") and done.stderr.count("\n") == 1
-    assert not (tmp_path / "data").exists() and not (tmp_path / ".data.partial").exists()
-
-
-@pytest.mark.parametrize("damage", ["truncated", "foreign", "changed"])
-def test_a_damaged_store_is_named(prepared: Path, tmp_path: Path, damage: str) -> None:
-    import shutil
-
-    shutil.copytree(prepared, tmp_path / "data")
-    shard = tmp_path / "data" / "train-00000.npy"
-    content = shard.read_bytes()
-    if damage == "truncated":
-        shard.write_bytes(content[:-100])
-        with pytest.raises(TokenSuperpositionError, match=r"train-00000\.npy has .* bytes"):
-            TokenStore(tmp_path / "data")
-    elif damage == "foreign":
-        np.save(shard, np.zeros(len(TokenStore(prepared)) * 2, np.uint8))
-        with pytest.raises(TokenSuperpositionError, match=r"train-00000\.npy does not begin with the header of"):
-            TokenStore(tmp_path / "data")
-    else:
-        shard.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
-        with pytest.raises(TokenSuperpositionError, match=r"train-00000\.npy differs from its checksum"):
-            store = TokenStore(tmp_path / "data")
-            store[len(store) - 1 : len(store)]
 
 
 def test_hidden_order_of_find_files_is_fixed(tmp_path: Path) -> None:

@@ -1,14 +1,9 @@
-"""The transformers engine: what is trained is the float64 reference, what is resumed is the same run."""
+"""The transformers engine: what is trained is the float64 reference."""
 
 from __future__ import annotations
 
 import copy
-import json
 import math
-import os
-import shutil
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, cast
@@ -26,8 +21,7 @@ from transformers import (
     default_data_collator,
 )
 
-from tests.conftest import TINY, VOCAB, tiny, tst
-from tests.processes import command, launch
+from tests.conftest import TINY, VOCAB, tiny
 from token_superposition import Schedule, TokenSuperpositionError, place_weights, reference
 from token_superposition.data.plan import PlannedDataset, ValidationSet
 from token_superposition.data.store import TokenStore
@@ -35,7 +29,6 @@ from token_superposition.engines.transformers import TSTTrainer
 from token_superposition.engines.transformers.head import Head
 from token_superposition.experiment.config import load_config
 from token_superposition.experiment.launch import Launch
-from token_superposition.experiment.metrics import read_metrics
 
 FOUR = ("llama", "qwen3_moe", "gpt2", "mamba")
 
@@ -316,83 +309,6 @@ def test_gradient_checkpointing_changes_nothing(prepared: Path, tmp_path: Path) 
     checkpointed = TSTTrainer(tiny("llama"), args, train_dataset=plan_of(prepared))
     checkpointed.train()
     assert losses(checkpointed) == pytest.approx(losses(plain), rel=1e-5)
-
-
-def train_command(processes: int, *args: str | Path) -> None:
-    """``tst train`` in one process, or in several over gloo."""
-    launch(processes, command, "train", *map(str, args))
-
-
-def torchrun(*args: str | Path) -> None:
-    """The documented command for two processes."""
-    start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    done = subprocess.run(
-        [*start, "-m", "token_superposition", "train", *map(str, args)],
-        capture_output=True, text=True, timeout=300, env=os.environ | {"OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-3000:]
-
-
-TIMES = {"seconds"}
-
-
-def test_resume_across_the_switch_is_bit_equal(write_config: Callable[..., Path], tmp_path: Path) -> None:
-    """Stop in phase 1, go on over the switch: every logged figure and every weight is the uninterrupted run's.
-
-    On one process and on two, which train alike.
-    """
-    config = write_config(save_every=4)
-    losses: list[list[float]] = []
-    for processes in (1, 2):
-        first, resumed = tmp_path / f"{processes}-whole", tmp_path / f"{processes}-resumed"
-        if processes == 1:
-            train_command(1, config, "--out", first)
-        else:
-            torchrun(config, "--out", first)
-        shutil.copytree(first, resumed)
-        for later in ("checkpoint-6", "checkpoint-8", "checkpoint-12"):
-            shutil.rmtree(resumed / "checkpoints" / later)
-        shutil.rmtree(resumed / "model")
-        (resumed / "run.json").unlink()
-        train_command(processes, config, "--out", resumed)
-        whole, again = (
-            [{k: v for k, v in m.items() if k not in TIMES} for m in read_metrics(p / "metrics.jsonl")]
-            for p in (first, resumed)
-        )
-        assert [m["input_bag"] for m in whole if "loss" in m] == [4] * 6 + [1] * 6
-        assert again == whole
-        weights = "model/model.safetensors"
-        assert (resumed / weights).read_bytes() == (first / weights).read_bytes()
-        losses.append([m["loss"] for m in whole if "loss" in m])
-    assert losses[1] == pytest.approx(losses[0], rel=1e-4)
-
-
-def test_tst_train_ends_with_stock_models(write_config: Callable[..., Path], tmp_path: Path) -> None:
-    """Both phases from the command line; a process that cannot import this package loads the results."""
-    for architecture in FOUR:
-        run = tmp_path / architecture
-        tst("train", write_config(architecture, learning_rate=1e-2), "--out", run)
-        result = json.loads((run / "run.json").read_text())
-        lines = [m for m in read_metrics(run / "metrics.jsonl") if "loss" in m]
-        assert abs(lines[0]["loss"] - math.log(VOCAB)) < 0.4, architecture
-        assert result["val_loss"] < lines[0]["loss"] - 0.2, architecture
-        assert result["raw_tokens"] == 4 * 16 * (6 * 4 + 6) and result["flops"] > 0, architecture
-    script = (
-        "import sys; sys.modules['token_superposition'] = None\n"
-        "import torch; from transformers import AutoModelForCausalLM, AutoTokenizer\n"
-        f"for architecture in {FOUR}:\n"
-        f"    run = {str(tmp_path)!r} + '/' + architecture\n"
-        "    model = AutoModelForCausalLM.from_pretrained(run + '/model').eval()\n"
-        "    ids = torch.arange(12)[None]\n"
-        "    vocab = AutoTokenizer.from_pretrained(run + '/model').vocab_size\n"
-        "    torch.save((model(ids).logits, vocab), run + '/out.pt')\n"
-    )
-    subprocess.run([sys.executable, "-c", script], check=True, timeout=120)
-    for architecture in FOUR:
-        logits, vocab = torch.load(tmp_path / architecture / "out.pt", weights_only=True)
-        here = AutoModelForCausalLM.from_pretrained(tmp_path / architecture / "model").eval()
-        assert torch.equal(here(torch.arange(12)[None]).logits, logits), architecture
-        assert vocab == VOCAB, architecture
 
 
 class Graphs(TrainerCallback):

@@ -13,7 +13,8 @@ import torch
 from transformers import TrainerCallback
 
 from tests.conftest import VOCAB, tiny
-from tests.test_trainer import arguments, losses, plan_of, train_command
+from tests.test_train import train_command
+from tests.test_trainer import arguments, losses, plan_of
 from token_superposition import WSD, TokenSuperpositionError
 from token_superposition.engines.transformers import TSTTrainer
 from token_superposition.engines.transformers.muon import MuonAdamW, split_parameters

@@ -8,9 +8,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
 from rich.console import Console
 
 from tests.sweep.settings import swept
+from token_superposition.cli import main
 from token_superposition.experiment.config import Config, save_config
 from token_superposition.experiment.grid import Cell, Grid, grid_of
 from token_superposition.experiment.halving import Design
@@ -73,6 +75,27 @@ def test_table_and_report_say_what_is_to_be_believed(tmp_path: Path) -> None:
     for text in shown(tmp_path / "one"):
         assert "on seed 5, by which it was chosen" in text and "there is no interval" in text
         assert "the only one swept" in text
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("[]", "TypeError"),
+        ('{"best": 3}', "TypeError"),
+        ('"rounds"', "has not the form"),
+        ('"chosen"', "has not the form"),
+    ],
+)
+def test_a_report_of_files_of_another_form_has_one_line(
+    content: str, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    made_up(tmp_path / "s", swept((0, 1), bag_sizes=(2, 4)), lambda cell, seed: 3.0)
+    path = tmp_path / "s/sweep.json"
+    path.write_text(path.read_text().replace(content, '"other"') if content.startswith('"') else content)
+    assert main(["report", str(tmp_path / "s")]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("tst: error: ") and error.count("\n") == 1, error
+    assert message in error and "sweep.json" in error and "tst sweep" in error, error
 
 
 def test_pictures_show_each_cell_once_and_the_published_curve(tmp_path: Path) -> None:

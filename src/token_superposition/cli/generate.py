@@ -41,6 +41,12 @@ def run(args: Sequence[str]) -> None:
             "give at least 1, at least 0, and a share in (0, 1]"
         )
     require_seed("seed", options.seed)
+    try:
+        options.prompt.encode()
+    except UnicodeEncodeError as e:
+        raise TokenSuperpositionError(
+            f"the prompt is not UTF-8: character {e.start + 1} is {options.prompt[e.start]!r}; give it in UTF-8"
+        ) from None
     from token_superposition.cli.quiet import quiet
     from token_superposition.experiment.generate import generate, load_model
 

@@ -49,7 +49,7 @@ def run(args: Sequence[str]) -> None:
     if meta.cut:
         console.print(f"cut: {meta.cut:,} documents of more than {MAX_TEXT_BYTES >> 20} MiB into several")
     for reason, count in meta.dropped.items():
-        console.print(f"left out: {count:,} ({reason})")
+        console.print(f"left out: {count:,} ({reason})", markup=False)
     seconds = time.monotonic() - start
     speed = (meta.train.tokens + meta.validation.tokens) / seconds
     console.print(f"written to {command.out} in {seconds:.0f} s, {speed:,.0f} tokens/s", markup=False)

@@ -61,5 +61,6 @@ def run(args: Sequence[str]) -> None:
             report=lambda lines: progress.update(options.out.name, steps, lines),
         )
     console.print(
-        f"validation loss {result.val_loss:.4f} nats/token, {result.val_bpb:.4f} bits/byte\nmodel: {options.out}/model"
+        f"validation loss {result.val_loss:.4f} nats/token, {result.val_bpb:.4f} bits/byte\nmodel: {options.out}/model",
+        markup=False,
     )

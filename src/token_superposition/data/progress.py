@@ -29,7 +29,7 @@ def bars(console: Console) -> Generator[Report]:
     tasks: dict[str, TaskID] = {}
     shown = 0.0
     with Progress(
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         BarColumn(),
         DownloadColumn(),
         TransferSpeedColumn(),

@@ -96,7 +96,7 @@ class Meta:
     def save(self, path: Path) -> None:
         derived = {s: {"bytes_per_token": getattr(self, s).bytes_per_token} for s in SPLITS}
         content = {k: v | derived.get(k, {}) if isinstance(v, dict) else v for k, v in asdict(self).items()}
-        path.write_text(json.dumps(content | {"sha256": _sha256_of(content)}, indent=2) + "\n")
+        path.write_text(json.dumps(content | {"sha256": _sha256_of(content)}, indent=2) + "\n", encoding="utf-8")
 
     @classmethod
     def load(cls, directory: Path) -> Meta:

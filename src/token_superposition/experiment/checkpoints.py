@@ -59,7 +59,7 @@ def checksums(written: Path, part: int = 0, parts: int = 1) -> Checksums:
 def commit(written: Path, target: Path, files: Checksums, facts: dict[str, Any]) -> None:
     """Write the manifest of a checkpoint that was ``written`` aside, and rename it to ``target``."""
     content: dict[str, Any] = {"format": FORMAT, "step": step_of(target), **facts, "files": files}
-    with (written / MANIFEST).open("w") as f:
+    with (written / MANIFEST).open("w", encoding="utf-8") as f:
         json.dump(content | {"sha256": _digest(content)}, f, indent=1)
         f.flush()
         os.fsync(f.fileno())
@@ -76,7 +76,7 @@ def read_manifest(checkpoint: Path) -> dict[str, Any]:
     """Raises ``TokenSuperpositionError`` where it is missing or not what was written."""
     path = checkpoint / MANIFEST
     try:
-        content: Any = json.loads(path.read_text())
+        content: Any = json.loads(path.read_text(encoding="utf-8"))
         digest = content.pop("sha256")
         if content["format"] != FORMAT:
             raise TokenSuperpositionError(f"{path} has format {content['format']!r}, this version reads {FORMAT}")

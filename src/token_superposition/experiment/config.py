@@ -258,6 +258,11 @@ class Config:
         lengths = self.compare.baseline_lengths
         if any(not 0 < x < math.inf for x in lengths):
             raise TokenSuperpositionError(f"compare.baseline_lengths are {lengths}; give numbers above 0")
+        for x in lengths:
+            if not round(x * t.steps):
+                raise TokenSuperpositionError(
+                    f"compare.baseline_lengths has {x:g}, of {t.steps} steps not one; give at least {1 / t.steps:.3g}"
+                )
         if len({round(x * t.steps) for x in (1.0, *lengths)}) < len({1.0, *lengths}):
             raise TokenSuperpositionError(
                 f"compare.baseline_lengths are {lengths}, of {t.steps} steps; give lengths that differ by a step"

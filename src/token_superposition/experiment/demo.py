@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import replace
@@ -52,7 +53,7 @@ def demo(out: str | Path, minutes: float | None, console: Console, bars: Bars, s
     if steps < fewest:
         raise TokenSuperpositionError(
             f"{minutes:g} minutes are enough for {steps} steps here ({60 * step_minutes:.2f} s a step); "
-            f"give at least {fewest * step_minutes:.1f}"
+            f"give at least {math.ceil(10 * fewest * step_minutes) / 10:g}"
         )
     config = replace(config, train=replace(config.train, steps=steps, eval_every=max(steps // 20, 1)))
     raw_tokens = config.schedule.raw_tokens(config.train.batch_size, config.data.sequence_length)
@@ -60,7 +61,7 @@ def demo(out: str | Path, minutes: float | None, console: Console, bars: Bars, s
     if steps < STEPS:
         note = (
             f"{minutes:g} minutes are {steps} steps on this machine, too few to expect that TST wins: this demo was "
-            f"seen to win with {STEPS:,} steps, about {STEPS * step_minutes:.0f} minutes here, and to lose with 560."
+            f"seen to win with {STEPS:,} steps, here --minutes {math.ceil(STEPS * step_minutes)}, and to lose with 560."
         )
         console.print(f"[yellow]note[/yellow]: {note}", soft_wrap=True, highlight=False)
     text_bytes = max(int(raw_tokens * BYTES_PER_TOKEN * 1.1), MIN_TEXT_BYTES)

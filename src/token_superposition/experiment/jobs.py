@@ -11,10 +11,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from rich.console import Console
+from rich.markup import escape
 
 from token_superposition.data.store import Meta
 from token_superposition.errors import TokenSuperpositionError
 from token_superposition.experiment.config import CompareConfig, Config, SweepConfig, load_config, save_config
+from token_superposition.experiment.launch import Launch
 from token_superposition.experiment.metrics import read_metrics
 from token_superposition.experiment.progress import RunProgress
 from token_superposition.experiment.result import CONFIG, DIVERGED, METRICS, read_result, result_file
@@ -76,9 +78,12 @@ def run_jobs(
     """Train every unfinished job with ``tst train`` in a process of its own; ``finished`` is called after each.
 
     A run that diverges is told of and is over, too: the others go on.
-    Raises ``TokenSuperpositionError`` where a run failed in another way.
+    Raises ``TokenSuperpositionError`` where a run failed in another way, and before any where the finished ones were
+    trained in another precision than the others would be.
     """
     waiting = unfinished(jobs, out)
+    for job in jobs if waiting else []:
+        check_precision(job, out)
     parallel = min(parallel, len(waiting)) or default_parallel(len(startable(waiting, out)))
     running: dict[int, tuple[Job, subprocess.Popen[bytes]]] = {}
     try:
@@ -96,7 +101,7 @@ def run_jobs(
                         if process.returncode and not _over(out, job.directory):
                             raise TokenSuperpositionError(f"{_failure(job, out)}; see {_log(job, out)}")
                         if process.returncode:
-                            console.print(f"[yellow]diverged[/yellow]: {_failure(job, out)}", highlight=False)
+                            console.print(f"[yellow]diverged[/yellow]: {escape(_failure(job, out))}", highlight=False)
                         progress.finish(job.directory)
                         finished(job)
                 time.sleep(0.5)
@@ -105,6 +110,19 @@ def run_jobs(
             process.terminate()
         for _, process in running.values():
             process.wait()
+
+
+def check_precision(job: Job, out: Path) -> None:
+    """Raise ``TokenSuperpositionError`` for a finished run that this machine would train in another precision."""
+    if (path := result_file(out / "runs" / job.directory)) is None:
+        return
+    wanted = job.config.train.precision
+    here = Launch.from_environment().precision(wanted)
+    if (before := read_result(path).precision or here) != here:  # older runs do not say
+        raise TokenSuperpositionError(
+            f"{path.parent} was trained in {before}, and train.precision {wanted!r} is {here} on this machine, so that "
+            "their losses cannot be compared; go on with a machine like that one, or choose another --out"
+        )
 
 
 def unfinished(jobs: list[Job], out: Path) -> list[Job]:
@@ -154,5 +172,5 @@ def _log(job: Job, out: Path) -> Path:
 
 
 def _failure(job: Job, out: Path) -> str:
-    lines = [line for line in _log(job, out).read_text(errors="replace").splitlines() if line.strip()]
+    lines = [line for line in _log(job, out).read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
     return f"the run {job.directory} failed ({lines[-1] if lines else 'no message'})"

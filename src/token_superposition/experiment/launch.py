@@ -105,6 +105,10 @@ class Launch:
             precision == "auto" and (self.mixed_precision == "bf16" or native_bfloat16())
         )
 
+    def precision(self, wanted: Literal["auto", "float32", "bfloat16"]) -> str:
+        """What ``wanted`` is here."""
+        return "bfloat16" if self.bfloat16(wanted) else "float32"
+
     def variables(self, train: TrainConfig) -> dict[str, str]:
         """What accelerate takes from the environment and from nowhere else, for as long as the run lasts."""
         compilation = "ACCELERATE_DYNAMO_USE_REGIONAL_COMPILATION"

@@ -23,7 +23,7 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     """The lines of a metrics file; a last line that was cut off is left out."""
     lines: list[dict[str, Any]] = []
     if path.exists():
-        for line in path.read_text().splitlines():
+        for line in path.read_text(encoding="utf-8").splitlines():
             try:
                 lines.append(json.loads(line))
             except ValueError:
@@ -64,7 +64,7 @@ class MetricsWriter(TrainerCallback):
         self.lines = kept = [m for m in read_metrics(self.path) if m["step"] <= state.global_step]
         if state.is_world_process_zero:
             partial = self.path.with_name(f".{self.path.name}.partial")
-            partial.write_text("".join(json.dumps(m) + "\n" for m in kept))
+            partial.write_text("".join(json.dumps(m) + "\n" for m in kept), encoding="utf-8")
             partial.rename(self.path)
         del self.lines[1:-NEWEST]
         self.seconds = kept[-1]["seconds"] if kept else 0.0
@@ -117,7 +117,7 @@ class MetricsWriter(TrainerCallback):
             line["skipped"] = list(self.skipped)
             self.skipped.clear()
         try:
-            with self.path.open("a") as f:
+            with self.path.open("a", encoding="utf-8") as f:
                 f.write(json.dumps(line) + "\n")
         except OSError as e:
             raise TokenSuperpositionError(

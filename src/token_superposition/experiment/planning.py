@@ -271,8 +271,11 @@ def _advice(run: Cost, tokens_per_step: int, available: int | None, published: P
             "it gains less than bags on both sides, and the tables do not have it"
         )
     steps, baseline_steps = int(available * run.steps / run.raw_tokens), available // tokens_per_step
+    if not baseline_steps:
+        return [f"the data is not enough for one step, of {tokens_per_step:,} tokens or more; prepare more text"]
+    ours = f"--train.steps {steps}" if steps else "no step of this run"
     lines.append(
-        f"read once, the data is enough for --train.steps {steps}, or for {baseline_steps:,} steps of the baseline; "
+        f"read once, the data is enough for {ours}, or for {baseline_steps:,} steps of the baseline; "
         "at equal data the baseline wins (3B, 105B tokens: 2.640, TST 2.676)"
     )
     return lines

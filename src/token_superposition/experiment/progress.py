@@ -17,7 +17,7 @@ class RunProgress:
     def __init__(self, console: Console, runs: int = 1):
         self.console = console
         self.bars = Progress(
-            TextColumn("{task.description}"),
+            TextColumn("{task.description}", markup=False),
             BarColumn(bar_width=10),
             MofNCompleteColumn(),
             TextColumn("{task.fields[note]}"),
@@ -53,7 +53,8 @@ class RunProgress:
             new = next((i for i in range(len(metrics), 0, -1) if metrics[i - 1] == shown), 0)
             for m in metrics[new:]:
                 if "val_loss" in m:
-                    self.console.print(f"{name}: step {m['step']}/{steps}, validation loss {m['val_loss']:.4f}")
+                    line = f"{name}: step {m['step']}/{steps}, validation loss {m['val_loss']:.4f}"
+                    self.console.print(line, markup=False)
             self._shown[name] = metrics[-1]
 
     def finish(self, name: str) -> None:

@@ -59,6 +59,8 @@ class RunResult:
     versions: dict[str, str]
     data_sha256: str = ""
     """Of what was read: vocabulary, tokens and documents of both splits; files of older versions lack it."""
+    precision: str = ""
+    """In which it was computed, whatever train.precision auto is elsewhere; files of older versions lack it."""
 
     @classmethod
     def of(
@@ -72,6 +74,7 @@ class RunResult:
         val_loss: float,
         bits_per_byte: float,
         parameters: int,
+        precision: str,
         engine: str | None = None,
     ) -> RunResult:
         """The counts follow from the plan, which reads a token store, hardware and versions from this process.
@@ -97,6 +100,7 @@ class RunResult:
             hardware=hardware(),
             versions={name: version(name) for name in packages} | {"python": platform.python_version()},
             data_sha256=data_digest(plan.tokens.meta),
+            precision=precision,
         )
 
 
@@ -120,12 +124,12 @@ def result_file(directory: Path) -> Path | None:
 
 
 def read_result(path: Path) -> RunResult:
-    return RunResult(**json.loads(path.read_text()))
+    return RunResult(**json.loads(path.read_text(encoding="utf-8")))
 
 
 def write_json(path: Path, content: Any) -> None:
     partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(json.dumps(content, indent=2) + "\n")
+    partial.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
     partial.rename(path)
 
 
@@ -134,7 +138,7 @@ def hardware() -> str:
         return f"{torch.cuda.device_count()} x {torch.cuda.get_device_name()}"
     name = platform.processor() or platform.machine()
     try:
-        with Path("/proc/cpuinfo").open() as f:
+        with Path("/proc/cpuinfo").open(encoding="utf-8") as f:
             name = next((line.split(":", 1)[1].strip() for line in f if line.startswith("model name")), name)
     except OSError:
         pass

@@ -35,10 +35,10 @@ MAY_CHANGE = (
 """Settings of [train] that a run may go on with: they change neither samples nor losses, but for rounding."""
 OF_THE_DATA = {
     "data": ("sequence_length", "common_bag"),
-    "train": ("seed", "batch_size", "optimizer", "precision"),
+    "train": ("seed", "batch_size", "optimizer"),
     "superposition": ("shift", "boundaries", "mtp_heads"),
 }
-"""Settings that also a run which branches off another one must share with it."""
+"""Settings that also a run which branches off another one must share with it, beside the precision."""
 
 
 def data_identity(meta: Meta) -> dict[str, Any]:
@@ -72,9 +72,9 @@ def changes(old: Config, new: Config) -> list[str]:
     ]
 
 
-def facts(config: Config, meta: Meta) -> dict[str, Any]:
+def facts(config: Config, meta: Meta, precision: str) -> dict[str, Any]:
     """What the manifest of a checkpoint says of its run."""
-    return {"data": data_identity(meta), "config": without_none(asdict(config))}
+    return {"data": data_identity(meta), "config": without_none(asdict(config)), "precision": precision}
 
 
 @dataclass(frozen=True)
@@ -120,10 +120,11 @@ class Start:
         return named
 
 
-def check_start(checkpoint: Path, config: Config, meta: Meta) -> None:
+def check_start(checkpoint: Path, config: Config, meta: Meta, precision: str) -> None:
     """Raises ``TokenSuperpositionError``, with the differences, for a checkpoint of another model, data or plan.
 
-    Up to the checkpoint, the run must have read what this configuration reads; how it trained may differ.
+    Up to the checkpoint, the run must have read what this configuration reads, in the same ``precision`` (what
+    train.precision is on this machine); how it trained may differ.
     """
     manifest = read_manifest(checkpoint)
     if step_of(checkpoint) > config.train.steps:
@@ -144,6 +145,10 @@ def check_start(checkpoint: Path, config: Config, meta: Meta) -> None:
         for name in names
         if (before := getattr(getattr(old, section), name)) != (now := getattr(getattr(config, section), name))
     ]
+    known = "precision" in manifest  # else an older version wrote it
+    before, now = (manifest["precision"], precision) if known else (old.train.precision, config.train.precision)
+    if before != now:
+        differences.append(f"train.precision {before!r} -> {now!r}")
     a, b = old.schedule, config.schedule
     other = next((i for i in range(step_of(checkpoint)) if _bags(a, i) != _bags(b, i)), None)
     if other is not None:

@@ -91,7 +91,7 @@ def train(
 def _train(config: Config, out: Path, launch: Launch, start: Start, report: Report) -> RunResult:
     store = TokenStore(config.data.path)
     validation = TokenStore(config.data.path, "validation")
-    schedule = config.schedule
+    schedule, precision = config.schedule, launch.precision(config.train.precision)
     empty = empty_model(config, store.meta.vocab_size)
     parameters = sum(p.numel() for p in empty.parameters())
     mtp_heads(config, empty)
@@ -99,7 +99,7 @@ def _train(config: Config, out: Path, launch: Launch, start: Start, report: Repo
     if (candidate := start.find(check=partial(damage, content=False))) is not None:
         launch.check_checkpoint(candidate)
         check_checkpoint(candidate, config.superposition.trained_heads)
-        check_start(candidate, config, store.meta)
+        check_start(candidate, config, store.meta, precision)
     set_seed(config.train.seed)
     model = build_model(config, store.meta)
     mtp = mtp_heads(config, model)
@@ -144,7 +144,7 @@ def _train(config: Config, out: Path, launch: Launch, start: Start, report: Repo
         optimizers=(muon(config, model), None),
         callbacks=[metrics, *at_switch(config), preemption, watchdog, guard],
         guard=guard,
-        facts=facts(config, store.meta),
+        facts=facts(config, store.meta, precision),
         keep=config.train.keep,
         kept_steps=config.kept_steps,
     )
@@ -152,11 +152,11 @@ def _train(config: Config, out: Path, launch: Launch, start: Start, report: Repo
     first = trainer.is_world_process_zero()
     checkpoint = start.find(warnings.warn if first else lambda line: None, trainer.check)
     if checkpoint is not None:
-        check_start(checkpoint, config, store.meta)
+        check_start(checkpoint, config, store.meta, precision)
         if first and checkpoint.resolve().parent != (out / "checkpoints").resolve():
             lines = read_metrics(checkpoint.parent.parent / METRICS)
             before = [m for m in lines if m["step"] <= step_of(checkpoint)]
-            (out / METRICS).write_text("".join(json.dumps(m) + "\n" for m in before))
+            (out / METRICS).write_text("".join(json.dumps(m) + "\n" for m in before), encoding="utf-8")
 
     def result(val_loss: float) -> RunResult:
         starts = [0, *schedule.switches[-1:]] if config.superposition.mixture else schedule.starts
@@ -169,6 +169,7 @@ def _train(config: Config, out: Path, launch: Launch, start: Start, report: Repo
             val_loss=val_loss,
             bits_per_byte=bits_per_byte,
             parameters=parameters,
+            precision=precision,
         )
 
     with preemption, watchdog, lost_processes(launch), weights_only():

@@ -199,7 +199,7 @@ def rows_of(grid: Grid, rounds: Sequence[Round], found: Results) -> list[Row]:
 
 def write_rows(path: Path, rows: Sequence[Row]) -> None:
     partial = path.with_name(f".{path.name}.partial")
-    with partial.open("w", newline="") as file:
+    with partial.open("w", encoding="utf-8", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(f.name for f in fields(Row))
         writer.writerows(astuple(row) for row in rows)
@@ -209,7 +209,7 @@ def write_rows(path: Path, rows: Sequence[Row]) -> None:
 def read_rows(path: Path) -> list[Row]:
     kinds = typing.get_type_hints(Row)
     numbers = {name: kind for name, kind in kinds.items() if kind in (int, float)}
-    with path.open(newline="") as file:
+    with path.open(encoding="utf-8", newline="") as file:
         lines = [{k: numbers.get(k, str)(v) for k, v in line.items()} for line in csv.DictReader(file)]
     return [from_dict(Row, line, path.name) for line in lines]
 

@@ -117,13 +117,15 @@ class RunTrainer(TSTTrainer):
         losses: list[float] = gather_object([cast(Tensor, self._tr_loss).item()])
         if self.args.should_save:
             content = {"since": self._globalstep_last_logged, "losses": losses, "skipped": self.guard.skipped}
-            (Path(output_dir) / PENDING).write_text(json.dumps(content | {"seconds": self.metrics.seconds}))
+            (Path(output_dir) / PENDING).write_text(
+                json.dumps(content | {"seconds": self.metrics.seconds}), encoding="utf-8"
+            )
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
         super()._load_rng_state(checkpoint)
         if checkpoint is None:
             return
-        pending = json.loads((Path(checkpoint) / PENDING).read_text())
+        pending = json.loads((Path(checkpoint) / PENDING).read_text(encoding="utf-8"))
         losses: list[float] = pending["losses"]
         same = len(losses) == self.args.world_size
         self._tr_loss += losses[self.args.process_index] if same else sum(losses) / len(losses)

@@ -48,7 +48,7 @@ class Watchdog(TrainerCallback):
                     flush=True,
                 )
                 try:
-                    with where.open("a") as f:  # each process of a run
+                    with where.open("a", encoding="utf-8") as f:  # each process of a run
                         faulthandler.dump_traceback(f)
                 finally:
                     os._exit(1)  # whatever hangs cannot be asked to end

@@ -44,21 +44,40 @@ class Contents:
 def read(directory: Path) -> Contents:
     """Raises ``TokenSuperpositionError`` if ``directory`` holds no finished comparison."""
     try:
-        summary = json.loads((directory / "summary.json").read_text())
+        summary = json.loads((directory / "summary.json").read_text(encoding="utf-8"))
         config_text = tomli_w.dumps(without_none(summary["config"]))  # config.toml may already ask for more
         metrics = {
-            r["directory"]: [
-                json.loads(line)
-                for line in (directory / "runs" / r["directory"] / "metrics.jsonl").read_text().splitlines()
-            ]
-            for r in summary["runs"]
+            r["directory"]: _metrics(directory / "runs" / r["directory"] / "metrics.jsonl") for r in summary["runs"]
         }
         _ = [c["speedup_per_seed"] for c in summary["comparison"]["variants"].values()]  # older ones lack it
-    except (OSError, ValueError, KeyError) as e:
+    except TokenSuperpositionError:
+        raise
+    except OSError as e:
         raise TokenSuperpositionError(
             f"{directory} holds no finished comparison ({e}); make one with tst compare or tst demo"
         ) from None
+    except (ValueError, KeyError) as e:
+        raise TokenSuperpositionError(
+            f"{directory / 'summary.json'} is not that of a finished comparison ({e!r}); give tst compare again, which "
+            "keeps the finished runs"
+        ) from None
     return Contents(summary, metrics, config_text)
+
+
+def _metrics(path: Path) -> list[dict[str, Any]]:
+    drawn = ("step", "val_loss", "flops", "seconds", "raw_tokens")
+    lines: list[dict[str, Any]] = []
+    try:
+        lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        whole = all("step" in m and all(isinstance(m.get(key, 0), int | float) for key in drawn) for m in lines)
+    except (AttributeError, TypeError, ValueError):
+        whole = False
+    if not whole:
+        raise TokenSuperpositionError(
+            f"{path} has lines that are no metrics of a run; remove {path.parent} and give tst compare again, which "
+            "trains that run anew"
+        )
+    return lines
 
 
 def rows(contents: Contents) -> list[tuple[str, ...]]:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from rich import box
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from token_superposition.experiment.dry_run import DryRun, JobCost
@@ -18,7 +19,7 @@ def print_dry_run(dry: DryRun, console: Console) -> None:
     for job in dry.jobs:
         part = f"{job.steps:,} of " if 0 < job.steps < job.total_steps else ""
         time = duration(job.step_equivalents * dry.step_seconds) if job.steps else "done"
-        table.add_row(job.directory, f"{part}{job.total_steps:,}", *_counts([job]), time)
+        table.add_row(escape(job.directory), f"{part}{job.total_steps:,}", *_counts([job]), time)
     _print(table, dry, console, "compare")
 
 

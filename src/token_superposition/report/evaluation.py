@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 if TYPE_CHECKING:
@@ -17,11 +18,11 @@ def print_evaluation(losses: Sequence[Loss], tasks: Mapping[str, Mapping[str, fl
         table = Table("text", "tokens", "nats/token", "perplexity", "bits/byte")
         for x in losses:
             figures = (f"{x.tokens:,}", f"{x.loss:.4f}", f"{x.perplexity:.2f}", f"{x.bits_per_byte:.4f}")
-            table.add_row(x.text, *figures)
+            table.add_row(escape(x.text), *figures)
         console.print(table)
     if tasks:
         table = Table("task", "metric", "value")
         for task, metrics in tasks.items():
             for metric, value in metrics.items():
-                table.add_row(task, metric, f"{value:.4f}")
+                table.add_row(escape(task), escape(metric), f"{value:.4f}")
         console.print(table)

@@ -44,7 +44,7 @@ class Figures:
         config = load_config(run / CONFIG) if (run / CONFIG).exists() else None
         result: dict[str, Any] = {}
         if checkpoint is None and (run / RESULT).exists():
-            result = json.loads((run / RESULT).read_text())
+            result = json.loads((run / RESULT).read_text(encoding="utf-8"))
         lines = [m for m in read_metrics(run / METRICS) if checkpoint is None or m["step"] <= checkpoint]
         last = {k: v for line in lines for k, v in line.items()} | result
         step = checkpoint if checkpoint is not None else last.get("steps", last.get("step", 0))
@@ -163,4 +163,4 @@ def _config(config: Config | None) -> str | None:
     with tempfile.TemporaryDirectory() as directory:
         path = Path(directory) / CONFIG
         save_config(dataclasses.replace(config, data=data, model=model), path)
-        return path.read_text().strip()
+        return path.read_text(encoding="utf-8").strip()

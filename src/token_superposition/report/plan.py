@@ -18,6 +18,7 @@ def print_plan(plan: Plan, console: Console) -> None:
         f"{short(shape.embedding_parameters)} in them), vocabulary {plan.vocab_size:,} ({plan.vocab_source})\n"
         f"{short(plan.latent_tokens_per_step)} latent tokens and {plan.flops_per_step:.3g} FLOPs a step",
         highlight=False,
+        markup=False,
         soft_wrap=True,
     )
     console.print(_costs(plan))

@@ -83,12 +83,13 @@ class SweepContents:
 def read_sweep(directory: Path) -> SweepContents:
     """Raises ``TokenSuperpositionError`` if ``directory`` holds no finished sweep."""
     try:
-        summary = json.loads((directory / SUMMARY).read_text())
+        summary = json.loads((directory / SUMMARY).read_text(encoding="utf-8"))
         rows = read_rows(directory / TABLE)
         contents = SweepContents(summary, rows, (directory / "config.toml").read_text(encoding="utf-8"))
         _ = contents.by_cell[contents.best], contents.by_cell[contents.baseline]
     except (OSError, ValueError, KeyError, TypeError) as e:
-        raise TokenSuperpositionError(f"{directory} holds no finished sweep ({e}); make one with tst sweep") from None
+        why = e if isinstance(e, OSError) else f"{SUMMARY} or {TABLE}: {e!r}"
+        raise TokenSuperpositionError(f"{directory} holds no finished sweep ({why}); make one with tst sweep") from None
     return contents
 
 

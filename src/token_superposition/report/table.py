@@ -7,6 +7,7 @@ from pathlib import Path
 
 from rich import box
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from token_superposition.report.contents import HEADERS, interval_table, read, rows, verdicts
@@ -30,13 +31,13 @@ def _print_comparison(directory: Path, console: Console) -> None:
     for header in (HEADERS[i].removesuffix(" tokens").removeprefix("val. ") for i in shown):
         table.add_column(header, justify="left" if header == "run" else "right", no_wrap=True)
     for row in rows(contents):
-        table.add_row(*(row[i] for i in shown))
+        table.add_row(*(escape(row[i]) for i in shown))
     console.print(table)
     headers, *variants = interval_table(contents)
     console.print(_table(headers, variants, "variant"))
     _sentences(verdicts(contents), console)
     for sample in contents.summary.get("samples", []):
-        console.print(f"\n[bold]{sample['name']}[/bold], prompt and continuation:", highlight=False)
+        console.print(f"\n[bold]{escape(sample['name'])}[/bold], prompt and continuation:", highlight=False)
         console.print(sample["prompt"] + sample["text"], highlight=False, markup=False)
 
 
@@ -58,10 +59,10 @@ def _table(headers: Sequence[str], rows: Sequence[Sequence[str]], left: str) -> 
     for header in headers:
         table.add_column(header, justify="left" if header == left else "right", no_wrap=True)
     for row in rows:
-        table.add_row(*row)
+        table.add_row(*map(escape, row))
     return table
 
 
 def _sentences(sentences: Sequence[tuple[str, str]], console: Console) -> None:
     for label, sentence in sentences:
-        console.print(f"[bold]{label}[/bold]: {sentence}", highlight=False, soft_wrap=True)
+        console.print(f"[bold]{escape(label)}[/bold]: {escape(sentence)}", highlight=False, soft_wrap=True)

@@ -52,7 +52,7 @@ class MetricsWriter(Callback):
         if get_rank() == 0:
             kept = [m for m in read_metrics(self.path) if m["step"] <= self.step]
             partial = self.path.with_name(f".{self.path.name}.partial")
-            partial.write_text("".join(json.dumps(m) + "\n" for m in kept))
+            partial.write_text("".join(json.dumps(m) + "\n" for m in kept), encoding="utf-8")
             partial.rename(self.path)
 
     def pre_load_batch(self) -> None:
@@ -99,7 +99,7 @@ class MetricsWriter(Callback):
         return float(per_token * plan.schedule.latent_tokens(plan.batch_size, plan.sequence_length, step))
 
     def _append(self, line: dict[str, Any]) -> None:
-        with self.path.open("a") as f:
+        with self.path.open("a", encoding="utf-8") as f:
             f.write(json.dumps(line) + "\n")
 
 

@@ -41,7 +41,7 @@ from token_superposition.engines.olmo_core.model import transformer_config
 from token_superposition.engines.olmo_core.module import PlannedWSD, TSTSpeedMonitor, TSTTrainModule
 from token_superposition.errors import TokenSuperpositionError, require_int
 from token_superposition.experiment.config import Config
-from token_superposition.experiment.launch import native_bfloat16
+from token_superposition.experiment.launch import Launch
 from token_superposition.experiment.model import build_model
 from token_superposition.experiment.result import METRICS, MODEL, RESULT, RunResult, phase_step_seconds, write_json
 from token_superposition.experiment.run import prepare_directory
@@ -157,6 +157,7 @@ def train(
         val_loss=evaluation.final_loss,
         bits_per_byte=bits_per_byte,
         parameters=module.model.num_params,
+        precision=Launch().precision(config.train.precision),
         engine="ai2-olmo-core",
     )
     if get_rank() == 0:
@@ -176,7 +177,7 @@ def initial_model(config: Config, meta: Meta) -> PreTrainedModel:
 
 def train_module(config: Config, model: Any, layout: Layout) -> TSTTrainModule:
     t, length = config.train, config.data.sequence_length
-    low = t.precision == "bfloat16" or (t.precision == "auto" and native_bfloat16())
+    low = Launch().bfloat16(t.precision)
     distributed = layout.data * layout.tensor > 1
     return TSTTrainModule(
         model=model,

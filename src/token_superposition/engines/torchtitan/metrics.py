@@ -41,7 +41,7 @@ class BagMetrics(MetricsProcessor):
             self.seconds = kept[-1]["seconds"] if kept else 0.0
             self.path.parent.mkdir(parents=True, exist_ok=True)
             partial = self.path.with_name(f".{self.path.name}.partial")
-            partial.write_text("".join(json.dumps(m) + "\n" for m in kept))
+            partial.write_text("".join(json.dumps(m) + "\n" for m in kept), encoding="utf-8")
             partial.rename(self.path)
         self._mark = time.perf_counter()
 
@@ -74,5 +74,5 @@ class BagMetrics(MetricsProcessor):
 
     def _write(self, step: int, values: dict[str, Any]) -> None:
         if self.path is not None:
-            with self.path.open("a") as f:
+            with self.path.open("a", encoding="utf-8") as f:
                 f.write(json.dumps({"step": step, "seconds": round(self.seconds, 3), **values}) + "\n")
