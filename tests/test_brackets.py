@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from tests.test_compare import directory_of, experiment
+from tests.test_accountings import directory_of, experiment
 from token_superposition.cli import main
 from token_superposition.data.progress import bars
 from token_superposition.experiment import jobs

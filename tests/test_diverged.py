@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.test_compare import directory_of, experiment, shown
+from tests.test_accountings import directory_of, experiment, shown
 from token_superposition import TokenSuperpositionError
 from token_superposition.experiment.compare import checked_jobs
 from token_superposition.experiment.config import load_config

@@ -396,14 +396,3 @@ ONES, LABELS = torch.ones(2, 3), torch.zeros(2, dtype=torch.long)
 def test_bad_input_has_one_clear_line(call: Callable[[], object], message: str) -> None:
     with pytest.raises(TokenSuperpositionError, match=message):
         call()
-
-
-@pytest.mark.parametrize("weighting", WEIGHTINGS)
-def test_weights_sum_to_one_and_never_rise(weighting: str) -> None:
-    w = place_weights(weighting, 6)  # pyright: ignore
-    assert w.sum().item() == pytest.approx(1) and (w.diff() <= 1e-6).all()
-
-
-def test_fitted_weights_are_the_papers_power_law() -> None:
-    raw = torch.tensor([3.63 + 1.35 * i**-1.25 for i in (1, 2, 3)])
-    torch.testing.assert_close(place_weights("fitted", 3), raw / raw.sum())

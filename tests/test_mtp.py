@@ -16,7 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM, default_data_collator
 
 from tests.conftest import VOCAB, tiny
-from tests.test_compare import directory_of, run, shown
+from tests.test_accountings import directory_of, run, shown
 from tests.test_places import lines_of
 from tests.test_trainer import Spy, arguments, losses, plan_of
 from tests.test_variants import changed

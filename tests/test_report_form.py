@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from tests.test_compare import directory_of, experiment
+from tests.test_accountings import directory_of, experiment
 from token_superposition import TokenSuperpositionError
 from token_superposition.cli import main
 from token_superposition.report import write_report

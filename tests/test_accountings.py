@@ -1,0 +1,232 @@
+"""The accountings of a comparison, of made-up runs: intervals against scipy, bounds, other lengths, and how they are told."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import asdict, replace
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+import pytest
+from rich.console import Console
+from scipy import stats
+
+from token_superposition import TokenSuperpositionError
+from token_superposition.experiment.compare import jobs_of
+from token_superposition.experiment.config import CompareConfig, Config, Variant
+from token_superposition.experiment.intervals import t_interval
+from token_superposition.experiment.summary import Run, comparison
+from token_superposition.report import print_table, write_report
+from token_superposition.report.contents import interval_table, read
+
+DELTAS = [-0.2766, -0.1645, -0.1132]
+
+
+def run(name: str, seed: int, steps: int, loss: float, seconds: float = 1.0) -> Run:
+    return Run(
+        seed=seed, bag_size=4, ratio=0.3, steps=steps, latent_tokens=steps, raw_tokens=steps * (1 + (name == "tst")),
+        epochs=0.1, flops=1e9 * steps, train_seconds=seconds, phase_step_seconds=[1.0], val_loss=loss,
+        val_bpb=loss, parameters=1000, hardware="none", versions={"torch": "0"}, name=name,
+        directory=f"{name}-seed{seed}",
+    )  # fmt: skip
+
+
+def experiment(longest: float = 2.0) -> list[Run]:
+    """Three seeds: deltas as in DELTAS; the baseline falls by 0.2 with twice the steps."""
+    runs: list[Run] = []
+    for seed, delta in enumerate(DELTAS):
+        runs.append(run("baseline", seed, 1000, 3.0, seconds=100.0 + 50 * seed))
+        runs.append(run("tst", seed, 1000, 3.0 + delta, seconds=[110.0, 190.0, 180.0][seed]))
+        end = 3.0 - 0.2 * math.log2(longest)
+        runs.append(run(f"baseline-x{longest:g}", seed, round(1000 * longest), end, seconds=400.0))
+    return runs
+
+
+def test_a_comparison_over_seeds() -> None:
+    result = comparison(experiment(longest=4))
+    assert result["delta_val_loss"] == pytest.approx(mean(DELTAS))
+    assert result["delta_val_loss_interval"] == pytest.approx(t_interval(DELTAS))
+    assert result["confidence"] == 0.95
+    per_seed = [2 ** (-d / 0.2) for d in DELTAS]
+    assert [s["speedup"] for s in result["speedup_per_seed"]] == pytest.approx(per_seed)
+    assert result["speedup"]["geometric_mean"] == pytest.approx(stats.gmean(per_seed))
+    assert result["speedup"]["bound"] == "measured" and result["variants"]["tst"]["speedup"] == result["speedup"]
+    equal_time = result["equal_time"]
+    assert (equal_time["train_seconds"], equal_time["baseline_train_seconds"]) == (180.0, 150.0)
+    assert equal_time["ratio"] == 1.2 and equal_time["baseline_steps"] == 1200
+    assert equal_time["baseline_val_loss"] == pytest.approx(3.0 - 0.2 * math.log2(1.2))
+    assert equal_time["how"] == "interpolated"
+    (longer,) = result["longer_baselines"]
+    at_four = [d + 0.4 for d in DELTAS]
+    assert (longer["baseline_steps"], longer["ratio"], longer["seeds"]) == (4000, 4.0, 3)
+    assert longer["delta_val_loss"] == pytest.approx(mean(at_four))
+    assert longer["interval"] == pytest.approx(t_interval(at_four))
+    cut = comparison(experiment(longest=2))["speedup"]
+    assert (cut["bound"], cut["measured"], cut["high"]) == ("at least", 2, None)
+    assert cut["geometric_mean"] < result["speedup"]["geometric_mean"]
+
+
+def test_with_bounds_alone_the_longest_baseline_that_is_beaten_is_the_lower_end() -> None:
+    """Three seeds of which at most one is measured."""
+
+    def found(*deltas: float) -> dict[str, Any]:
+        runs = [run("tst", seed, 1000, 2.9 + delta) for seed, delta in enumerate(deltas)]
+        for name, steps, loss in (("baseline", 1000, 3.0), ("baseline-x1.5", 1500, 2.95), ("baseline-x2", 2000, 2.9)):
+            runs += [run(name, seed, steps, loss) for seed in range(len(deltas))]
+        return comparison(runs)["speedup"]
+
+    assert (found(-0.03, -0.02, -0.04)["low"], found(-0.03, -0.02, -0.04)["high"]) == (2.0, None)
+    ends = t_interval([-0.03, 0.005, -0.01])
+    assert ends is not None and 0 < ends[1] < 0.05  # one is measured, and the length of 2 is not beaten beyond chance
+    between = 2 * 0.75 ** (ends[1] / 0.05)  # by so much the baseline is higher there
+    assert found(-0.03, 0.005, -0.01)["low"] == pytest.approx(between) and 1.5 < between < 2
+    assert found(-0.01, 0.1, -0.4)["low"] is None  # no length is
+    assert found(-0.03)["low"] is None  # one seed
+
+
+def test_a_longer_baseline_that_diverged_is_told_and_used_by_no_accounting(tmp_path: Path) -> None:
+    """Of three lengths the one of as much text is lost with one seed; what the others beat is told of all seeds."""
+    runs = [replace(r, val_loss=r.val_loss - 0.2 * (r.name == "tst")) for r in experiment(longest=2)]
+    runs += [run("baseline-x1.5", seed, 1500, 2.9) for seed in range(3)]
+    lost = [replace(r, val_loss=math.nan) if r.directory == "baseline-x2-seed1" else r for r in runs]
+    found = comparison(lost)
+    assert (found["equal_data"]["how"], found["equal_data"]["interval"]) == ("diverged", None)
+    assert found["speedup"]["low"] == 1.5 and found["speedup"]["seeds"] == 3
+    only = [r for r in lost if r.name != "baseline-x1.5"]
+    assert comparison(only)["speedup"] is None
+    for text in shown(directory_of(only, tmp_path / "out")):
+        words = " ".join(text.split())
+        assert "a baseline of another length diverged" in words and "it diverged with some seed" in words
+
+
+def test_beyond_the_lengths_that_were_run_nothing_is_told_of_a_baseline(tmp_path: Path) -> None:
+    runs = experiment(longest=1.5)
+    assert comparison(runs)["equal_data"]["baseline_val_loss"] is None
+    for text in shown(directory_of(runs, tmp_path / "out")):
+        assert "was not run (--compare.baseline-lengths with 2 among them tells)" in " ".join(text.split())
+
+
+def directory_of(runs: list[Run], out: Path) -> Path:
+    """What tst compare leaves for the report."""
+    for r in runs:
+        (out / "runs" / r.directory).mkdir(parents=True)
+        line = {"step": r.steps, "seconds": r.train_seconds, "flops": r.flops, "raw_tokens": r.raw_tokens}
+        lines = [line | {"step": 1, "val_loss": 5.0}, line | {"val_loss": r.val_loss}]
+        (out / "runs" / r.directory / "metrics.jsonl").write_text("".join(json.dumps(x) + "\n" for x in lines))
+    data = {"train": {"tokens": 1, "documents": 1}, "validation": {"bytes_per_token": 3.0}, "vocab_size": 8}
+    summary = {"runs": [asdict(r) for r in runs], "comparison": comparison(runs), "data": data}
+    summary["config"] = asdict(Config())
+    (out / "summary.json").write_text(json.dumps(summary))
+    return out
+
+
+def shown(directory: Path) -> tuple[str, str]:
+    console = Console(record=True, width=100, file=(directory / "terminal.txt").open("w"))
+    print_table(directory, console)
+    return console.export_text(), write_report(directory).read_text()
+
+
+def test_table_and_report_show_the_intervals(tmp_path: Path) -> None:
+    low, high = t_interval(DELTAS)  # pyright: ignore
+    for text in shown(directory_of(experiment(longest=4), tmp_path / "measured")):
+        for expected in ("-0.185", f"{low:+.3f} to {high:+.3f}", f"{low:+.4f} to {high:+.4f}", "3 paired seeds",
+                         "contains 0", "1.90 x", "1.20 x",
+                         "geometric mean of 3 seeds", "4 x the steps", "above a baseline of 4,000"):  # fmt: skip
+            assert expected in text, expected
+        assert "at least" not in text
+    for text in shown(directory_of(experiment(longest=2), tmp_path / "cut")):
+        assert "the baseline needs at least 1.7" in text and "no interval" in text  # the difference contains 0
+        assert "1 of 3 seeds only known to be at least 2.00 x" in text
+    lower = [replace(r, val_loss=r.val_loss - 0.2 * (r.name == "tst")) for r in experiment(longest=2)]
+    for text in shown(directory_of(lower, tmp_path / "beaten")):
+        assert "the baseline needs at least 2.00 x" in text and " or more" in text
+
+
+def test_a_variant_is_judged_against_plain_tst_too(tmp_path: Path) -> None:
+    """By 0.02 and 0.04 below TST with two of the seeds; the third was run without it."""
+    runs = experiment()
+    runs += [run("shifted", seed, 1000, 3.0 + DELTAS[seed] - 0.02 * (1 + seed)) for seed in (0, 1)]
+    variants = comparison(runs)["variants"]
+    found = variants["shifted"]["against_tst"]
+    assert found["delta_val_loss"] == pytest.approx(-0.03) and found["seeds"] == 2
+    assert found["interval"] == pytest.approx(t_interval([-0.02, -0.04]))
+    assert variants["tst"]["against_tst"] is None
+    for text in shown(directory_of(runs, tmp_path / "variant")):
+        assert "shifted ends 0.0300 nats below tst" in " ".join(text.split()) and "tst ends 0.0000" not in text
+
+
+def test_a_variant_of_its_own_length_shows_what_steps_another_is_worth(tmp_path: Path) -> None:
+    """TST is 0.01 to 0.03 below a variant that takes 1.2 x the steps."""
+    runs = experiment(longest=4)
+    runs += [run("plain", seed, 1200, 3.0 + delta + 0.01 * (1 + seed)) for seed, delta in enumerate(DELTAS)]
+    found = comparison(runs)["variants"]["plain"]
+    assert (found["steps_ratio"], found["flops_ratio"]) == (1.2, 1.2)
+    assert found["equal_flops"]["baseline_steps"] == found["equal_data"]["baseline_steps"] == 1200
+    assert found["equal_flops"]["baseline_val_loss"] == pytest.approx(3.0 - 0.2 * math.log2(1.2))
+    at_equal = [delta + 0.01 * (1 + seed) + 0.2 * math.log2(1.2) for seed, delta in enumerate(DELTAS)]
+    assert found["equal_flops"]["delta_val_loss"] == pytest.approx(mean(at_equal))
+    assert found["equal_flops"]["interval"] == pytest.approx(t_interval(at_equal))
+    assert found["against_tst"]["interval"] == pytest.approx(t_interval([0.01, 0.02, 0.03]))
+    steps = [1000 * 2 ** (-(delta + 0.01 * (1 + seed)) / 0.2) for seed, delta in enumerate(DELTAS)]
+    assert [s["speedup"] for s in found["speedup_per_seed"]] == pytest.approx([n / 1200 for n in steps])
+    for text in shown(directory_of(runs, tmp_path / "longer")):
+        words = " ".join(text.split())
+        assert "plain: in 1.2 x the steps" in words and "plain: equal FLOPs" in words and "tst: equal FLOPs" in words
+        assert "its steps take 1.20 x the FLOPs" in words and "plain ends 0.0200 nats above tst" in words
+
+    assert [row[-1] for row in interval_table(read(tmp_path / "longer"))] == ["FLOPs", "1.00", "1.20"]
+
+
+@pytest.mark.parametrize("runs", [experiment(), [r for r in experiment() if "-x" not in r.name]])
+def test_the_table_fits_into_80_columns(runs: list[Run], tmp_path: Path) -> None:
+    out = directory_of(runs, tmp_path / "out")
+    console = Console(record=True, width=80, file=(tmp_path / "terminal.txt").open("w"))
+    print_table(out, console)
+    assert interval_table(read(out))[0][-1] == "time" and "…" not in console.export_text()
+
+
+def test_a_length_counts_the_steps_of_a_variant_and_1_is_the_plain_one() -> None:
+    longer = Variant("longer", Config().superposition, length=1.25)
+    same = Variant("same", Config().superposition)
+    config = replace(Config(), compare=CompareConfig(seeds=(7,), variants=(longer, same)))
+    config = replace(config, train=replace(config.train, steps=1000, warmup_steps=10))
+    jobs = {j.name: j.config for j in jobs_of(config)}
+    assert {name: c.train.steps for name, c in jobs.items()} == {
+        "baseline": 1000, "tst": 1000, "longer": 1250, "same": 1000
+    }  # fmt: skip
+    assert jobs["same"] == jobs["tst"]
+    assert jobs["longer"].schedule.switches == [round(1250 * config.superposition.ratio)]
+    assert replace(jobs["longer"], train=jobs["tst"].train) == jobs["tst"]
+    for length in (0.0, -1.0, math.inf, math.nan, 1e-9):
+        wrong = replace(config, compare=CompareConfig(variants=(replace(longer, length=length),)))
+        with pytest.raises(TokenSuperpositionError, match=r"the length of longer is .* of 1000 steps; give a"):
+            wrong.check()
+
+
+def test_one_seed_has_no_interval_and_says_so(tmp_path: Path) -> None:
+    runs = [r for r in experiment() if r.seed == 1]
+    for text in shown(directory_of(runs, tmp_path / "one")):
+        assert "one seed: there is no interval" in text and "none" in text and "standard deviation" not in text
+        assert "the baseline would need about" in text
+
+
+@pytest.mark.parametrize(
+    ("loss", "expected"),
+    [
+        (3.1, "at most 1,000 steps, 1.00 x the 1,000 (the shortest that was run, which is below already)"),
+        (2.9, "about 1,414 steps, 1.41 x the 1,000 (between baselines that were run)"),
+        (2.7, "at least 2,000 steps, 2.00 x the 1,000 (the longest that was run, which is still above)"),
+    ],
+)
+def test_one_seed_has_a_bound_where_it_is_not_between_baselines(loss: float, expected: str, tmp_path: Path) -> None:
+    runs = [run("baseline", 0, 1000, 3.0), run("tst", 0, 1000, loss), run("baseline-x2", 0, 2000, 2.8)]
+    assert all(expected in text for text in shown(directory_of(runs, tmp_path / "out")))
+
+
+def test_text_that_is_read_again_is_told(tmp_path: Path) -> None:
+    once_each, again = experiment(), [replace(r, epochs=1 + (r.name == "tst")) for r in experiment()]
+    for text in shown(directory_of(again, tmp_path / "again")):
+        assert "tst reads its text 2.0 times, the baseline 1.0 times" in text
+    assert all("reads its text" not in text for text in shown(directory_of(once_each, tmp_path / "once")))
