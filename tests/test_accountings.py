@@ -1,4 +1,4 @@
-"""The accountings of a comparison, of made-up runs: intervals against scipy, bounds, other lengths, and how they are told."""
+"""The accountings of a comparison, of made-up runs: intervals against scipy, bounds, lengths, and how they are told."""
 
 from __future__ import annotations
 

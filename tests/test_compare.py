@@ -14,6 +14,7 @@ from rich.console import Console
 from scipy import stats
 
 from tests.conftest import VOCAB, tiny
+from tests.test_accountings import run
 from token_superposition import TokenSuperpositionError
 from token_superposition.data.tokenizer import load_tokenizer
 from token_superposition.experiment import jobs as jobs_module
