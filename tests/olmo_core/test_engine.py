@@ -199,6 +199,18 @@ def test_state_of_another_loader_is_refused(prepared: Path, tmp_path: Path) -> N
         assert loader.batches_processed == 2
 
 
+def test_a_trainer_that_goes_on_beyond_the_plan(prepared: Path, tmp_path: Path) -> None:
+    """It would begin with bags again. The module tells before the first step, the loader when the plan is over."""
+    plan, remedy = plan_of(prepared), r"6 steps, in one epoch; set max_duration to Duration.steps\(6\)"
+    with pytest.raises(TokenSuperpositionError, match=f"max_duration is 10 steps, but the plan .* has {remedy}"):
+        fit(run_config(prepared, steps=10), plan, small_model("llama"), tmp_path)
+    loader = PlannedDataLoader(plan, tmp_path)
+    loader.reshuffle()
+    assert loader.epoch == 1
+    with pytest.raises(TokenSuperpositionError, match=f"epoch 2 begins, but the plan .* has {remedy}"):
+        loader.reshuffle(2)
+
+
 def test_head_on_ordinary_labels_is_the_stock_head() -> None:
     torch.manual_seed(0)
     config = transformer_config(small_model("llama").config).lm_head

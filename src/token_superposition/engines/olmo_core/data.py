@@ -61,8 +61,22 @@ class PlannedDataLoader(DataLoaderBase):
         self.batches_processed = state_dict["step"]
 
     def reshuffle(self, epoch: int | None = None, **kwargs: Any) -> None:
-        """Nothing to shuffle: the plan has shuffled the whole run."""
-        self._epoch = epoch or 1
+        """Nothing to shuffle: the plan has shuffled the whole run, which is one epoch.
+
+        Raises ``TokenSuperpositionError`` for another one, which would begin with bags again.
+        """
+        if epoch is not None and epoch > 1:
+            raise TokenSuperpositionError(f"epoch {epoch} begins, but {self._one_epoch()}")
+        self._epoch = 1
+
+    def check_steps(self, steps: int) -> None:
+        """Raise ``TokenSuperpositionError`` if the plan has fewer steps: at the start of a run, not at its end."""
+        if steps > self.total_batches:
+            raise TokenSuperpositionError(f"the trainer's max_duration is {steps} steps, but {self._one_epoch()}")
+
+    def _one_epoch(self) -> str:
+        n = self.total_batches
+        return f"the plan of the samples has {n} steps, in one epoch; set max_duration to Duration.steps({n})"
 
     def _iter_batches(self) -> Iterable[dict[str, Any]]:
         steps = range(self.batches_processed, self.total_batches)

@@ -13,6 +13,7 @@ from olmo_core.train.train_module import TransformerTrainModule
 from torch import Tensor
 
 from token_superposition.embedding import superpose
+from token_superposition.engines.olmo_core.data import PlannedDataLoader
 from token_superposition.schedule import WSD
 
 
@@ -26,6 +27,12 @@ class TSTTrainModule(TransformerTrainModule):
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
         superpose(self.model)  # after FSDP, which puts a class of its own in front of the embedding's
+
+    def pre_train(self) -> None:
+        super().pre_train()
+        trainer = self.trainer  # with a hard_stop it may end before the plan does
+        if isinstance(trainer.data_loader, PlannedDataLoader) and trainer.max_steps and trainer.hard_stop is None:
+            trainer.data_loader.check_steps(trainer.max_steps)
 
     def train_batch(self, batch: dict[str, Any], dry_run: bool = False) -> None:
         has_target = batch["labels"] != self.label_ignore_index
