@@ -14,7 +14,8 @@ import torch
 import torch.distributed as dist
 from olmo_core.nn.hf.convert import convert_state_from_hf
 from olmo_core.nn.lm_head import LMHeadConfig
-from olmo_core.train.callbacks import Callback
+from olmo_core.train import Duration
+from olmo_core.train.callbacks import BatchSizeSchedulerCallback, Callback
 from transformers import AutoModelForCausalLM
 
 from tests.conftest import tiny
@@ -66,13 +67,15 @@ class Spy(Callback):
         self.metrics.setdefault(step, {}).update(metrics)
 
 
-def fit(config: Config, plan: PlannedDataset, start: Any, out: Path) -> tuple[Any, Spy]:
+def fit(
+    config: Config, plan: PlannedDataset, start: Any, out: Path, callbacks: dict[str, Callback] | None = None
+) -> tuple[Any, Spy]:
     """Train from the weights of a transformers model."""
     spy = Spy()
     model = transformer_config(start.config, config.superposition.weighting).build(init_device="meta")
     module = train_module(config, model, Layout(1, 1, config.train.micro_batch_size or plan.batch_size))
     load_weights(module.model, start)
-    trainer = build_trainer(config, out, module, plan, {"spy": spy})
+    trainer = build_trainer(config, out, module, plan, {"spy": spy} | (callbacks or {}))
     trainer.fit()
     return trainer, spy
 
@@ -209,6 +212,14 @@ def test_a_trainer_that_goes_on_beyond_the_plan(prepared: Path, tmp_path: Path) 
     assert loader.epoch == 1
     with pytest.raises(TokenSuperpositionError, match=f"epoch 2 begins, but the plan .* has {remedy}"):
         loader.reshuffle(2)
+
+
+def test_another_batch_size_is_refused(prepared: Path, tmp_path: Path) -> None:
+    """The loader went on with the plan's batches, while learning rate, token counts and resume point changed."""
+    schedule = BatchSizeSchedulerCallback(batch_sizes=[64, 128], schedule=[Duration.steps(0), Duration.steps(2)])
+    message = r"to become 128 tokens, but every step of the plan has 64 \(4 sequences of 16\); leave BatchSizeSchedul"
+    with pytest.raises(TokenSuperpositionError, match=message):
+        fit(run_config(prepared, steps=6), plan_of(prepared), small_model("llama"), tmp_path, {"sizes": schedule})
 
 
 def test_head_on_ordinary_labels_is_the_stock_head() -> None:

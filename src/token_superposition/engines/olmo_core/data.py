@@ -45,6 +45,20 @@ class PlannedDataLoader(DataLoaderBase):
         self.workers = workers
 
     @property
+    def global_batch_size(self) -> int:
+        return self._global_batch_size
+
+    @global_batch_size.setter
+    def global_batch_size(self, new_global_batch_size: int) -> None:
+        """Raises ``TokenSuperpositionError`` for another one than the plan's, which every sample depends on."""
+        if new_global_batch_size != self.global_batch_size:
+            raise TokenSuperpositionError(
+                f"the batch size is to become {new_global_batch_size} tokens, but every step of the plan has "
+                f"{self.global_batch_size} ({self.plan.batch_size} sequences of {self.plan.sequence_length}); "
+                "leave BatchSizeSchedulerCallback out"
+            )
+
+    @property
     def total_batches(self) -> int:
         return self.plan.schedule.total_steps
 
