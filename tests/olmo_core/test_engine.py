@@ -16,6 +16,7 @@ from olmo_core.nn.hf.convert import convert_state_from_hf
 from olmo_core.nn.lm_head import LMHeadConfig
 from olmo_core.train import Duration
 from olmo_core.train.callbacks import BatchSizeSchedulerCallback, Callback
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import CheckpointWrapper
 from transformers import AutoModelForCausalLM
 
 from tests.conftest import tiny
@@ -100,6 +101,23 @@ def test_first_step_on_bags_is_the_reference(architecture: str, weighting: Any, 
     norm = torch.cat([g.flatten() for g in grads.values()]).norm()
     assert spy.metrics[1]["optim/total grad norm"] == pytest.approx(norm.item(), rel=1e-5)
     assert spy.whole_logits == 0
+
+
+def test_activation_checkpointing_computes_every_block_again(prepared: Path, tmp_path: Path) -> None:
+    """With the same losses in both phases and the same finished model."""
+    start, plan = small_model("llama"), plan_of(prepared)
+    runs = [
+        fit(run_config(prepared, steps=6, activation_checkpointing=again), plan, start, tmp_path / str(again))
+        for again in (False, True)
+    ]
+    for (trainer, _), wrapped in zip(runs, ([], ["0", "1"]), strict=True):
+        blocks = trainer.train_module.model.blocks
+        assert [i for i, block in blocks.items() if isinstance(block, CheckpointWrapper)] == wrapped
+        export_model(trainer.train_module.model, start.config, tmp_path / f"model{len(wrapped)}")
+    losses = [[spy.metrics[step]["train/CE loss"] for step in range(1, 7)] for _, spy in runs]
+    assert losses[0] == losses[1]
+    files = [tmp_path / f"model{n}" / "model.safetensors" for n in (0, 2)]
+    assert files[0].read_bytes() == files[1].read_bytes()
 
 
 @pytest.mark.parametrize("sides", ["input", "output"])
