@@ -14,7 +14,8 @@ import torch
 import torch.distributed as dist
 from olmo_core.nn.hf.convert import convert_state_from_hf
 from olmo_core.nn.lm_head import LMHeadConfig
-from olmo_core.train import Duration
+from olmo_core.optim import AdamWConfig, OptimConfig
+from olmo_core.train import Duration, TrainerConfig
 from olmo_core.train.callbacks import BatchSizeSchedulerCallback, Callback
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import CheckpointWrapper
 from transformers import AutoModelForCausalLM
@@ -28,6 +29,7 @@ from token_superposition.engines.olmo_core import (
     PlannedDataLoader,
     TSTLMHead,
     TSTSpeedMonitor,
+    TSTTrainModule,
     export_model,
     load_weights,
     transformer_config,
@@ -79,6 +81,19 @@ def fit(
     trainer = build_trainer(config, out, module, plan, {"spy": spy} | (callbacks or {}))
     trainer.fit()
     return trainer, spy
+
+
+def own_script(plan: PlannedDataset, out: Path, optim: OptimConfig) -> Spy:
+    """What a user's own script does with the documented replacements, and no callback of ours but the speed monitor."""
+    spy = Spy()
+    model = transformer_config(small_model("llama").config).build(init_device="meta")
+    tokens = plan.batch_size * plan.sequence_length
+    module = TSTTrainModule(model, optim, tokens, plan.sequence_length, max_grad_norm=1.0)
+    duration = Duration.steps(plan.schedule.total_steps)
+    trainer = TrainerConfig(str(out), max_duration=duration, metrics_collect_interval=1, no_checkpoints=True)
+    trainer.add_callbacks({"spy": spy, "speed_monitor": TSTSpeedMonitor()})
+    trainer.build(module, PlannedDataLoader(plan, out)).fit()
+    return spy
 
 
 @pytest.mark.parametrize("architecture", BOTH)
@@ -167,6 +182,14 @@ def test_tokens_and_flops_follow_latent_positions(prepared: Path, tmp_path: Path
         tokens, flops, steps = (spy.metrics[step][f"throughput/device/{x}"] for x in ("TPS", "flopsPS", "BPS"))
         assert tokens / steps == pytest.approx(4 * 16) and flops / tokens == pytest.approx(per_position)
     assert any(isinstance(c, TSTSpeedMonitor) for c in trainer.callbacks.values())
+
+
+def test_bag_sizes_and_token_counts_are_metrics_of_an_own_script(prepared: Path, tmp_path: Path) -> None:
+    spy = own_script(plan_of(prepared), tmp_path, AdamWConfig())
+    names = ("input_bag", "output_bag", "latent_tokens", "raw_tokens")
+    counts = [tuple(spy.metrics[step][f"superposition/{name}"] for name in names) for step in range(1, 7)]
+    bags = [(4, 4, 64 * step, 256 * step) for step in (1, 2, 3)]
+    assert counts == bags + [(1, 1, 192 + 64 * step, 768 + 64 * step) for step in (1, 2, 3)]
 
 
 def test_learning_rate_is_the_curve_of_wsd(prepared: Path, tmp_path: Path) -> None:

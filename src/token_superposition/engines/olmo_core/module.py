@@ -13,7 +13,7 @@ from olmo_core.train.train_module import TransformerTrainModule
 from torch import Tensor
 
 from token_superposition.embedding import superpose
-from token_superposition.engines.olmo_core.data import PlannedDataLoader
+from token_superposition.engines.olmo_core.data import PlannedDataLoader, step_counts
 from token_superposition.schedule import WSD
 
 
@@ -62,8 +62,17 @@ class PlannedWSD(Scheduler):
 
 @dataclass
 class TSTSpeedMonitor(SpeedMonitorCallback):
-    """``SpeedMonitorCallback`` that counts a bag as the one position it is computed as."""
+    """``SpeedMonitorCallback`` that counts a bag as the one position it is computed as.
+
+    Bag sizes and token counts of every step of a ``PlannedDataLoader`` are metrics of the trainer, ``superposition/*``.
+    """
 
     def pre_step(self, batch: dict[str, Any]) -> None:
         ids: torch.Tensor = batch["input_ids"]
         super().pre_step({**batch, "input_ids": ids[..., 0] if ids.dim() == 3 else ids})
+
+    def post_step(self) -> None:
+        super().post_step()
+        if isinstance(loader := self.trainer.data_loader, PlannedDataLoader):
+            for name, value in step_counts(loader.plan, self.step).items():
+                self.trainer.record_metric(name, value, namespace="superposition")
