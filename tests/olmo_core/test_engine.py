@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from olmo_core.nn.hf.convert import convert_state_from_hf
 from olmo_core.nn.lm_head import LMHeadConfig
-from olmo_core.optim import AdamWConfig, OptimConfig
+from olmo_core.optim import AdamWConfig, OptimConfig, SkipStepAdamWConfig
 from olmo_core.train import Duration, TrainerConfig
 from olmo_core.train.callbacks import BatchSizeSchedulerCallback, Callback
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import CheckpointWrapper
@@ -190,6 +190,13 @@ def test_bag_sizes_and_token_counts_are_metrics_of_an_own_script(prepared: Path,
     counts = [tuple(spy.metrics[step][f"superposition/{name}"] for name in names) for step in range(1, 7)]
     bags = [(4, 4, 64 * step, 256 * step) for step in (1, 2, 3)]
     assert counts == bags + [(1, 1, 192 + 64 * step, 768 + 64 * step) for step in (1, 2, 3)]
+
+
+def test_skip_step_compares_steps_of_the_same_bag_sizes(prepared: Path, tmp_path: Path) -> None:
+    """With a limit that every step exceeds, three pass that have too few earlier ones, after the switch again three."""
+    optim = SkipStepAdamWConfig(rolling_interval_length=8, sigma_factor=-100)
+    spy = own_script(plan_of(prepared, 12), tmp_path, optim)
+    assert [spy.metrics[step]["optim/step skipped"] for step in range(1, 13)] == [0, 0, 0, 1, 1, 1] * 2
 
 
 def test_learning_rate_is_the_curve_of_wsd(prepared: Path, tmp_path: Path) -> None:

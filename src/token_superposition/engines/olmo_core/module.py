@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from olmo_core.nn.lm_head import LMOutputWithLoss
+from olmo_core.optim import SkipStepOptimizer
 from olmo_core.optim.scheduler import Scheduler
 from olmo_core.train.callbacks import SpeedMonitorCallback
 from olmo_core.train.train_module import TransformerTrainModule
@@ -21,11 +22,13 @@ class TSTTrainModule(TransformerTrainModule):
     """``TransformerTrainModule`` whose batches may be bags; everything else is the stock one.
 
     A batch is what ``PlannedDataLoader`` gives; the model's head must be built by ``TSTLMHeadConfig``. The loss is the
-    mean over the latent positions that have a target.
+    mean over the latent positions that have a target. A ``SkipStepOptimizer`` compares a step with earlier ones of the
+    same bag sizes: the loss jumps at a switch, and the first ordinary steps were skipped.
     """
 
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
+        self._history: dict[tuple[torch.Size, torch.Size], tuple[list[Tensor], list[Tensor]]] = {}
         superpose(self.model)  # after FSDP, which puts a class of its own in front of the embedding's
 
     def pre_train(self) -> None:
@@ -37,6 +40,9 @@ class TSTTrainModule(TransformerTrainModule):
     def train_batch(self, batch: dict[str, Any], dry_run: bool = False) -> None:
         has_target = batch["labels"] != self.label_ignore_index
         self._positions = (has_target.any(-1) if has_target.dim() == 3 else has_target).sum()
+        if isinstance(optim := self.optim, SkipStepOptimizer) and not dry_run:
+            bags = batch["input_ids"].shape[2:], batch["labels"].shape[2:]
+            optim._losses, optim._grad_norms = self._history.setdefault(bags, ([], []))  # pyright: ignore[reportPrivateUsage]
         super().train_batch(batch, dry_run)
 
     def model_forward(
