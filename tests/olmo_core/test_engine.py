@@ -13,10 +13,12 @@ import pytest
 import torch
 import torch.distributed as dist
 from olmo_core.nn.hf.convert import convert_state_from_hf
-from olmo_core.nn.lm_head import LMHeadConfig
+from olmo_core.nn.lm_head import LMHeadConfig, LMHeadType
+from olmo_core.nn.transformer import TransformerConfig
 from olmo_core.optim import AdamWConfig, OptimConfig, SkipStepAdamWConfig
 from olmo_core.train import Duration, TrainerConfig
 from olmo_core.train.callbacks import BatchSizeSchedulerCallback, Callback
+from olmo_core.train.train_module import TransformerTrainModule
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import CheckpointWrapper
 from transformers import AutoModelForCausalLM
 
@@ -28,6 +30,7 @@ from token_superposition.data.store import TokenStore
 from token_superposition.engines.olmo_core import (
     PlannedDataLoader,
     TSTLMHead,
+    TSTLMHeadConfig,
     TSTSpeedMonitor,
     TSTTrainModule,
     export_model,
@@ -268,6 +271,37 @@ def test_another_batch_size_is_refused(prepared: Path, tmp_path: Path) -> None:
     message = r"to become 128 tokens, but every step of the plan has 64 \(4 sequences of 16\); leave BatchSizeSchedul"
     with pytest.raises(TokenSuperpositionError, match=message):
         fit(run_config(prepared, steps=6), plan_of(prepared), small_model("llama"), tmp_path, {"sizes": schedule})
+
+
+def test_models_without_the_head_for_bags_are_refused() -> None:
+    def train(config: TransformerConfig) -> None:
+        TSTTrainModule(config.build(init_device="meta"), AdamWConfig(), 64, 16)
+
+    stock = transformer_config(small_model("llama").config)
+    stock.lm_head = LMHeadConfig(layer_norm=stock.lm_head.layer_norm, bias=False)
+    with pytest.raises(TokenSuperpositionError, match=r"head is LMHead, .*build the model with lm_head=TSTLMHead"):
+        train(stock)
+    ngpt = TransformerConfig.ngpt_like(d_model=48, vocab_size=320, n_layers=2, n_heads=2)
+    for head in (ngpt.lm_head, TSTLMHeadConfig(bias=False), TSTLMHeadConfig(name=LMHeadType.normalized)):
+        ngpt.lm_head = head
+        with pytest.raises(TokenSuperpositionError, match=r"nGPT's head has scales .*, so choose another model"):
+            train(ngpt)
+
+
+def test_batch_without_labels() -> None:
+    """The next tokens are the labels of an ordinary batch, as in the stock module; those of bags are not in it."""
+    ours, stock = (transformer_config(small_model("llama").config) for _ in range(2))
+    stock.lm_head = LMHeadConfig(layer_norm=stock.lm_head.layer_norm, bias=False)
+    losses: list[torch.Tensor] = []
+    ids = torch.arange(64).reshape(4, 16)
+    for kind, config in ((TransformerTrainModule, stock), (TSTTrainModule, ours)):
+        module: Any = kind(config.build(init_device="meta"), AdamWConfig(), 64, 16)
+        module.record_metric = lambda *_, **__: None
+        module.record_ce_loss = lambda value, *_: losses.append(value)
+        module.train_batch({"input_ids": ids})
+    torch.testing.assert_close(losses[0], losses[1])
+    with pytest.raises(TokenSuperpositionError, match=r"the batch of bags has no labels, .*; add labels"):
+        module.train_batch({"input_ids": ids.reshape(4, 4, 4)})
 
 
 def test_head_on_ordinary_labels_is_the_stock_head() -> None:

@@ -8,7 +8,7 @@ from typing import Any, cast
 import torch
 from olmo_core.nn.feed_forward import FeedForwardConfig
 from olmo_core.nn.layer_norm import LayerNormType
-from olmo_core.nn.lm_head import LMHead, LMHeadConfig, LMOutputWithLoss
+from olmo_core.nn.lm_head import LMHead, LMHeadConfig, LMHeadType, LMOutputWithLoss
 from olmo_core.nn.transformer import TransformerConfig
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
@@ -19,6 +19,7 @@ from token_superposition.loss import linear_multi_hot_cross_entropy
 from token_superposition.weights import Weighting, place_weights
 
 ARCHITECTURES = ("llama", "qwen3")
+NO_NGPT = "nGPT's head has scales that the loss on bags knows nothing of, so choose another model"
 
 
 @dataclass
@@ -29,6 +30,9 @@ class TSTLMHeadConfig(LMHeadConfig):
     """Weights of the places in a target bag."""
 
     def build(self, *, d_model: int, vocab_size: int, init_device: str = "cpu") -> LMHead:
+        """Raises ``TokenSuperpositionError`` for the normalized head."""
+        if self.name != LMHeadType.default:
+            raise TokenSuperpositionError(f"TSTLMHeadConfig: name is {str(self.name)!r}; {NO_NGPT}")
         return TSTLMHead(
             d_model=d_model,
             vocab_size=vocab_size,

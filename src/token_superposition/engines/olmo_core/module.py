@@ -6,7 +6,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from olmo_core.data.utils import get_labels
 from olmo_core.nn.lm_head import LMOutputWithLoss
+from olmo_core.nn.transformer import NormalizedTransformer, Transformer
 from olmo_core.optim import SkipStepOptimizer
 from olmo_core.optim.scheduler import Scheduler
 from olmo_core.train.callbacks import SpeedMonitorCallback
@@ -15,6 +17,8 @@ from torch import Tensor
 
 from token_superposition.embedding import superpose
 from token_superposition.engines.olmo_core.data import PlannedDataLoader, step_counts
+from token_superposition.engines.olmo_core.model import NO_NGPT, TSTLMHead
+from token_superposition.errors import TokenSuperpositionError
 from token_superposition.schedule import WSD
 
 
@@ -26,8 +30,15 @@ class TSTTrainModule(TransformerTrainModule):
     same bag sizes: the loss jumps at a switch, and the first ordinary steps were skipped.
     """
 
-    def __init__(self, *args: Any, **kwargs: Any):
-        super().__init__(*args, **kwargs)
+    def __init__(self, model: Transformer, *args: Any, **kwargs: Any):
+        if isinstance(model, NormalizedTransformer):
+            raise TokenSuperpositionError(f"the model is a NormalizedTransformer; {NO_NGPT}")
+        if not isinstance(model.lm_head, TSTLMHead):
+            raise TokenSuperpositionError(
+                f"the model's head is {type(model.lm_head).__name__}, which takes no bags of targets; build the model "
+                "with lm_head=TSTLMHeadConfig(...), with the layer_norm, bias and dtype of its LMHeadConfig"
+            )
+        super().__init__(model, *args, **kwargs)
         self._history: dict[tuple[torch.Size, torch.Size], tuple[list[Tensor], list[Tensor]]] = {}
         superpose(self.model)  # after FSDP, which puts a class of its own in front of the embedding's
 
@@ -38,6 +49,13 @@ class TSTTrainModule(TransformerTrainModule):
             trainer.data_loader.check_steps(trainer.max_steps)
 
     def train_batch(self, batch: dict[str, Any], dry_run: bool = False) -> None:
+        if "labels" not in batch:
+            if batch["input_ids"].dim() == 3:
+                raise TokenSuperpositionError(
+                    "the batch of bags has no labels, which do not follow from its input_ids; add labels as "
+                    "PlannedDataLoader does: the bag after each position"
+                )
+            batch["labels"] = get_labels(batch, label_ignore_index=self.label_ignore_index)
         has_target = batch["labels"] != self.label_ignore_index
         self._positions = (has_target.any(-1) if has_target.dim() == 3 else has_target).sum()
         if isinstance(optim := self.optim, SkipStepOptimizer) and not dry_run:
