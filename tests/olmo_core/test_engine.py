@@ -7,13 +7,14 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
 from olmo_core.nn.hf.convert import convert_state_from_hf
-from olmo_core.nn.lm_head import LMHeadConfig, LMHeadType
+from olmo_core.nn.lm_head import LMHead, LMHeadConfig, LMHeadType
 from olmo_core.nn.transformer import TransformerConfig
 from olmo_core.optim import AdamWConfig, OptimConfig, SkipStepAdamWConfig
 from olmo_core.train import Duration, TrainerConfig
@@ -318,10 +319,28 @@ def test_head_on_ordinary_labels_is_the_stock_head() -> None:
         assert got.logits is None
         torch.testing.assert_close((got.loss, got.ce_loss), (want.loss, want.ce_loss))
     assert torch.equal(ours(x), stock(x))
-    got, want = (head(x, labels=labels, loss_reduction="none") for head in (ours, stock))
-    assert torch.equal(got.loss, want.loss) and torch.equal(got.logits, want.logits)
+    kept: list[dict[str, Any]] = [{"logits_to_keep": 2}, {"logits_to_keep": torch.tensor([[3, 0], [1, 2]])}]
+    for options in ({"loss_reduction": "none"}, {}, *kept, *({"return_logits": False} | k for k in kept)):
+        got, want = (head(x, labels=labels, **options) for head in (ours, stock))
+        assert torch.equal(got.loss, want.loss), options
+        assert (got.logits is None) == ("return_logits" in options) == (want.logits is None)
+        assert got.logits is None or torch.equal(got.logits, want.logits)
+        with pytest.raises(TokenSuperpositionError, match=r"labels are bags \(2, 5, 1\), .*; set return_logits=False"):
+            ours(x, labels=labels[..., None], **options)
     with pytest.raises(TokenSuperpositionError, match="leave it None"):
-        ours(x, labels=labels, z_loss_multiplier=1e-4)
+        ours(x, labels=labels, return_logits=False, z_loss_multiplier=1e-4)
+
+
+@pytest.mark.parametrize("first", ["apply_tp", "apply_cp"])
+def test_tensor_with_context_parallelism_is_refused(first: str) -> None:
+    """The loss was too small by the number of context-parallel processes."""
+    head = transformer_config(small_model("llama").config).lm_head.build(d_model=32, vocab_size=320)
+    mesh: Any = SimpleNamespace(size=lambda: 2)
+    with pytest.MonkeyPatch.context() as patch:  # a mesh of several processes takes several
+        patch.setattr(LMHead, "apply_tp", lambda self, mesh, _: setattr(self, "_tp_mesh", mesh))
+        getattr(head, first)(mesh)
+        with pytest.raises(TokenSuperpositionError, match=r"tp_config and cp_config are both set, .*; leave one out"):
+            (head.apply_cp if first == "apply_tp" else head.apply_tp)(mesh)
 
 
 @pytest.mark.parametrize("architecture", BOTH)
