@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from olmo_core.data.utils import get_labels
@@ -26,8 +26,11 @@ class TSTTrainModule(TransformerTrainModule):
     """``TransformerTrainModule`` whose batches may be bags; everything else is the stock one.
 
     A batch is what ``PlannedDataLoader`` gives; the model's head must be built by ``TSTLMHeadConfig``. The loss is the
-    mean over the latent positions that have a target. A ``SkipStepOptimizer`` compares a step with earlier ones of the
-    same bag sizes: the loss jumps at a switch, and the first ordinary steps were skipped.
+    mean over the latent positions of a rank that have a target, averaged over the ranks: as in stock OLMo-core, a
+    target counts less on a rank that has more of them. A ``SkipStepOptimizer`` compares a step with earlier ones of the
+    same bag sizes, since the loss jumps at a switch.
+
+    Raises ``TokenSuperpositionError`` for a model without such a head, and for bags without labels.
     """
 
     def __init__(self, model: Transformer, *args: Any, **kwargs: Any):
@@ -58,9 +61,9 @@ class TSTTrainModule(TransformerTrainModule):
             batch["labels"] = get_labels(batch, label_ignore_index=self.label_ignore_index)
         has_target = batch["labels"] != self.label_ignore_index
         self._positions = (has_target.any(-1) if has_target.dim() == 3 else has_target).sum()
-        if isinstance(optim := self.optim, SkipStepOptimizer) and not dry_run:
-            bags = batch["input_ids"].shape[2:], batch["labels"].shape[2:]
-            optim._losses, optim._grad_norms = self._history.setdefault(bags, ([], []))  # pyright: ignore[reportPrivateUsage]
+        if isinstance(self.optim, SkipStepOptimizer) and not dry_run:
+            bags, optim = (batch["input_ids"].shape[2:], batch["labels"].shape[2:]), cast(Any, self.optim)
+            optim._losses, optim._grad_norms = self._history.setdefault(bags, ([], []))
         super().train_batch(batch, dry_run)
 
     def model_forward(
