@@ -77,7 +77,7 @@ class TSTLMHead(LMHead):
         if labels is None or loss_reduction == "none" or return_logits is not False or not every_position:
             if labels is not None and labels.dim() == 3:
                 raise TokenSuperpositionError(
-                    f"labels are bags {tuple(labels.shape)}, whose loss has no logits and every position; "
+                    f"labels are bags {tuple(labels.shape)}, whose loss is over every position, without logits; "
                     'set return_logits=False, loss_reduction to "sum" or "mean", and no logits_to_keep'
                 )
             return super().forward(
