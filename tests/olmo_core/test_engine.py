@@ -7,14 +7,20 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
 from olmo_core.nn.hf.convert import convert_state_from_hf
-from olmo_core.nn.lm_head import LMHeadConfig
-from olmo_core.train.callbacks import Callback
+from olmo_core.nn.lm_head import LMHead, LMHeadConfig, LMHeadType
+from olmo_core.nn.transformer import TransformerConfig
+from olmo_core.optim import AdamWConfig, OptimConfig, SkipStepAdamWConfig
+from olmo_core.train import Duration, TrainerConfig
+from olmo_core.train.callbacks import BatchSizeSchedulerCallback, Callback
+from olmo_core.train.train_module import TransformerTrainModule
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import CheckpointWrapper
 from transformers import AutoModelForCausalLM
 
 from tests.conftest import tiny
@@ -25,7 +31,9 @@ from token_superposition.data.store import TokenStore
 from token_superposition.engines.olmo_core import (
     PlannedDataLoader,
     TSTLMHead,
+    TSTLMHeadConfig,
     TSTSpeedMonitor,
+    TSTTrainModule,
     export_model,
     load_weights,
     transformer_config,
@@ -66,15 +74,30 @@ class Spy(Callback):
         self.metrics.setdefault(step, {}).update(metrics)
 
 
-def fit(config: Config, plan: PlannedDataset, start: Any, out: Path) -> tuple[Any, Spy]:
+def fit(
+    config: Config, plan: PlannedDataset, start: Any, out: Path, callbacks: dict[str, Callback] | None = None
+) -> tuple[Any, Spy]:
     """Train from the weights of a transformers model."""
     spy = Spy()
     model = transformer_config(start.config, config.superposition.weighting).build(init_device="meta")
     module = train_module(config, model, Layout(1, 1, config.train.micro_batch_size or plan.batch_size))
     load_weights(module.model, start)
-    trainer = build_trainer(config, out, module, plan, {"spy": spy})
+    trainer = build_trainer(config, out, module, plan, {"spy": spy} | (callbacks or {}))
     trainer.fit()
     return trainer, spy
+
+
+def own_script(plan: PlannedDataset, out: Path, optim: OptimConfig) -> Spy:
+    """What a user's own script does with the documented replacements, and no callback of ours but the speed monitor."""
+    spy = Spy()
+    model = transformer_config(small_model("llama").config).build(init_device="meta")
+    tokens = plan.batch_size * plan.sequence_length
+    module = TSTTrainModule(model, optim, tokens, plan.sequence_length, max_grad_norm=1.0)
+    duration = Duration.steps(plan.schedule.total_steps)
+    trainer = TrainerConfig(str(out), max_duration=duration, metrics_collect_interval=1, no_checkpoints=True)
+    trainer.add_callbacks({"spy": spy, "speed_monitor": TSTSpeedMonitor()})
+    trainer.build(module, PlannedDataLoader(plan, out)).fit()
+    return spy
 
 
 @pytest.mark.parametrize("architecture", BOTH)
@@ -97,6 +120,23 @@ def test_first_step_on_bags_is_the_reference(architecture: str, weighting: Any, 
     norm = torch.cat([g.flatten() for g in grads.values()]).norm()
     assert spy.metrics[1]["optim/total grad norm"] == pytest.approx(norm.item(), rel=1e-5)
     assert spy.whole_logits == 0
+
+
+def test_activation_checkpointing_computes_every_block_again(prepared: Path, tmp_path: Path) -> None:
+    """With the same losses in both phases and the same finished model."""
+    start, plan = small_model("llama"), plan_of(prepared)
+    runs = [
+        fit(run_config(prepared, steps=6, activation_checkpointing=again), plan, start, tmp_path / str(again))
+        for again in (False, True)
+    ]
+    for (trainer, _), wrapped in zip(runs, ([], ["0", "1"]), strict=True):
+        blocks = trainer.train_module.model.blocks
+        assert [i for i, block in blocks.items() if isinstance(block, CheckpointWrapper)] == wrapped
+        export_model(trainer.train_module.model, start.config, tmp_path / f"model{len(wrapped)}")
+    losses = [[spy.metrics[step]["train/CE loss"] for step in range(1, 7)] for _, spy in runs]
+    assert losses[0] == losses[1]
+    files = [tmp_path / f"model{n}" / "model.safetensors" for n in (0, 2)]
+    assert files[0].read_bytes() == files[1].read_bytes()
 
 
 @pytest.mark.parametrize("sides", ["input", "output"])
@@ -148,6 +188,21 @@ def test_tokens_and_flops_follow_latent_positions(prepared: Path, tmp_path: Path
     assert any(isinstance(c, TSTSpeedMonitor) for c in trainer.callbacks.values())
 
 
+def test_bag_sizes_and_token_counts_are_metrics_of_an_own_script(prepared: Path, tmp_path: Path) -> None:
+    spy = own_script(plan_of(prepared), tmp_path, AdamWConfig())
+    names = ("input_bag", "output_bag", "latent_tokens", "raw_tokens")
+    counts = [tuple(spy.metrics[step][f"superposition/{name}"] for name in names) for step in range(1, 7)]
+    bags = [(4, 4, 64 * step, 256 * step) for step in (1, 2, 3)]
+    assert counts == bags + [(1, 1, 192 + 64 * step, 768 + 64 * step) for step in (1, 2, 3)]
+
+
+def test_skip_step_compares_steps_of_the_same_bag_sizes(prepared: Path, tmp_path: Path) -> None:
+    """With a limit that every step exceeds, three pass that have too few earlier ones, after the switch again three."""
+    optim = SkipStepAdamWConfig(rolling_interval_length=8, sigma_factor=-100)
+    spy = own_script(plan_of(prepared, 12), tmp_path, optim)
+    assert [spy.metrics[step]["optim/step skipped"] for step in range(1, 13)] == [0, 0, 0, 1, 1, 1] * 2
+
+
 def test_learning_rate_is_the_curve_of_wsd(prepared: Path, tmp_path: Path) -> None:
     config = run_config(prepared, steps=10, warmup_steps=3, decay_ratio=0.4)
     _, spy = fit(config, plan_of(prepared, 10), small_model("llama"), tmp_path)
@@ -179,8 +234,75 @@ def test_ranks_share_the_batches_of_the_plan(workers: int, prepared: Path, tmp_p
             expected = torch.stack([plan[i][key] for i in range(4 * seen, 4 * seen + 4)])
             assert torch.equal(torch.cat([p[name] for p in parts]), expected)
         seen += 1
-        assert [loader.state_dict() for loader in loaders] == [{"step": seen}] * 2
+        assert [loader.state_dict()["step"] for loader in loaders] == [seen] * 2
     assert seen == len(loaders[0]) == 6
+
+
+def test_state_of_another_loader_is_refused(prepared: Path, tmp_path: Path) -> None:
+    """The states of the same plan and of one saved before there were fingerprints are taken."""
+    loader = PlannedDataLoader(plan_of(prepared), tmp_path)
+    other = PlannedDataLoader(plan_of(prepared, 12, 8), tmp_path).state_dict() | {"step": 4}
+    differ = r"phases .* there, \[\[0, 4, 4\], \[3, 1, 1\]\] here, batch_size 8 there, 4 here; .*load_trainer"
+    with pytest.raises(TokenSuperpositionError, match=f"another plan of the samples: {differ}"):
+        loader.load_state_dict(other)
+    ordinary = {"dataset_type": "fsl", "batches_processed": 5, "tokens_processed": 320, "epoch": 1, "seed": 0}
+    with pytest.raises(TokenSuperpositionError, match=r"no step of a plan; .*load_trainer_state=False"):
+        loader.load_state_dict(ordinary)
+    assert loader.batches_processed == 0
+    for state in (loader.state_dict() | {"step": 2}, {"step": 2}):
+        loader.load_state_dict(state)
+        assert loader.batches_processed == 2
+
+
+def test_a_trainer_that_goes_on_beyond_the_plan(prepared: Path, tmp_path: Path) -> None:
+    """It would begin with bags again. The module tells before the first step, the loader when the plan is over."""
+    plan, remedy = plan_of(prepared), r"6 steps, in one epoch; set max_duration to Duration.steps\(6\)"
+    with pytest.raises(TokenSuperpositionError, match=f"max_duration is 10 steps, but the plan .* has {remedy}"):
+        fit(run_config(prepared, steps=10), plan, small_model("llama"), tmp_path)
+    loader = PlannedDataLoader(plan, tmp_path)
+    loader.reshuffle()
+    assert loader.epoch == 1
+    with pytest.raises(TokenSuperpositionError, match=f"epoch 2 begins, but the plan .* has {remedy}"):
+        loader.reshuffle(2)
+
+
+def test_another_batch_size_is_refused(prepared: Path, tmp_path: Path) -> None:
+    """The loader went on with the plan's batches, while learning rate, token counts and resume point changed."""
+    schedule = BatchSizeSchedulerCallback(batch_sizes=[64, 128], schedule=[Duration.steps(0), Duration.steps(2)])
+    message = r"to become 128 tokens, but every step of the plan has 64 \(4 sequences of 16\); leave BatchSizeSchedul"
+    with pytest.raises(TokenSuperpositionError, match=message):
+        fit(run_config(prepared, steps=6), plan_of(prepared), small_model("llama"), tmp_path, {"sizes": schedule})
+
+
+def test_models_without_the_head_for_bags_are_refused() -> None:
+    def train(config: TransformerConfig) -> None:
+        TSTTrainModule(config.build(init_device="meta"), AdamWConfig(), 64, 16)
+
+    stock = transformer_config(small_model("llama").config)
+    stock.lm_head = LMHeadConfig(layer_norm=stock.lm_head.layer_norm, bias=False)
+    with pytest.raises(TokenSuperpositionError, match=r"head is LMHead, .*build the model with lm_head=TSTLMHead"):
+        train(stock)
+    ngpt = TransformerConfig.ngpt_like(d_model=48, vocab_size=320, n_layers=2, n_heads=2)
+    for head in (ngpt.lm_head, TSTLMHeadConfig(bias=False), TSTLMHeadConfig(name=LMHeadType.normalized)):
+        ngpt.lm_head = head
+        with pytest.raises(TokenSuperpositionError, match=r"nGPT's head has scales .*, so choose another model"):
+            train(ngpt)
+
+
+def test_batch_without_labels() -> None:
+    """The next tokens are the labels of an ordinary batch, as in the stock module; those of bags are not in it."""
+    ours, stock = (transformer_config(small_model("llama").config) for _ in range(2))
+    stock.lm_head = LMHeadConfig(layer_norm=stock.lm_head.layer_norm, bias=False)
+    losses: list[torch.Tensor] = []
+    ids = torch.arange(64).reshape(4, 16)
+    for kind, config in ((TransformerTrainModule, stock), (TSTTrainModule, ours)):
+        module: Any = kind(config.build(init_device="meta"), AdamWConfig(), 64, 16)
+        module.record_metric = lambda *_, **__: None
+        module.record_ce_loss = lambda value, *_: losses.append(value)
+        module.train_batch({"input_ids": ids})
+    torch.testing.assert_close(losses[0], losses[1])
+    with pytest.raises(TokenSuperpositionError, match=r"the batch of bags has no labels, .*; add labels"):
+        module.train_batch({"input_ids": ids.reshape(4, 4, 4)})
 
 
 def test_head_on_ordinary_labels_is_the_stock_head() -> None:
@@ -197,10 +319,28 @@ def test_head_on_ordinary_labels_is_the_stock_head() -> None:
         assert got.logits is None
         torch.testing.assert_close((got.loss, got.ce_loss), (want.loss, want.ce_loss))
     assert torch.equal(ours(x), stock(x))
-    got, want = (head(x, labels=labels, loss_reduction="none") for head in (ours, stock))
-    assert torch.equal(got.loss, want.loss) and torch.equal(got.logits, want.logits)
+    kept: list[dict[str, Any]] = [{"logits_to_keep": 2}, {"logits_to_keep": torch.tensor([[3, 0], [1, 2]])}]
+    for options in ({"loss_reduction": "none"}, {}, *kept, *({"return_logits": False} | k for k in kept)):
+        got, want = (head(x, labels=labels, **options) for head in (ours, stock))
+        assert torch.equal(got.loss, want.loss), options
+        assert (got.logits is None) == ("return_logits" in options) == (want.logits is None)
+        assert got.logits is None or torch.equal(got.logits, want.logits)
+        with pytest.raises(TokenSuperpositionError, match=r"labels are bags \(2, 5, 1\), .*; set return_logits=False"):
+            ours(x, labels=labels[..., None], **options)
     with pytest.raises(TokenSuperpositionError, match="leave it None"):
-        ours(x, labels=labels, z_loss_multiplier=1e-4)
+        ours(x, labels=labels, return_logits=False, z_loss_multiplier=1e-4)
+
+
+@pytest.mark.parametrize("first", ["apply_tp", "apply_cp"])
+def test_tensor_with_context_parallelism_is_refused(first: str) -> None:
+    """The loss was too small by the number of context-parallel processes."""
+    head = transformer_config(small_model("llama").config).lm_head.build(d_model=32, vocab_size=320)
+    mesh: Any = SimpleNamespace(size=lambda: 2)
+    with pytest.MonkeyPatch.context() as patch:  # a mesh of several processes takes several
+        patch.setattr(LMHead, "apply_tp", lambda self, mesh, _: setattr(self, "_tp_mesh", mesh))
+        getattr(head, first)(mesh)
+        with pytest.raises(TokenSuperpositionError, match=r"tp_config and cp_config are both set, .*; leave one out"):
+            (head.apply_cp if first == "apply_tp" else head.apply_tp)(mesh)
 
 
 @pytest.mark.parametrize("architecture", BOTH)

@@ -14,7 +14,7 @@ from olmo_core.distributed.utils import get_rank, get_world_size
 from olmo_core.train.callbacks import Callback, EvaluatorCallback
 
 from token_superposition.data.plan import PlannedDataset, ValidationSet
-from token_superposition.engines.olmo_core.data import PlannedDataLoader, held_out_batches
+from token_superposition.engines.olmo_core.data import PlannedDataLoader, held_out_batches, step_counts
 from token_superposition.engines.olmo_core.module import TSTTrainModule
 from token_superposition.experiment.metrics import read_metrics
 
@@ -32,7 +32,7 @@ class MetricsWriter(Callback):
     """One line of metrics.jsonl for every ``log_every``-th step and every validation, named as by ``tst train``.
 
     ``seconds`` is the time in training steps, without validation and checkpoints. On resume, lines after the
-    checkpoint are dropped. Bag sizes and token counts are recorded as metrics of the trainer, too.
+    checkpoint are dropped.
     """
 
     priority: ClassVar[int] = 100  # before the checkpoint of the step, which holds the seconds
@@ -60,16 +60,7 @@ class MetricsWriter(Callback):
 
     def post_train_batch(self) -> None:
         self.seconds += time.perf_counter() - self._mark
-        plan = plan_of(self)
-        phase, counts = plan.schedule.at(self.step - 1), (plan.batch_size, plan.sequence_length, self.step)
-        for name, value in (
-            ("seconds", self.seconds),
-            ("input_bag", phase.input_bag),
-            ("output_bag", phase.output_bag),
-            ("latent_tokens", plan.schedule.latent_tokens(*counts)),
-            ("raw_tokens", plan.schedule.raw_tokens(*counts)),
-        ):
-            self.trainer.record_metric(name, value, namespace="superposition")
+        self.trainer.record_metric("seconds", self.seconds, namespace="superposition")
 
     def log_metrics(self, step: int, metrics: dict[str, float]) -> None:
         if get_rank() != 0:
@@ -85,8 +76,7 @@ class MetricsWriter(Callback):
                 "grad_norm": metrics["optim/total grad norm"],
                 "learning_rate": metrics["optim/LR (group 0)"],
             }
-            names = ("input_bag", "output_bag", "latent_tokens", "raw_tokens")
-            self._append(line | losses | {k: int(metrics[f"superposition/{k}"]) for k in names})
+            self._append(line | losses | step_counts(plan_of(self), step))
         if VALIDATION in metrics:
             loss = metrics[VALIDATION]
             self._append(line | {"val_loss": loss, "val_bpb": loss * self.bits_per_byte})

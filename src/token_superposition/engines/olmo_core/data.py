@@ -14,6 +14,8 @@ from torch.utils.data import DataLoader
 from token_superposition.data.plan import PlannedDataset, Sample
 from token_superposition.errors import TokenSuperpositionError
 
+START_ANEW = "start at step 0 with its weights alone (load_path and load_trainer_state=False, another save_folder)"
+
 
 class PlannedDataLoader(DataLoaderBase):
     """Reads a ``PlannedDataset`` in its order: step t is samples ``t * B`` to ``(t + 1) * B``, split over the ranks.
@@ -43,18 +45,52 @@ class PlannedDataLoader(DataLoaderBase):
         self.workers = workers
 
     @property
+    def global_batch_size(self) -> int:
+        return self._global_batch_size
+
+    @global_batch_size.setter
+    def global_batch_size(self, new_global_batch_size: int) -> None:
+        """Raises ``TokenSuperpositionError`` for another one than the plan's, which every sample depends on."""
+        if new_global_batch_size != self.global_batch_size:
+            raise TokenSuperpositionError(
+                f"the batch size is to become {new_global_batch_size} tokens, but every step of the plan has "
+                f"{self.global_batch_size} ({self.plan.batch_size} sequences of {self.plan.sequence_length}); "
+                "leave BatchSizeSchedulerCallback out"
+            )
+
+    @property
     def total_batches(self) -> int:
         return self.plan.schedule.total_steps
 
     def state_dict(self) -> dict[str, Any]:
-        return {"step": self.batches_processed}
+        return {"step": self.batches_processed, "plan": self.plan.fingerprint()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Raises ``TokenSuperpositionError`` for the state of another plan or of another kind of loader."""
+        if "step" not in state_dict:
+            raise TokenSuperpositionError(
+                f"the checkpoint's data loader is no PlannedDataLoader: its state has no step of a plan; {START_ANEW}"
+            )
+        self.plan.check_fingerprint(state_dict.get("plan", {}), START_ANEW)  # older states have none
         self.batches_processed = state_dict["step"]
 
     def reshuffle(self, epoch: int | None = None, **kwargs: Any) -> None:
-        """Nothing to shuffle: the plan has shuffled the whole run."""
-        self._epoch = epoch or 1
+        """Nothing to shuffle: the plan has shuffled the whole run, which is one epoch.
+
+        Raises ``TokenSuperpositionError`` for another one, which would begin with bags again.
+        """
+        if epoch is not None and epoch > 1:
+            raise TokenSuperpositionError(f"epoch {epoch} begins, but {self._one_epoch()}")
+        self._epoch = 1
+
+    def check_steps(self, steps: int) -> None:
+        """Raise ``TokenSuperpositionError`` if the plan has fewer steps: at the start of a run, not at its end."""
+        if steps > self.total_batches:
+            raise TokenSuperpositionError(f"the trainer's max_duration is {steps} steps, but {self._one_epoch()}")
+
+    def _one_epoch(self) -> str:
+        n = self.total_batches
+        return f"the plan of the samples has {n} steps, in one epoch; set max_duration to Duration.steps({n})"
 
     def _iter_batches(self) -> Iterable[dict[str, Any]]:
         steps = range(self.batches_processed, self.total_batches)
@@ -85,6 +121,17 @@ def collate(samples: list[Sample]) -> dict[str, Tensor]:
     return {
         "input_ids": torch.stack([s["input_ids"] for s in samples]),
         "labels": torch.stack([s["shift_labels"] for s in samples]),
+    }
+
+
+def step_counts(plan: PlannedDataset, step: int) -> dict[str, int]:
+    """Bag sizes of a step, counted from 1, and the tokens up to its end."""
+    phase, counts = plan.schedule.at(step - 1), (plan.batch_size, plan.sequence_length, step)
+    return {
+        "input_bag": phase.input_bag,
+        "output_bag": phase.output_bag,
+        "latent_tokens": plan.schedule.latent_tokens(*counts),
+        "raw_tokens": plan.schedule.raw_tokens(*counts),
     }
 
 

@@ -8,7 +8,7 @@ from typing import Any, cast
 import torch
 from olmo_core.nn.feed_forward import FeedForwardConfig
 from olmo_core.nn.layer_norm import LayerNormType
-from olmo_core.nn.lm_head import LMHead, LMHeadConfig, LMOutputWithLoss
+from olmo_core.nn.lm_head import LMHead, LMHeadConfig, LMHeadType, LMOutputWithLoss
 from olmo_core.nn.transformer import TransformerConfig
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
@@ -19,6 +19,8 @@ from token_superposition.loss import linear_multi_hot_cross_entropy
 from token_superposition.weights import Weighting, place_weights
 
 ARCHITECTURES = ("llama", "qwen3")
+TP_AND_CP = "tp_config and cp_config are both set, and the loss on bags has one of them at most; leave one out"
+NO_NGPT = "nGPT's head has scales that the loss on bags knows nothing of, so choose another model"
 
 
 @dataclass
@@ -29,6 +31,9 @@ class TSTLMHeadConfig(LMHeadConfig):
     """Weights of the places in a target bag."""
 
     def build(self, *, d_model: int, vocab_size: int, init_device: str = "cpu") -> LMHead:
+        """Raises ``TokenSuperpositionError`` for the normalized head."""
+        if self.name != LMHeadType.default:
+            raise TokenSuperpositionError(f"TSTLMHeadConfig: name is {str(self.name)!r}; {NO_NGPT}")
         return TSTLMHead(
             d_model=d_model,
             vocab_size=vocab_size,
@@ -44,8 +49,11 @@ class TSTLMHead(LMHead):
     """``LMHead`` whose training loss takes labels (B, L) or (B, L, s) and never makes the (B, L, V) logits.
 
     The loss is the multi-hot cross-entropy summed over the latent positions that have a target ("sum"), or their mean.
-    Under tensor parallelism the head is sharded over V and every process gets the whole loss. What needs logits
-    (generation, evaluators that ask for a loss per token) goes the stock way.
+    Under tensor parallelism the head is sharded over V and every process gets the whole loss. What does not say
+    ``return_logits=False``, as the train module does, and what asks for a loss per token or for some positions only
+    goes the stock way, with labels (B, L).
+
+    Raises ``TokenSuperpositionError`` for bags of labels on the stock way, and for tensor with context parallelism.
     """
 
     def __init__(self, *, weighting: Weighting = "uniform", **kwargs: Any):
@@ -63,9 +71,15 @@ class TSTLMHead(LMHead):
         loss_div_factor: Tensor | float | None = None,
         z_loss_multiplier: float | None = None,
         ignore_index: int = -100,
-        **kwargs: Any,
+        logits_to_keep: int | Tensor = 0,
     ) -> Tensor | LMOutputWithLoss:
-        if labels is None or loss_reduction == "none" or return_logits:
+        every_position = isinstance(logits_to_keep, int) and logits_to_keep == 0
+        if labels is None or loss_reduction == "none" or return_logits is not False or not every_position:
+            if labels is not None and labels.dim() == 3:
+                raise TokenSuperpositionError(
+                    f"labels are bags {tuple(labels.shape)}, whose loss is over every position, without logits; "
+                    'set return_logits=False, loss_reduction to "sum" or "mean", and no logits_to_keep'
+                )
             return super().forward(
                 x,
                 labels=self._sharded_like_logits(labels),
@@ -74,7 +88,7 @@ class TSTLMHead(LMHead):
                 loss_div_factor=loss_div_factor,
                 z_loss_multiplier=z_loss_multiplier,
                 ignore_index=ignore_index,
-                **kwargs,
+                logits_to_keep=logits_to_keep,
             )
         if z_loss_multiplier is not None:
             raise TokenSuperpositionError(
@@ -97,7 +111,14 @@ class TSTLMHead(LMHead):
 
     def apply_tp(self, tp_mesh: DeviceMesh, input_layouts: Any = None) -> None:
         """As in ``LMHead``, but labels come whole to every process: each holds the rows of some tokens."""
+        if self.cp_enabled:
+            raise TokenSuperpositionError(TP_AND_CP)
         super().apply_tp(tp_mesh, None)
+
+    def apply_cp(self, cp_mesh: DeviceMesh) -> None:
+        if self.tp_enabled:
+            raise TokenSuperpositionError(TP_AND_CP)
+        super().apply_cp(cp_mesh)
 
     def _sharded_like_logits(self, labels: Tensor | None) -> Tensor | None:
         if labels is None or self._tp_mesh is None:

@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
+from olmo_core.data.utils import get_labels
 from olmo_core.nn.lm_head import LMOutputWithLoss
+from olmo_core.nn.transformer import NormalizedTransformer, Transformer
+from olmo_core.optim import SkipStepOptimizer
 from olmo_core.optim.scheduler import Scheduler
 from olmo_core.train.callbacks import SpeedMonitorCallback
 from olmo_core.train.train_module import TransformerTrainModule
 from torch import Tensor
 
 from token_superposition.embedding import superpose
+from token_superposition.engines.olmo_core.data import PlannedDataLoader, step_counts
+from token_superposition.engines.olmo_core.model import NO_NGPT, TSTLMHead
+from token_superposition.errors import TokenSuperpositionError
 from token_superposition.schedule import WSD
 
 
@@ -20,16 +26,44 @@ class TSTTrainModule(TransformerTrainModule):
     """``TransformerTrainModule`` whose batches may be bags; everything else is the stock one.
 
     A batch is what ``PlannedDataLoader`` gives; the model's head must be built by ``TSTLMHeadConfig``. The loss is the
-    mean over the latent positions that have a target.
+    mean over the latent positions of a rank that have a target, averaged over the ranks: as in stock OLMo-core, a
+    target counts less on a rank that has more of them. A ``SkipStepOptimizer`` compares a step with earlier ones of the
+    same bag sizes, since the loss jumps at a switch.
+
+    Raises ``TokenSuperpositionError`` for a model without such a head, and for bags without labels.
     """
 
-    def __init__(self, *args: Any, **kwargs: Any):
-        super().__init__(*args, **kwargs)
+    def __init__(self, model: Transformer, *args: Any, **kwargs: Any):
+        if isinstance(model, NormalizedTransformer):
+            raise TokenSuperpositionError(f"the model is a NormalizedTransformer; {NO_NGPT}")
+        if not isinstance(model.lm_head, TSTLMHead):
+            raise TokenSuperpositionError(
+                f"the model's head is {type(model.lm_head).__name__}, which takes no bags of targets; build the model "
+                "with lm_head=TSTLMHeadConfig(...), with the layer_norm, bias and dtype of its LMHeadConfig"
+            )
+        super().__init__(model, *args, **kwargs)
+        self._history: dict[tuple[torch.Size, torch.Size], tuple[list[Tensor], list[Tensor]]] = {}
         superpose(self.model)  # after FSDP, which puts a class of its own in front of the embedding's
 
+    def pre_train(self) -> None:
+        super().pre_train()
+        trainer = self.trainer  # with a hard_stop it may end before the plan does
+        if isinstance(trainer.data_loader, PlannedDataLoader) and trainer.max_steps and trainer.hard_stop is None:
+            trainer.data_loader.check_steps(trainer.max_steps)
+
     def train_batch(self, batch: dict[str, Any], dry_run: bool = False) -> None:
+        if "labels" not in batch:
+            if batch["input_ids"].dim() == 3:
+                raise TokenSuperpositionError(
+                    "the batch of bags has no labels, which do not follow from its input_ids; add labels as "
+                    "PlannedDataLoader does: the bag after each position"
+                )
+            batch["labels"] = get_labels(batch, label_ignore_index=self.label_ignore_index)
         has_target = batch["labels"] != self.label_ignore_index
         self._positions = (has_target.any(-1) if has_target.dim() == 3 else has_target).sum()
+        if isinstance(self.optim, SkipStepOptimizer) and not dry_run:
+            bags, optim = (batch["input_ids"].shape[2:], batch["labels"].shape[2:]), cast(Any, self.optim)
+            optim._losses, optim._grad_norms = self._history.setdefault(bags, ([], []))
         super().train_batch(batch, dry_run)
 
     def model_forward(
@@ -55,8 +89,17 @@ class PlannedWSD(Scheduler):
 
 @dataclass
 class TSTSpeedMonitor(SpeedMonitorCallback):
-    """``SpeedMonitorCallback`` that counts a bag as the one position it is computed as."""
+    """``SpeedMonitorCallback`` that counts a bag as the one position it is computed as.
+
+    Bag sizes and token counts of every step of a ``PlannedDataLoader`` are metrics of the trainer, ``superposition/*``.
+    """
 
     def pre_step(self, batch: dict[str, Any]) -> None:
         ids: torch.Tensor = batch["input_ids"]
         super().pre_step({**batch, "input_ids": ids[..., 0] if ids.dim() == 3 else ids})
+
+    def post_step(self) -> None:
+        super().post_step()
+        if isinstance(loader := self.trainer.data_loader, PlannedDataLoader):
+            for name, value in step_counts(loader.plan, self.step).items():
+                self.trainer.record_metric(name, value, namespace="superposition")

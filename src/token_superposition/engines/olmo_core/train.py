@@ -25,6 +25,7 @@ from olmo_core.train import (
 )
 from olmo_core.train.callbacks import Callback, CheckpointerCallback, ConsoleLoggerCallback
 from olmo_core.train.train_module.transformer import (
+    TransformerActivationCheckpointingConfig,
     TransformerDataParallelConfig,
     TransformerTensorParallelConfig,
 )
@@ -196,6 +197,7 @@ def train_module(config: Config, model: Any, layout: Layout) -> TSTTrainModule:
         if distributed
         else None,
         tp_config=TransformerTensorParallelConfig(degree=layout.tensor) if layout.tensor > 1 else None,
+        ac_config=TransformerActivationCheckpointingConfig() if t.activation_checkpointing else None,  # every block
         autocast_precision=torch.bfloat16 if low and not distributed else None,
         max_grad_norm=t.max_grad_norm or math.inf,  # measured also where it is not clipped
         scheduler=PlannedWSD(total_steps=t.steps, warmup_steps=t.warmup_steps, decay_ratio=t.decay_ratio),
