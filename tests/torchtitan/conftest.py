@@ -46,6 +46,7 @@ MOE = {"norm_topk_prob": True, "router_aux_loss_coef": 0.5}
 CONFIGS: dict[str, tuple[str, dict[str, object], str, int | None]] = {
     "llama": ("llama", {"num_key_value_heads": 2, "rms_norm_eps": 1e-5}, "uniform", None),
     "power": ("llama", {"num_key_value_heads": 1, "tie_word_embeddings": True}, "power", 1),
+    "own": ("llama", {"num_key_value_heads": 2, "head_dim": 8}, "uniform", None),
     "moe": ("qwen3_moe", MOE | {"output_router_logits": False}, "uniform", None),
     "balanced": ("qwen3_moe", MOE | {"output_router_logits": True}, "uniform", 2),
 }
@@ -58,6 +59,7 @@ RUNS = {
     "llama-fsdp": ("llama", 2, SAVE),
     "llama-tp": ("llama", 2, TENSOR),
     "power-one": ("power", 1, ""),
+    "own-one": ("own", 1, ""),
     "moe-ep": ("moe", 2, SAVE + EXPERT),
     "balanced-ep": ("balanced", 2, EXPERT),
 }

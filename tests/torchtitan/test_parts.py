@@ -5,14 +5,17 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from torchtitan.components.lora import LoRAConverter
 from torchtitan.components.optimizer import LRSchedulersContainer
 from torchtitan.config import ParallelismConfig
-from torchtitan.models.common import Linear
+from torchtitan.models.common import Embedding, Linear
+from torchtitan.models.llama3 import model_registry
 from transformers.models.qwen3_moe.modeling_qwen3_moe import load_balancing_loss_func
 
 from tests.processes import call
@@ -22,10 +25,17 @@ from token_superposition import WSD, Schedule, TokenSuperpositionError, place_we
 from token_superposition.data.plan import PlannedDataset, ValidationSet
 from token_superposition.data.store import TokenStore
 from token_superposition.engines.torchtitan.balance import BalancedRouter
-from token_superposition.engines.torchtitan.checks import batch_sizes, data_parallel, machine, model_divides
+from token_superposition.engines.torchtitan.checks import (
+    batch_sizes,
+    data_parallel,
+    logits_divide,
+    machine,
+    model_divides,
+)
 from token_superposition.engines.torchtitan.data import HeldOutLoader, PlannedLoader
+from token_superposition.engines.torchtitan.embedding import BagEmbedding
 from token_superposition.engines.torchtitan.loss import BagLoss
-from token_superposition.engines.torchtitan.models import checked_settings
+from token_superposition.engines.torchtitan.models import checked_settings, with_bags
 from token_superposition.experiment.config import ModelConfig
 
 
@@ -168,9 +178,10 @@ def test_models_that_do_not_divide(options: dict[str, Any], tensor: int, expert:
     settings = checked_settings(ModelConfig(options=given), 320, 0, 16)
     parallelism = ParallelismConfig(tensor_parallel_degree=tensor, expert_parallel_degree=expert)
     with pytest.raises(TokenSuperpositionError, match=match):
-        model_divides(settings, parallelism, 16, 8)
+        model_divides(settings, parallelism)
+        logits_divide(settings.vocab_size, parallelism, 16, 8)
     with pytest.raises(TokenSuperpositionError, match=r"17 is not a multiple of loss.num_chunks 8"):
-        model_divides(settings, ParallelismConfig(), 17, 8)
+        logits_divide(320, ParallelismConfig(), 17, 8)
 
 
 @pytest.mark.parametrize(
@@ -185,6 +196,24 @@ def test_models_that_do_not_divide(options: dict[str, Any], tensor: int, expert:
 def test_models_that_torchtitan_lacks(model: ModelConfig, match: str) -> None:
     with pytest.raises(TokenSuperpositionError, match=match):
         checked_settings(model, 320, 0, 16)
+
+
+def test_bags_go_into_a_model_of_ones_own() -> None:
+    """All but the embedding stays, such as what a converter of torchtitan put in; the given spec is not changed."""
+    given = model_registry("debugmodel")
+    spec = with_bags(given, 320)
+    assert isinstance(spec.model.tok_embeddings, BagEmbedding.Config)
+    assert spec.model.tok_embeddings.param_init is given.model.tok_embeddings.param_init
+    assert spec.model.layers is given.model.layers and spec.parallelize_fn is given.parallelize_fn
+    assert type(given.model.tok_embeddings) is Embedding.Config
+    assert with_bags(spec, 320).model.tok_embeddings is spec.model.tok_embeddings
+    with pytest.raises(TokenSuperpositionError, match=r"2048 token embeddings, the data's vocabulary has 2049"):
+        with_bags(given, 2049)
+    frozen = model_registry("debugmodel", converters=[LoRAConverter.Config(rank=4, target_modules=["w1"])])
+    with pytest.raises(TokenSuperpositionError, match=r"embedding FrozenEmbedding.Config, .* subclass of .*BagEmbedd"):
+        with_bags(frozen, 320)
+    with pytest.raises(TokenSuperpositionError, match=r"the model Embedding.Config; .*Decoder.Config"):
+        with_bags(replace(given, model=given.model.tok_embeddings), 320)
 
 
 def test_nothing_starts_where_torchtitan_cannot_run(configs: Path) -> None:

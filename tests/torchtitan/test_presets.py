@@ -12,7 +12,7 @@ from torchtitan.distributed.utils import clip_grad_norm_
 from transformers import AutoModelForCausalLM
 
 from token_superposition.engines.torchtitan import TSTTrainer
-from token_superposition.engines.torchtitan.checks import batch_sizes, data_parallel, model_divides
+from token_superposition.engines.torchtitan.checks import batch_sizes, data_parallel, logits_divide, model_divides
 from token_superposition.engines.torchtitan.config_registry import trainer_config
 from token_superposition.engines.torchtitan.models import checked_settings, model_spec
 from token_superposition.experiment.config import load_config
@@ -52,7 +52,8 @@ def test_preset_in_the_registry(preset: str, tmp_path: Path) -> None:
     assert sum(p.numel() for p in model.parameters()) == sum(p.numel() for p in stock.parameters())
     processes = data_parallel(config.parallelism, 8)
     assert batch_sizes(config.training.global_batch_size, config.training.local_batch_size, processes) > 0
-    model_divides(settings, config.parallelism, config.training.seq_len, config.loss.num_chunks)  # pyright: ignore
+    model_divides(settings, config.parallelism)
+    logits_divide(LLAMA3, config.parallelism, config.training.seq_len, config.loss.num_chunks)  # pyright: ignore
 
 
 @pytest.mark.parametrize(("max_grad_norm", "left"), [(0.0, 5.0), (1.0, 1.0)])

@@ -74,6 +74,13 @@ def test_resume_across_the_switch_is_the_same_run(name: str, runs: Path) -> None
     assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
 
 
+def test_a_model_of_ones_own_is_exported_without_a_description(runs: Path) -> None:
+    written = {p.name for p in (runs / "own-one/model").iterdir()}
+    assert "config.json" not in written and "tokenizer.json" in written
+    path = next((runs / "own-one/model").glob("*.safetensors"))
+    assert load_file(path)["model.layers.1.mlp.gate_proj.weight"].dtype == torch.float32
+
+
 def test_torchtitan_counts_latent_positions(runs: Path) -> None:
     for name, (_, processes, flags) in RUNS.items():
         log = scalars(runs / name)

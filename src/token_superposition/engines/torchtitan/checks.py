@@ -70,27 +70,33 @@ def batch_sizes(batch: int, local: int, processes: int) -> int:  # the micro-bat
     return local
 
 
-def model_divides(settings: Any, parallelism: ParallelismConfig, sequence_length: int, num_chunks: int) -> None:
+def model_divides(settings: Any, parallelism: ParallelismConfig) -> None:
     tensor, expert = parallelism.tensor_parallel_degree, parallelism.expert_parallel_degree
-    checked = [("num_attention_heads", "attention heads"), ("num_key_value_heads", "key-value heads")]
-    named = [(getattr(settings, key), what, f"model.options.{key}") for key, what in checked]
-    named.append((settings.vocab_size, "tokens of the vocabulary", "the tokenizer's vocabulary"))
-    if parallelism.enable_sequence_parallel:
-        named.append((sequence_length, "positions of a sequence", "data.sequence_length"))
-    for value, what, where in named:
-        if value % tensor:
-            raise TokenSuperpositionError(
-                f"{value} {what} cannot be divided over parallelism.tensor_parallel_degree {tensor}; "
-                f"give a degree that divides {value}, or change {where}"
-            )
+    for key, what in (("num_attention_heads", "attention heads"), ("num_key_value_heads", "key-value heads")):
+        _tensor_divides(tensor, getattr(settings, key), what, f"model.options.{key}")
     if expert > 1 and (getattr(settings, "num_experts", None) or 1) % expert:
         raise TokenSuperpositionError(
             f"{getattr(settings, 'num_experts', None) or 'no'} experts cannot be divided over "
             f"parallelism.expert_parallel_degree {expert}; change one of them"
         )
+
+
+def logits_divide(vocab_size: int, parallelism: ParallelismConfig, sequence_length: int, num_chunks: int) -> None:
+    tensor = parallelism.tensor_parallel_degree
+    _tensor_divides(tensor, vocab_size, "tokens of the vocabulary", "the tokenizer's vocabulary")
+    if parallelism.enable_sequence_parallel:
+        _tensor_divides(tensor, sequence_length, "positions of a sequence", "data.sequence_length")
     if sequence_length % num_chunks:
         raise TokenSuperpositionError(
             f"training.seq_len {sequence_length} is not a multiple of loss.num_chunks {num_chunks}; change one of them"
+        )
+
+
+def _tensor_divides(tensor: int, value: int, what: str, where: str) -> None:
+    if value % tensor:
+        raise TokenSuperpositionError(
+            f"{value} {what} cannot be divided over parallelism.tensor_parallel_degree {tensor}; "
+            f"give a degree that divides {value}, or change {where}"
         )
 
 

@@ -12,6 +12,7 @@ import tyro
 from torch import Tensor
 from torchtitan.components.loss import ChunkedLossWrapper
 from torchtitan.distributed.cudagraph import cudagraph_teardown, wrap_with_cuda_graph
+from torchtitan.models.common.decoder import Decoder
 from torchtitan.tools.logging import logger
 from torchtitan.trainer import Trainer
 
@@ -21,6 +22,7 @@ from token_superposition.engines.torchtitan.balance import BalancedRouter
 from token_superposition.engines.torchtitan.checks import (
     batch_sizes,
     data_parallel,
+    logits_divide,
     machine,
     model_divides,
     routers_balance,
@@ -29,7 +31,7 @@ from token_superposition.engines.torchtitan.data import HeldOutLoader, PlannedLo
 from token_superposition.engines.torchtitan.export import export_model
 from token_superposition.engines.torchtitan.loss import BagLoss
 from token_superposition.engines.torchtitan.metrics import BagMetrics
-from token_superposition.engines.torchtitan.models import checked_settings, model_spec
+from token_superposition.engines.torchtitan.models import checked_settings, model_spec, with_bags
 from token_superposition.experiment.config import ModelConfig
 from token_superposition.experiment.superposition import SuperpositionConfig
 
@@ -39,10 +41,11 @@ MODEL = "model"
 class TSTTrainer(Trainer):
     """``Trainer`` whose batches may be bags; everything else is torchtitan's.
 
-    The model is built from ``config.model`` and the vocabulary of the prepared data at ``dataloader.dataset_path``;
-    the phase of a step follows from ``config.superposition`` and ``training.steps``. The labels that torchtitan counts
-    (to normalise the loss, for tps, flops and ``n_tokens_seen``) are one for a latent position; the bags travel beside
-    them. The finished model is written for transformers to ``<dump_folder>/model``.
+    The model is that of ``config.model_spec``, with our embedding, or else built from ``config.model`` and the
+    vocabulary of the prepared data at ``dataloader.dataset_path``; the phase of a step follows from
+    ``config.superposition`` and ``training.steps``. The labels that torchtitan counts (to normalise the loss, for tps,
+    flops and ``n_tokens_seen``) are one for a latent position; the bags travel beside them. The finished model is
+    written for transformers to ``<dump_folder>/model``.
 
     Raises ``TokenSuperpositionError`` before a process group starts for a configuration that cannot be trained.
     """
@@ -50,7 +53,7 @@ class TSTTrainer(Trainer):
     @dataclass(kw_only=True, slots=True)
     class Config(Trainer.Config):
         model: Annotated[ModelConfig, tyro.conf.Suppress] = field(default_factory=ModelConfig)
-        """Architecture and fields of transformers; set by the registry."""
+        """Architecture and fields of transformers; set by the registry. Not read where ``model_spec`` is given."""
         superposition: SuperpositionConfig = field(default_factory=SuperpositionConfig)
         """The first phase."""
 
@@ -65,16 +68,22 @@ class TSTTrainer(Trainer):
         self.schedule = config.superposition.schedule(training.steps)
         self.store = Path(config.dataloader.dataset_path or "data")
         meta = Meta.load(self.store)
-        self.settings = checked_settings(config.model, meta.vocab_size, meta.eos_id, training.seq_len)
-        model_divides(self.settings, parallelism, training.seq_len, config.loss.num_chunks)
-        routers_balance(self.settings, parallelism, config.compile.enable)
-        config.model_spec = model_spec(self.settings, training.seq_len, training.global_batch_size)
+        self.settings = None
+        if config.model_spec is None:
+            self.settings = checked_settings(config.model, meta.vocab_size, meta.eos_id, training.seq_len)
+            model_divides(self.settings, parallelism)
+            routers_balance(self.settings, parallelism, config.compile.enable)
+            config.model_spec = model_spec(self.settings, training.seq_len, training.global_batch_size)
+        else:
+            config.model_spec = with_bags(config.model_spec, meta.vocab_size)
+        vocab_size = cast(Decoder.Config, config.model_spec.model).vocab_size
+        logits_divide(vocab_size, parallelism, training.seq_len, config.loss.num_chunks)
         config.hf_assets_path = str(self.store / "tokenizer")
         config.dataloader.schedule = self.schedule
         config.dataloader.global_batch_size = training.global_batch_size
         config.dataloader.plan(training.seq_len)
         config.loss.loss_fn.weighting = config.superposition.weighting
-        config.loss.loss_fn.vocab_size = self.settings.vocab_size
+        config.loss.loss_fn.vocab_size = vocab_size
         if isinstance(config.validator.dataloader, HeldOutLoader.Config):
             held_out = config.validator.dataloader
             held_out.dataset_path = str(self.store)
