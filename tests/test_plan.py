@@ -1,11 +1,13 @@
 from __future__ import annotations
 
+import json
 import pickle
 import re
 import warnings
 from collections import Counter
 from math import ceil, lcm
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,6 +17,7 @@ from hypothesis import strategies as st
 
 from tests.processes import server
 from token_superposition import Phase, Schedule, TokenSuperpositionError
+from token_superposition.data.boundaries import Boundaries
 from token_superposition.data.plan import MIXED_BATCHES, PlannedDataset, ValidationSet
 from token_superposition.data.store import TokenStore
 from token_superposition.permutation import permute
@@ -126,6 +129,32 @@ def test_seed_changes_the_order_and_nothing_else_does() -> None:
     assert [a.start_of(i) for i in range(80)] != [c.start_of(i) for i in range(80)]
     order = np.random.default_rng(0).permutation(80).tolist()
     assert {i: a.start_of(i) for i in order} == {i: b.start_of(i) for i in range(80)}
+
+
+def test_fingerprint_tells_plans_apart() -> None:
+    def plan(phases: tuple[Phase, ...], **options: Any) -> PlannedDataset:
+        values = {"tokens": np.arange(5000), "sequence_length": 8, "batch_size": 4} | options
+        return PlannedDataset(schedule=Schedule(phases), **values)
+
+    phases = (Phase(3, 4, 4), Phase(9))
+    saved = json.loads(json.dumps(plan(phases).fingerprint()))
+    boundaries = Boundaries(np.zeros(5000, bool), np.arange(5000) % 7 == 0)
+    others: dict[str, tuple[tuple[Phase, ...], dict[str, Any]]] = {
+        "phases [[0, 4, 4], [3, 1, 1]] there, [[0, 4, 2], [3, 1, 1]] here": ((Phase(3, 4, 2), Phase(9)), {}),
+        "phases [[0, 4, 4], [3, 1, 1]] there, [[0, 4, 4], [4, 1, 1]] here": ((Phase(4, 4, 4), Phase(8)), {}),
+        "sequence_length 8 there, 16 here": (phases, {"sequence_length": 16}),
+        "batch_size 4 there, 8 here": (phases, {"batch_size": 8}),
+        "seed 0 there, 1 here": (phases, {"seed": 1}),
+        "common_bag 4 there, 8 here": (phases, {"common_bag": 8}),
+        "tokens 5000 there, 4000 here": (phases, {"tokens": np.arange(4000)}),
+        "shift False there, True here": (phases, {"shift": True}),
+        "boundaries None there, ": (phases, {"boundaries": boundaries}),
+    }
+    for message, (schedule, options) in others.items():
+        with pytest.raises(TokenSuperpositionError, match=f"samples: {re.escape(message)}.*, or begin again$"):
+            plan(schedule, **options).check_fingerprint(saved, "begin again")
+    for same in (plan(phases), plan(phases, common_bag=2), plan((Phase(3, 4, 4), Phase(20)))):
+        same.check_fingerprint(saved, "begin again")
 
 
 def test_waste_at_a_switch_is_less_than_one_window() -> None:

@@ -179,8 +179,24 @@ def test_ranks_share_the_batches_of_the_plan(workers: int, prepared: Path, tmp_p
             expected = torch.stack([plan[i][key] for i in range(4 * seen, 4 * seen + 4)])
             assert torch.equal(torch.cat([p[name] for p in parts]), expected)
         seen += 1
-        assert [loader.state_dict() for loader in loaders] == [{"step": seen}] * 2
+        assert [loader.state_dict()["step"] for loader in loaders] == [seen] * 2
     assert seen == len(loaders[0]) == 6
+
+
+def test_state_of_another_loader_is_refused(prepared: Path, tmp_path: Path) -> None:
+    """The states of the same plan and of one saved before there were fingerprints are taken."""
+    loader = PlannedDataLoader(plan_of(prepared), tmp_path)
+    other = PlannedDataLoader(plan_of(prepared, 12, 8), tmp_path).state_dict() | {"step": 4}
+    differ = r"phases .* there, \[\[0, 4, 4\], \[3, 1, 1\]\] here, batch_size 8 there, 4 here; .*load_trainer"
+    with pytest.raises(TokenSuperpositionError, match=f"another plan of the samples: {differ}"):
+        loader.load_state_dict(other)
+    ordinary = {"dataset_type": "fsl", "batches_processed": 5, "tokens_processed": 320, "epoch": 1, "seed": 0}
+    with pytest.raises(TokenSuperpositionError, match=r"no step of a plan; .*load_trainer_state=False"):
+        loader.load_state_dict(ordinary)
+    assert loader.batches_processed == 0
+    for state in (loader.state_dict() | {"step": 2}, {"step": 2}):
+        loader.load_state_dict(state)
+        assert loader.batches_processed == 2
 
 
 def test_head_on_ordinary_labels_is_the_stock_head() -> None:

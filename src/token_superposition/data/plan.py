@@ -12,7 +12,10 @@ Resuming needs the step and nothing else.
 
 from __future__ import annotations
 
+import reprlib
 import warnings
+import zlib
+from collections.abc import Mapping
 from dataclasses import dataclass
 from math import ceil, lcm
 from typing import Any
@@ -135,6 +138,35 @@ class PlannedDataset(Dataset[Sample]):
 
     def __len__(self) -> int:
         return self.schedule.total_steps * self.batch_size
+
+    def fingerprint(self) -> dict[str, Any]:
+        """What decides the samples, as JSON values: for the state that a loader saves in a checkpoint.
+
+        A phase is its first step, input bag and output bag. The last one may become longer: a longer plan begins like a
+        shorter one. Of the text it has the length, not the content.
+        """
+        phases = zip(self.schedule.starts, self.schedule.phases, strict=True)
+        tables = self.boundaries and self.boundaries.before.tobytes() + self.boundaries.after.tobytes()
+        return {
+            "phases": [[first_step, p.input_bag, p.output_bag] for first_step, p in phases],
+            "sequence_length": self.sequence_length,
+            "batch_size": self.batch_size,
+            "seed": self.seed,
+            "common_bag": self.block_bags,
+            "tokens": len(self.tokens),
+            "shift": self.shift,
+            "boundaries": zlib.crc32(tables) if tables else None,
+        }
+
+    def check_fingerprint(self, saved: Mapping[str, Any], remedy: str) -> None:
+        """Raise ``TokenSuperpositionError`` if ``saved`` is the fingerprint of other samples; it says what differs."""
+        here = self.fingerprint()
+        differ = [k for k in here if k in saved and saved[k] != here[k]]
+        if differ:
+            values = ", ".join(f"{k} {reprlib.repr(saved[k])} there, {reprlib.repr(here[k])} here" for k in differ)
+            raise TokenSuperpositionError(
+                f"the checkpoint is of another plan of the samples: {values}; give the checkpoint's values, or {remedy}"
+            )
 
     def __getitem__(self, index: int) -> Sample:
         plan, start = self._locate(index)

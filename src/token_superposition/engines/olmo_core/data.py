@@ -14,6 +14,8 @@ from torch.utils.data import DataLoader
 from token_superposition.data.plan import PlannedDataset, Sample
 from token_superposition.errors import TokenSuperpositionError
 
+START_ANEW = "start at step 0 with its weights alone (load_path and load_trainer_state=False, another save_folder)"
+
 
 class PlannedDataLoader(DataLoaderBase):
     """Reads a ``PlannedDataset`` in its order: step t is samples ``t * B`` to ``(t + 1) * B``, split over the ranks.
@@ -47,9 +49,15 @@ class PlannedDataLoader(DataLoaderBase):
         return self.plan.schedule.total_steps
 
     def state_dict(self) -> dict[str, Any]:
-        return {"step": self.batches_processed}
+        return {"step": self.batches_processed, "plan": self.plan.fingerprint()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Raises ``TokenSuperpositionError`` for the state of another plan or of another kind of loader."""
+        if "step" not in state_dict:
+            raise TokenSuperpositionError(
+                f"the checkpoint's data loader is no PlannedDataLoader: its state has no step of a plan; {START_ANEW}"
+            )
+        self.plan.check_fingerprint(state_dict.get("plan", {}), START_ANEW)  # older states have none
         self.batches_processed = state_dict["step"]
 
     def reshuffle(self, epoch: int | None = None, **kwargs: Any) -> None:
