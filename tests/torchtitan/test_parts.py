@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
 from torchtitan.components.lora import LoRAConverter
 from torchtitan.components.optimizer import LRSchedulersContainer
 from torchtitan.config import ParallelismConfig
@@ -93,8 +94,9 @@ def test_torchtitans_schedule_is_our_wsd(steps: int, warmup: int, decay: float) 
         container.step()
 
 
-def planned(store: Path, processes: int, rank: int, micro: int) -> PlannedLoader:
-    config = PlannedLoader.Config(dataset_path=str(store), schedule=Schedule.two_phase(6, 4, 0.5), global_batch_size=8)
+def planned(store: Path, processes: int, rank: int, micro: int, steps: int = 6) -> PlannedLoader:
+    schedule = Schedule.two_phase(steps, 4, 0.5)
+    config = PlannedLoader.Config(dataset_path=str(store), schedule=schedule, global_batch_size=8)
     return config.build(dp_world_size=processes, dp_rank=rank, seq_len=16, local_batch_size=micro, tokenizer=None)
 
 
@@ -114,11 +116,27 @@ def test_loader_deals_the_plan(prepared: Path) -> None:
     batches = iter(before)
     for _ in range(8):
         next(batches)
-    assert before.state_dict() == {"step": 4}
-    after = planned(prepared, 4, 3, 1)
-    after.load_state_dict(before.state_dict())
-    rest = list(after)
-    assert [b[0]["input"].tolist() for b in rest] == [[plan[i]["input_ids"].tolist()] for i in (35, 39, 43, 47)]
+    assert before.state_dict()["step"][0] == 4
+    for state in (before.state_dict(), {"step": 4}):  # an older state has no plan
+        after = planned(prepared, 4, 3, 1)
+        after.load_state_dict(state)
+        rest = list(after)
+        assert [b[0]["input"].tolist() for b in rest] == [[plan[i]["input_ids"].tolist()] for i in (35, 39, 43, 47)]
+
+
+def test_state_goes_through_a_checkpoint(prepared: Path, tmp_path: Path) -> None:
+    """An old one lacks no key, and that of another plan is refused."""
+    old = {"dataloader": {"step": 2}}
+    for name, state in (("old", old), ("new", {"dataloader": planned(prepared, 1, 0, 8)})):
+        dcp.save(state, checkpoint_id=tmp_path / name, no_dist=True)
+        loader = planned(prepared, 2, 0, 2)
+        loader.micro_batches = 10
+        dcp.load({"dataloader": loader}, checkpoint_id=tmp_path / name, no_dist=True)
+        assert loader.micro_batches == (4 if name == "old" else 0)
+    other = planned(prepared, 2, 0, 2, steps=12)
+    differ = r"phases \[\[0, 4, 4\], \[3, 1, 1\]\] there, \[\[0, 4, 4\], \[6, 1, 1\]\] here; .*initial_load_path"
+    with pytest.raises(TokenSuperpositionError, match=f"another plan of the samples: {differ}"):
+        dcp.load({"dataloader": other}, checkpoint_id=tmp_path / "new", no_dist=True)
 
 
 def test_held_out_text_is_read_once(prepared: Path) -> None:

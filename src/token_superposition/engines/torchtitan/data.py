@@ -17,6 +17,7 @@ from token_superposition.data.store import TokenStore
 from token_superposition.engines.torchtitan.loss import IGNORED
 from token_superposition.schedule import Schedule
 
+START_ANEW = "start at step 0 with its weights alone (--checkpoint.initial_load_path, another --dump_folder)"
 Batch = tuple[dict[str, Tensor], Tensor]
 
 
@@ -25,7 +26,7 @@ class PlannedLoader(BaseDataLoader):
 
     A batch is ``({"input": ids, "positions": positions}, targets)``: ids (b, L) or (b, L, input_bag), targets (b, L) or
     (b, L, output_bag), positions (b, L) = 0..L-1, which number latent positions in both phases. The state is the
-    number of finished steps and nothing else: a run may go on with another number of processes.
+    number of finished steps and the plan's fingerprint: a run may go on with another number of processes.
     """
 
     @dataclass(kw_only=True, slots=True)
@@ -78,10 +79,14 @@ class PlannedLoader(BaseDataLoader):
             yield list(range(first, first + b))
 
     def state_dict(self) -> dict[str, Any]:
-        return {"step": self.micro_batches // self.per_step}
+        # Both under one key, as a checkpoint must have every key of the state that is loaded: older ones have the step.
+        return {"step": (self.micro_batches // self.per_step, self.plan.fingerprint())}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.micro_batches = state_dict["step"] * self.per_step
+        """Raises ``TokenSuperpositionError`` for the state of another plan."""
+        step, plan = state_dict["step"] if isinstance(state_dict["step"], tuple) else (state_dict["step"], {})
+        self.plan.check_fingerprint(plan, START_ANEW)
+        self.micro_batches = step * self.per_step
 
 
 class HeldOutLoader(BaseDataLoader):
