@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from torchtitan.config import ConfigManager
+from torchtitan.distributed.activation_checkpoint import FullAC, SelectiveAC
 from torchtitan.distributed.utils import clip_grad_norm_
 from transformers import AutoModelForCausalLM
 
@@ -65,3 +66,13 @@ def test_a_norm_of_0_clips_nothing(max_grad_norm: float, left: float) -> None:
     weight.grad = torch.tensor([3.0, 4.0])
     assert clip_grad_norm_([weight], config.training.max_norm).item() == 5
     assert weight.grad.norm().item() == pytest.approx(left, rel=1e-5)
+
+
+def test_activation_checkpointing_is_that_of_the_configuration() -> None:
+    """torchtitan's default is its selective one, whatever was asked for; a flag still has the last word."""
+    ours = load_config("270m")
+    full = trainer_config(replace(ours, train=replace(ours.train, activation_checkpointing=True)), "run")
+    assert isinstance(full.activation_checkpoint, FullAC.Config)
+    assert trainer_config(ours, "run").activation_checkpoint is None
+    assert parse("tst_270m").activation_checkpoint is None
+    assert isinstance(parse("tst_270m", "activation-checkpoint:selective").activation_checkpoint, SelectiveAC.Config)
