@@ -54,10 +54,12 @@ FLAGS = "--optimizer.implementation for-loop --metrics.enable_tensorboard"
 TWO = " --parallelism.spmd_backend partial_dtensor"  # the default backend, spmd_types, needs torch 2.14 from two on
 SAVE = " --checkpoint.enable --checkpoint.interval 4"
 TENSOR, EXPERT = " --parallelism.tensor_parallel_degree 2", " --parallelism.expert_parallel_degree 2"
+PIPELINE = " --parallelism.pipeline_parallel_degree 2 --training.disable_cuda_graphs"
 # run: configuration, processes, flags; two processes without a degree are FSDP2 x 2, with experts FSDP2 x EP 2
 RUNS = {
     "llama-fsdp": ("llama", 2, SAVE),
     "llama-tp": ("llama", 2, TENSOR),
+    "llama-pp": ("llama", 2, PIPELINE),
     "power-one": ("power", 1, ""),
     "own-one": ("own", 1, ""),
     "moe-ep": ("moe", 2, SAVE + EXPERT),

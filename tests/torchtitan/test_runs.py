@@ -74,6 +74,13 @@ def test_resume_across_the_switch_is_the_same_run(name: str, runs: Path) -> None
     assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
 
 
+def test_layouts_export_the_same_model(runs: Path) -> None:
+    """Also where a process has a part of the layers or of each matrix; the weights differ by rounding."""
+    whole, *others = (load_file(next((runs / f"llama-{n}/model").glob("*.safetensors"))) for n in ("fsdp", "tp", "pp"))
+    for other in others:
+        torch.testing.assert_close(other, whole, rtol=0, atol=1e-4)
+
+
 def test_a_model_of_ones_own_is_exported_without_a_description(runs: Path) -> None:
     written = {p.name for p in (runs / "own-one/model").iterdir()}
     assert "config.json" not in written and "tokenizer.json" in written

@@ -9,7 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
-from torchtitan.components.metrics import MetricsProcessor
+from torchtitan.components.metrics import (
+    MetricsProcessor,
+    _get_metrics_rank,  # pyright: ignore[reportPrivateUsage]
+)
+from torchtitan.distributed import ParallelDims
 
 from token_superposition.experiment.metrics import read_metrics
 from token_superposition.schedule import Schedule
@@ -18,7 +22,10 @@ METRICS = "metrics.jsonl"
 
 
 class BagMetrics(MetricsProcessor):
-    """Adds bag sizes, latent and raw tokens to every log and writes ``metrics.jsonl`` on the first process.
+    """Adds bag sizes, latent and raw tokens to every log and writes ``metrics.jsonl``.
+
+    One process writes, the one whose metrics torchtitan keeps: with pipeline parallelism it is of the last stage, which
+    alone has the loss.
 
     torchtitan's own tps, tflops and mfu count latent positions, since these are what the labels that it counts are.
     """
@@ -27,9 +34,18 @@ class BagMetrics(MetricsProcessor):
     class Config(MetricsProcessor.Config):
         pass
 
-    def __init__(self, config: Config, *, dump_folder: str = "./outputs", **kwargs: Any):
-        super().__init__(config, dump_folder=dump_folder, **kwargs)
-        self.path = Path(dump_folder) / METRICS if dist.get_rank() == 0 else None
+    def __init__(
+        self,
+        config: Config,
+        *,
+        parallel_dims: ParallelDims,
+        dump_folder: str = "./outputs",
+        pp_schedule: str = "1F1B",
+        **kwargs: Any,
+    ):
+        places = {"parallel_dims": parallel_dims, "pp_schedule": pp_schedule}
+        super().__init__(config, dump_folder=dump_folder, **places, **kwargs)
+        self.path = Path(dump_folder) / METRICS if dist.get_rank() == _get_metrics_rank(**places) else None
         self.seconds = 0.0
         self._mark = time.perf_counter()
 
