@@ -76,3 +76,10 @@ def test_activation_checkpointing_is_that_of_the_configuration() -> None:
     assert trainer_config(ours, "run").activation_checkpoint is None
     assert parse("tst_270m").activation_checkpoint is None
     assert isinstance(parse("tst_270m", "activation-checkpoint:selective").activation_checkpoint, SelectiveAC.Config)
+
+
+def test_a_pipeline_needs_a_flag() -> None:
+    pipeline = ("--parallelism.pipeline_parallel_degree", "2")
+    with pytest.raises(SystemExit):
+        parse("tst_270m", *pipeline)
+    assert parse("tst_270m", *pipeline, "--training.disable_cuda_graphs").parallelism.pipeline_parallel_degree == 2

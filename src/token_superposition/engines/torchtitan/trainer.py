@@ -74,6 +74,9 @@ class TSTTrainer(Trainer):
             model_divides(self.settings, parallelism)
             routers_balance(self.settings, parallelism, config.compile.enable)
             config.model_spec = model_spec(self.settings, training.seq_len, training.global_batch_size)
+            if not training.disable_cuda_graphs and parallelism.expert_parallel_degree > 1:
+                logger.warning("CUDA graphs are disabled: torchtitan has none for this expert parallelism")
+                training.disable_cuda_graphs = True
         else:
             config.model_spec = with_bags(config.model_spec, meta.vocab_size)
         vocab_size = cast(Decoder.Config, config.model_spec.model).vocab_size
@@ -89,11 +92,6 @@ class TSTTrainer(Trainer):
             held_out.dataset_path = str(self.store)
             samples = ValidationSet(TokenStore(self.store, "validation"), training.seq_len, held_out.tokens)
             config.validator.steps = -(-len(samples) // (training.local_batch_size * processes))
-        if not training.disable_cuda_graphs and (
-            parallelism.expert_parallel_degree > 1 or parallelism.pipeline_parallel_degree > 1
-        ):
-            logger.warning("CUDA graphs are disabled: torchtitan has none for this expert or pipeline parallelism")
-            training.disable_cuda_graphs = True
         super().__init__(config)
         for part in self.model_parts:
             BalancedRouter.link(part)
