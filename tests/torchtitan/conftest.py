@@ -26,6 +26,7 @@ path = "{init}"
 path = "{data}"
 sequence_length = 16
 eval_tokens = 256
+final_eval_tokens = 336
 [superposition]
 bag_size = 4
 ratio = 0.5
@@ -100,7 +101,10 @@ def write_configs(root: Path, prepared: Path) -> None:
 
 @pytest.fixture(scope="session")
 def runs(tmp_path_factory: pytest.TempPathFactory, configs: Path) -> Path:
-    """A directory with a finished run for each of ``RUNS``, and ``NAME-resumed``: taken up again after step 4."""
+    """A directory with a finished run for each of ``RUNS``, and ``NAME-resumed``: taken up again after step 4.
+
+    ``llama-finished`` is a finished run whose command was given again.
+    """
     return once(tmp_path_factory, "runs", lambda root: run_all(root, configs))
 
 
@@ -114,6 +118,9 @@ def run_all(root: Path, configs: Path) -> None:
         before = root / name.removesuffix("-resumed")
         shutil.copytree(before / "checkpoint/step-4", root / name / "checkpoint/step-4")
         shutil.copy(before / "metrics.jsonl", root / name)
+    saved["llama-finished"] = RUNS["llama-fsdp"]
+    shutil.copytree(root / "llama-fsdp/checkpoint", root / "llama-finished/checkpoint")
+    shutil.copy(root / "llama-fsdp/metrics.jsonl", root / "llama-finished")
     torchtitan(configs, 2, {str(root / n): f"--config {c}{flags}" for n, (c, _, flags) in saved.items()})
 
 

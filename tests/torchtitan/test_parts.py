@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -140,7 +141,8 @@ def test_state_goes_through_a_checkpoint(prepared: Path, tmp_path: Path) -> None
 
 
 def test_held_out_text_is_read_once(prepared: Path) -> None:
-    config = HeldOutLoader.Config(dataset_path=str(prepared), tokens=16 * 7)
+    config = HeldOutLoader.Config(dataset_path=str(prepared), tokens=16 * 7, infinite=False)
+    assert [config.steps(16, batch_size) for batch_size in (1, 4, 7, 8)] == [7, 2, 1, 1]
     loaders = [config.build(dp_world_size=2, dp_rank=r, seq_len=16, local_batch_size=2, tokenizer=None) for r in (0, 1)]
     held_out = ValidationSet(TokenStore(prepared, "validation"), 16, 16 * 7)
     assert len(held_out) == 7
@@ -148,6 +150,11 @@ def test_held_out_text_is_read_once(prepared: Path) -> None:
     targets = torch.cat([t for _, t in batches])
     assert targets.shape == (8, 16) and bool((targets[7] == -100).all())
     assert torch.equal(targets[:7], torch.stack([held_out[i]["shift_labels"] for i in range(7)]))
+    endless = replace(config, infinite=True).build(
+        dp_world_size=1, dp_rank=0, seq_len=16, local_batch_size=1, tokenizer=None
+    )
+    after = [t for _, t in islice(endless, 9)][7:]  # a step of a pipeline with 4 micro-batches ends there
+    assert all(bool((t == -100).all()) for t in after)
 
 
 @pytest.mark.parametrize(

@@ -31,12 +31,15 @@ def test_preset_in_the_registry(preset: str, tmp_path: Path) -> None:
     ours = load_config(preset)
     name = preset.replace("-", "_")
     flags = ("--dataloader.dataset_path", str(tmp_path), "--superposition.bag_size", "8")
+    flags += ("--validator.dataloader.final_tokens", "4096")
     config, baseline = parse(f"tst_{name}", *flags), parse(f"baseline_{name}")
     t = ours.train
     assert config.superposition.schedule(config.training.steps).at(0).input_bag == 8
     assert config.superposition.ratio == ours.superposition.ratio
     assert not baseline.superposition.schedule(baseline.training.steps).switches
     assert config.dataloader.dataset_path == str(tmp_path)
+    held_out = config.validator.dataloader
+    assert (held_out.tokens, held_out.final_tokens) == (ours.data.eval_tokens, 4096)  # pyright: ignore
     for c in (config, baseline):
         assert (c.training.steps, c.training.global_batch_size, c.training.seq_len) == (
             t.steps,

@@ -116,7 +116,10 @@ def trainer_config(config: Config, name: str) -> TSTTrainer.Config:
             initial_load_in_hf=start is not None,
         ),
         validator=Validator.Config(
-            enable=True, freq=t.eval_every, steps=1, dataloader=HeldOutLoader.Config(tokens=data.eval_tokens)
+            enable=True,
+            freq=t.eval_every,
+            steps=1,
+            dataloader=HeldOutLoader.Config(tokens=data.eval_tokens, final_tokens=data.final_eval_tokens),
         ),
         comm=CommConfig(train_timeout_seconds=ceil(60 * t.timeout_minutes)),
         debug=DebugConfig(seed=t.seed),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import count
 from typing import Annotated, Any
 
 import torch
@@ -95,23 +96,35 @@ class HeldOutLoader(BaseDataLoader):
     @dataclass(kw_only=True, slots=True)
     class Config(BaseDataLoader.Config):
         tokens: int = 65_536
-        """Held-out tokens of a validation."""
+        """Held-out tokens of each validation during training."""
+        final_tokens: int = 524_288
+        """Held-out tokens of the validation after the last step."""
         infinite: Annotated[bool, tyro.conf.Suppress] = True
-        """Set by torchtitan's validator, which asks for the number of batches that the trainer has counted."""
+        """Set by torchtitan's validator, which asks for the number of batches that the trainer has counted; those of
+        the micro-batches of a pipeline may be more than the text has."""
+
+        def steps(self, sequence_length: int, batch_size: int) -> int:
+            """Steps of ``batch_size`` sequences, on all processes, in which all of the text is read."""
+            return -(-len(self.samples(sequence_length)) // batch_size)
+
+        def samples(self, sequence_length: int) -> ValidationSet:
+            assert self.dataset_path is not None
+            return ValidationSet(TokenStore(self.dataset_path, "validation"), sequence_length, self.tokens)
 
     def __init__(
         self, config: Config, *, dp_world_size: int, dp_rank: int, seq_len: int, local_batch_size: int, **kwargs: Any
     ):
-        assert config.dataset_path is not None
-        self.samples = ValidationSet(TokenStore(config.dataset_path, "validation"), seq_len, config.tokens)
+        self.samples, self.infinite = config.samples(seq_len), config.infinite
         self.first, self.batch = dp_rank * local_batch_size, local_batch_size
         self.stride = dp_world_size * local_batch_size
 
     def __iter__(self) -> Iterator[Batch]:
-        for start in range(self.first, len(self.samples) + self.first, self.stride):
+        for start in count(self.first, self.stride):
+            if not self.infinite and start >= len(self.samples) + self.first:
+                return
             inside = [self.samples[min(start + i, len(self.samples) - 1)] for i in range(self.batch)]
             targets = torch.stack([s["shift_labels"] for s in inside])
-            targets[max(len(self.samples) - start, 0) :] = IGNORED  # the last batch is filled up
+            targets[max(len(self.samples) - start, 0) :] = IGNORED  # the last batches are filled up
             yield _with_positions(torch.stack([s["input_ids"] for s in inside])), targets
 
     def state_dict(self) -> dict[str, Any]:

@@ -50,10 +50,12 @@ class BagMetrics(MetricsProcessor):
         self._mark = time.perf_counter()
 
     def start(self, schedule: Schedule, batch_size: int, sequence_length: int, step: int) -> None:
-        """Lines after ``step``, which a resumed run writes again, are dropped."""
+        """Lines that a resumed run writes again, after ``step`` and of the last validation, are dropped."""
         self.schedule, self.counts = schedule, (batch_size, sequence_length)
         if self.path is not None:
             kept = [m for m in read_metrics(self.path) if m["step"] <= step]
+            if step == schedule.total_steps and kept and "val_loss" in kept[-1]:
+                kept.pop()
             self.seconds = kept[-1]["seconds"] if kept else 0.0
             self.path.parent.mkdir(parents=True, exist_ok=True)
             partial = self.path.with_name(f".{self.path.name}.partial")

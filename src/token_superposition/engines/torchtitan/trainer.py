@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any, cast
 
@@ -16,8 +16,7 @@ from torchtitan.models.common.decoder import Decoder
 from torchtitan.tools.logging import logger
 from torchtitan.trainer import Trainer
 
-from token_superposition.data.plan import ValidationSet
-from token_superposition.data.store import Meta, TokenStore
+from token_superposition.data.store import Meta
 from token_superposition.engines.torchtitan.balance import BalancedRouter
 from token_superposition.engines.torchtitan.checks import (
     batch_sizes,
@@ -90,8 +89,8 @@ class TSTTrainer(Trainer):
         if isinstance(config.validator.dataloader, HeldOutLoader.Config):
             held_out = config.validator.dataloader
             held_out.dataset_path = str(self.store)
-            samples = ValidationSet(TokenStore(self.store, "validation"), training.seq_len, held_out.tokens)
-            config.validator.steps = -(-len(samples) // (training.local_batch_size * processes))
+            self.validated = training.local_batch_size * processes
+            config.validator.steps = held_out.steps(training.seq_len, self.validated)
         super().__init__(config)
         for part in self.model_parts:
             BalancedRouter.link(part)
@@ -130,4 +129,9 @@ class TSTTrainer(Trainer):
 
     def train(self) -> None:
         super().train()
+        if self.config.validator.enable and isinstance(held_out := self.validator.dl_config, HeldOutLoader.Config):
+            self.validator.dl_config = final = replace(held_out, tokens=held_out.final_tokens)
+            steps = final.steps(self.config.training.seq_len, self.validated)
+            self.validator.config = replace(self.config.validator, steps=steps)
+            self.validator.validate(self.model_parts, self.step)
         export_model(self, Path(self.config.dump_folder) / MODEL)
