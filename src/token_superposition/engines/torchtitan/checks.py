@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torchtitan.config import ParallelismConfig
@@ -10,6 +10,8 @@ from torchtitan.tools.utils import device_module
 
 from token_superposition.engines.torchtitan.models import balance_coefficient
 from token_superposition.errors import TokenSuperpositionError, require_int
+
+Part = TypeVar("Part")
 
 
 def machine() -> None:
@@ -23,6 +25,16 @@ def machine() -> None:
             f"torchtitan 0.3.0 calls torch.distributed.set_timeout, which torch {torch.__version__} does not have; "
             "install torch 2.14 or later"
         )
+
+
+def expect(name: str, given: object, wanted: type[Part]) -> Part:
+    """``given``, a part of the configuration. Raises ``TokenSuperpositionError`` if it is of another class."""
+    if not isinstance(given, wanted):
+        raise TokenSuperpositionError(
+            f"config.{name} is a {type(given).__qualname__}, with which TSTTrainer cannot train; "
+            f"give a {wanted.__module__}.{wanted.__qualname__} (trainer_config sets it) or a subclass"
+        )
+    return given
 
 
 def data_parallel(parallelism: ParallelismConfig, world_size: int) -> int:

@@ -43,9 +43,11 @@ class BagMetrics(MetricsProcessor):
         pp_schedule: str = "1F1B",
         **kwargs: Any,
     ):
-        places = {"parallel_dims": parallel_dims, "pp_schedule": pp_schedule}
-        super().__init__(config, dump_folder=dump_folder, **places, **kwargs)
-        self.path = Path(dump_folder) / METRICS if dist.get_rank() == _get_metrics_rank(**places) else None
+        super().__init__(
+            config, parallel_dims=parallel_dims, dump_folder=dump_folder, pp_schedule=pp_schedule, **kwargs
+        )
+        writer = _get_metrics_rank(parallel_dims=parallel_dims, pp_schedule=pp_schedule)
+        self.path = Path(dump_folder) / METRICS if dist.get_rank() == writer else None
         self.seconds = 0.0
         self._mark = time.perf_counter()
 

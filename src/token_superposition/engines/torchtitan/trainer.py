@@ -11,6 +11,7 @@ from typing import Annotated, Any, cast
 import tyro
 from torch import Tensor
 from torchtitan.components.loss import ChunkedLossWrapper
+from torchtitan.components.validate import Validator
 from torchtitan.distributed.cudagraph import cudagraph_teardown, wrap_with_cuda_graph
 from torchtitan.models.common.decoder import Decoder
 from torchtitan.tools.logging import logger
@@ -21,6 +22,7 @@ from token_superposition.engines.torchtitan.balance import BalancedRouter
 from token_superposition.engines.torchtitan.checks import (
     batch_sizes,
     data_parallel,
+    expect,
     logits_divide,
     machine,
     model_divides,
@@ -58,14 +60,16 @@ class TSTTrainer(Trainer):
 
     def __init__(self, config: Config):
         training, parallelism = config.training, config.parallelism
-        assert isinstance(config.dataloader, PlannedLoader.Config)
-        assert isinstance(config.loss, ChunkedLossWrapper.Config) and isinstance(config.loss.loss_fn, BagLoss.Config)
+        dataloader = expect("dataloader", config.dataloader, PlannedLoader.Config)
+        loss = expect("loss", config.loss, ChunkedLossWrapper.Config)
+        bag_loss = expect("loss.loss_fn", loss.loss_fn, BagLoss.Config)
+        expect("metrics", config.metrics, BagMetrics.Config)
         machine()
         config.superposition.refuse_variants("torchtitan")
         processes = data_parallel(parallelism, int(os.environ.get("WORLD_SIZE", 1)))
         training.local_batch_size = batch_sizes(training.global_batch_size, training.local_batch_size, processes)
         self.schedule = config.superposition.schedule(training.steps)
-        self.store = Path(config.dataloader.dataset_path or "data")
+        self.store = Path(dataloader.dataset_path or "data")
         meta = Meta.load(self.store)
         self.settings = None
         if config.model_spec is None:
@@ -79,13 +83,13 @@ class TSTTrainer(Trainer):
         else:
             config.model_spec = with_bags(config.model_spec, meta.vocab_size)
         vocab_size = cast(Decoder.Config, config.model_spec.model).vocab_size
-        logits_divide(vocab_size, parallelism, training.seq_len, config.loss.num_chunks)
+        logits_divide(vocab_size, parallelism, training.seq_len, loss.num_chunks)
         config.hf_assets_path = str(self.store / "tokenizer")
-        config.dataloader.schedule = self.schedule
-        config.dataloader.global_batch_size = training.global_batch_size
-        config.dataloader.plan(training.seq_len)
-        config.loss.loss_fn.weighting = config.superposition.weighting
-        config.loss.loss_fn.vocab_size = vocab_size
+        dataloader.schedule = self.schedule
+        dataloader.global_batch_size = training.global_batch_size
+        dataloader.plan(training.seq_len)
+        bag_loss.weighting = config.superposition.weighting
+        bag_loss.vocab_size = vocab_size
         if isinstance(config.validator.dataloader, HeldOutLoader.Config):
             held_out = config.validator.dataloader
             held_out.dataset_path = str(self.store)
@@ -129,9 +133,14 @@ class TSTTrainer(Trainer):
 
     def train(self) -> None:
         super().train()
-        if self.config.validator.enable and isinstance(held_out := self.validator.dl_config, HeldOutLoader.Config):
-            self.validator.dl_config = final = replace(held_out, tokens=held_out.final_tokens)
-            steps = final.steps(self.config.training.seq_len, self.validated)
-            self.validator.config = replace(self.config.validator, steps=steps)
-            self.validator.validate(self.model_parts, self.step)
+        if self.config.validator.enable and isinstance(self.validator, Validator):
+            self._validate_finally(self.validator)
         export_model(self, Path(self.config.dump_folder) / MODEL)
+
+    def _validate_finally(self, validator: Validator) -> None:
+        held_out = validator.dl_config
+        if isinstance(held_out, HeldOutLoader.Config):
+            validator.dl_config = final = replace(held_out, tokens=held_out.final_tokens)
+            steps = final.steps(self.config.training.seq_len, self.validated)
+            validator.config = replace(self.config.validator, steps=steps)
+            validator.validate(self.model_parts, self.step)
