@@ -103,7 +103,7 @@ def write_configs(root: Path, prepared: Path) -> None:
 def runs(tmp_path_factory: pytest.TempPathFactory, configs: Path) -> Path:
     """A directory with a finished run for each of ``RUNS``, and ``NAME-resumed``: taken up again after step 4.
 
-    ``llama-finished`` is a finished run whose command was given again.
+    ``llama-finished`` is a finished run whose command was given again, ``sparse`` one that logs its first step only.
     """
     return once(tmp_path_factory, "runs", lambda root: run_all(root, configs))
 
@@ -112,7 +112,8 @@ def run_all(root: Path, configs: Path) -> None:
     for processes in (1, 2):
         chosen = {name: r for name, r in RUNS.items() if r[1] == processes}
         planned = {str(root / n): f"--config {c}{flags}" for n, (c, _, flags) in chosen.items()}
-        torchtitan(configs, processes, planned | ({str(root / "vocabulary"): ""} if processes == 2 else {}))
+        also = {"vocabulary": ""} if processes == 2 else {"sparse": "--config power --metrics.log_freq 100"}
+        torchtitan(configs, processes, planned | {str(root / n): flags for n, flags in also.items()})
     saved = {f"{n}-resumed": r for n, r in RUNS.items() if SAVE in r[2]}
     for name in saved:
         before = root / name.removesuffix("-resumed")

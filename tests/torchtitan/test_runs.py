@@ -61,6 +61,8 @@ def test_curve_is_that_of_transformers(name: str, runs: Path, references: Refere
     assert [s for s, _ in validation] == [s for s, _ in expected] == [4, 8, 12, 12]  # the last reads 21 sequences
     assert [v for _, v in validation] == pytest.approx([v for _, v in expected], rel=2 * rel)
     assert validation[-1][1] != validation[-2][1]
+    bits, expected = ([m["val_bpb"] / m["val_loss"] for m in ms if "val_loss" in m] for ms in (ours, theirs))
+    assert bits == pytest.approx([expected[0]] * 5, rel=1e-12)
 
 
 @pytest.mark.parametrize("name", ["llama-fsdp", "moe-ep"])
@@ -106,6 +108,14 @@ def test_torchtitan_counts_latent_positions(runs: Path) -> None:
         assert [s * r for s, r in zip(seconds, rate, strict=True)] == pytest.approx([64 / devices] * 12, rel=1e-4)
         flops = [f / r for f, r in zip(log("tflops"), rate, strict=True)]
         assert flops == pytest.approx([flops[0]] * 12, rel=1e-4) and flops[0] > 0
+        written = column(read_metrics(runs / name / "metrics.jsonl"), "flops")
+        assert [written[s] for s in range(1, 13)] == pytest.approx([flops[0] * 1e12 * 64 * s for s in range(1, 13)])
+
+
+def test_seconds_count_steps_that_are_not_logged(runs: Path) -> None:
+    """A log follows the first step alone, a validation also steps 4, 8 and 12; it is not counted itself."""
+    seconds = [m["seconds"] for m in read_metrics(runs / "sparse/metrics.jsonl")]
+    assert seconds[0] <= seconds[1] < seconds[2] < seconds[3] < seconds[4] == seconds[5]
 
 
 @pytest.mark.parametrize("name", ["llama-fsdp", "power-one", "moe-ep"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
@@ -15,6 +16,7 @@ from torchtitan.components.validate import Validator
 from torchtitan.distributed.cudagraph import cudagraph_teardown, wrap_with_cuda_graph
 from torchtitan.models.common.decoder import Decoder
 from torchtitan.tools.logging import logger
+from torchtitan.tools.utils import device_module
 from torchtitan.trainer import Trainer
 
 from token_superposition.data.store import Meta
@@ -90,11 +92,13 @@ class TSTTrainer(Trainer):
         dataloader.plan(training.seq_len)
         bag_loss.weighting = config.superposition.weighting
         bag_loss.vocab_size = vocab_size
+        self.bits_per_byte = None
         if isinstance(config.validator.dataloader, HeldOutLoader.Config):
             held_out = config.validator.dataloader
             held_out.dataset_path = str(self.store)
             self.validated = training.local_batch_size * processes
             config.validator.steps = held_out.steps(training.seq_len, self.validated)
+            self.bits_per_byte = 1 / math.log(2) / meta.validation.bytes_per_token
         super().__init__(config)
         for part in self.model_parts:
             BalancedRouter.link(part)
@@ -108,7 +112,11 @@ class TSTTrainer(Trainer):
 
         # torchtitan asks for the batches when it has loaded its checkpoint: self.step is where the run starts.
         cast(BagMetrics, self.metrics_processor).start(
-            self.schedule, self.config.training.global_batch_size, self.config.training.seq_len, self.step
+            self.schedule,
+            self.config.training.global_batch_size,
+            self.config.training.seq_len,
+            self.step,
+            self.bits_per_byte,
         )
         return super().batch_generator(one_label_a_position())
 
@@ -129,7 +137,14 @@ class TSTTrainer(Trainer):
                 logger.info("The CUDA graph is captured again: its inputs have another shape")
                 cudagraph_teardown()
                 self.fwd_bwd_fn = wrap_with_cuda_graph(self._forward_backward_body)
+        metrics, checkpoint = cast(BagMetrics, self.metrics_processor), self.config.checkpoint
+        metrics.step_begins()
         super().train_step(data_iterator)
+        validates = self.config.validator.enable and self.validator.should_validate(self.step)
+        saves = checkpoint.enable and self.step % checkpoint.interval == 0
+        if validates or saves or self.step == self.config.training.steps:
+            device_module.synchronize()  # what follows is not training
+        metrics.step_ends()
 
     def train(self) -> None:
         super().train()
