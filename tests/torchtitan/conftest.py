@@ -26,6 +26,7 @@ path = "{init}"
 path = "{data}"
 sequence_length = 16
 eval_tokens = 256
+final_eval_tokens = 336
 [superposition]
 bag_size = 4
 ratio = 0.5
@@ -46,6 +47,7 @@ MOE = {"norm_topk_prob": True, "router_aux_loss_coef": 0.5}
 CONFIGS: dict[str, tuple[str, dict[str, object], str, int | None]] = {
     "llama": ("llama", {"num_key_value_heads": 2, "rms_norm_eps": 1e-5}, "uniform", None),
     "power": ("llama", {"num_key_value_heads": 1, "tie_word_embeddings": True}, "power", 1),
+    "own": ("llama", {"num_key_value_heads": 2, "head_dim": 8}, "uniform", None),
     "moe": ("qwen3_moe", MOE | {"output_router_logits": False}, "uniform", None),
     "balanced": ("qwen3_moe", MOE | {"output_router_logits": True}, "uniform", 2),
 }
@@ -53,11 +55,14 @@ FLAGS = "--optimizer.implementation for-loop --metrics.enable_tensorboard"
 TWO = " --parallelism.spmd_backend partial_dtensor"  # the default backend, spmd_types, needs torch 2.14 from two on
 SAVE = " --checkpoint.enable --checkpoint.interval 4"
 TENSOR, EXPERT = " --parallelism.tensor_parallel_degree 2", " --parallelism.expert_parallel_degree 2"
+PIPELINE = " --parallelism.pipeline_parallel_degree 2 --training.disable_cuda_graphs"
 # run: configuration, processes, flags; two processes without a degree are FSDP2 x 2, with experts FSDP2 x EP 2
 RUNS = {
     "llama-fsdp": ("llama", 2, SAVE),
     "llama-tp": ("llama", 2, TENSOR),
+    "llama-pp": ("llama", 2, PIPELINE),
     "power-one": ("power", 1, ""),
+    "own-one": ("own", 1, ""),
     "moe-ep": ("moe", 2, SAVE + EXPERT),
     "balanced-ep": ("balanced", 2, EXPERT),
 }
@@ -96,7 +101,10 @@ def write_configs(root: Path, prepared: Path) -> None:
 
 @pytest.fixture(scope="session")
 def runs(tmp_path_factory: pytest.TempPathFactory, configs: Path) -> Path:
-    """A directory with a finished run for each of ``RUNS``, and ``NAME-resumed``: taken up again after step 4."""
+    """A directory with a finished run for each of ``RUNS``, and ``NAME-resumed``: taken up again after step 4.
+
+    ``llama-finished`` is a finished run whose command was given again, ``sparse`` one that logs its first step only.
+    """
     return once(tmp_path_factory, "runs", lambda root: run_all(root, configs))
 
 
@@ -104,12 +112,16 @@ def run_all(root: Path, configs: Path) -> None:
     for processes in (1, 2):
         chosen = {name: r for name, r in RUNS.items() if r[1] == processes}
         planned = {str(root / n): f"--config {c}{flags}" for n, (c, _, flags) in chosen.items()}
-        torchtitan(configs, processes, planned | ({str(root / "vocabulary"): ""} if processes == 2 else {}))
+        also = {"vocabulary": ""} if processes == 2 else {"sparse": "--config power --metrics.log_freq 100"}
+        torchtitan(configs, processes, planned | {str(root / n): flags for n, flags in also.items()})
     saved = {f"{n}-resumed": r for n, r in RUNS.items() if SAVE in r[2]}
     for name in saved:
         before = root / name.removesuffix("-resumed")
         shutil.copytree(before / "checkpoint/step-4", root / name / "checkpoint/step-4")
         shutil.copy(before / "metrics.jsonl", root / name)
+    saved["llama-finished"] = RUNS["llama-fsdp"]
+    shutil.copytree(root / "llama-fsdp/checkpoint", root / "llama-finished/checkpoint")
+    shutil.copy(root / "llama-fsdp/metrics.jsonl", root / "llama-finished")
     torchtitan(configs, 2, {str(root / n): f"--config {c}{flags}" for n, (c, _, flags) in saved.items()})
 
 

@@ -33,9 +33,27 @@ def pretend() -> None:
     utils.set_pg_timeouts = lambda timeout, parallel_dims: None  # its barrier names a device, which gloo refuses
 
     from torch.distributed.fsdp._fully_shard import _fsdp_collectives as fsdp
+    from torch.distributed.pipelining import schedules
 
     factors = fsdp._get_gradient_divide_factors  # gloo has no PREMUL_SUM: gradients are summed, then divided by 1
     fsdp._get_gradient_divide_factors = lambda *args: factors(*args[:5], True)
+
+    schedules.PipelineScheduleSingle.step, schedules.PipelineScheduleSingle.eval = step, evaluate  # of torch 2.14
+
+
+def step(self, *, arg_mbs=None, kwarg_mbs=None, target_mbs=None, losses=None, loss_kwargs=None, return_outputs=False):
+    """Of a pipeline: it is given its micro-batches, which older ones divide a batch into."""
+    self._stage.has_backward = self._has_backward
+    self._stage.clear_runtime_states()
+    self._step_microbatches(arg_mbs, kwarg_mbs, target_mbs, losses, return_outputs, loss_kwargs=loss_kwargs)
+
+
+def evaluate(self, **microbatches):
+    self._has_backward = False
+    try:
+        self.step(**microbatches)
+    finally:
+        self._has_backward = True
 
 
 def run(arguments: str) -> None:

@@ -16,6 +16,8 @@ BAD = (
     "--superposition.loss sum-to-one",
 )
 
+OTHERS = ("other data", "other loss", "other chunks", "other metrics")
+
 UNSUPPORTED = {
     "muon": TrainConfig(optimizer="muon"),
     "skip": TrainConfig(on_nonfinite="skip"),
@@ -26,7 +28,7 @@ UNSUPPORTED = {
 def say_what_is_wrong() -> None:
     """Prints the error of each, and whether there was a process group."""
     pretend()
-    for attempt in (*BAD, "old torch", *UNSUPPORTED):
+    for attempt in (*BAD, *OTHERS, "old torch", *UNSUPPORTED):
         try:
             build(attempt)
         except TokenSuperpositionError as e:
@@ -34,6 +36,9 @@ def say_what_is_wrong() -> None:
 
 
 def build(attempt: str) -> None:
+    from torchtitan.components.dataloader import BaseDataLoader
+    from torchtitan.components.loss import CrossEntropyLoss
+    from torchtitan.components.metrics import MetricsProcessor
     from torchtitan.config import ConfigManager
 
     from token_superposition.engines.torchtitan.config_registry import trainer_config
@@ -41,6 +46,17 @@ def build(attempt: str) -> None:
     if attempt in UNSUPPORTED:
         trainer_config(Config(train=UNSUPPORTED[attempt]), "unsupported")
         return
+    if attempt in OTHERS:
+        config = ConfigManager().parse_args(["--module", "tests.torchtitan.registry", "--config", "llama"])
+        if attempt == "other data":
+            config.dataloader = BaseDataLoader.Config()
+        elif attempt == "other loss":
+            config.loss = CrossEntropyLoss.Config()
+        elif attempt == "other chunks":
+            config.loss.loss_fn = CrossEntropyLoss.Config()
+        else:
+            config.metrics = MetricsProcessor.Config()
+        config.build()
     if attempt == "old torch":
         del torch.distributed.set_timeout  # pyright: ignore
     flags = attempt if attempt in BAD else BAD[-1]

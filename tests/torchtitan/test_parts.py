@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
+from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
+from torchtitan.components.lora import LoRAConverter
 from torchtitan.components.optimizer import LRSchedulersContainer
 from torchtitan.config import ParallelismConfig
-from torchtitan.models.common import Linear
+from torchtitan.models.common import Embedding, Linear
+from torchtitan.models.llama3 import model_registry
 from transformers.models.qwen3_moe.modeling_qwen3_moe import load_balancing_loss_func
 
 from tests.processes import call
@@ -22,10 +28,17 @@ from token_superposition import WSD, Schedule, TokenSuperpositionError, place_we
 from token_superposition.data.plan import PlannedDataset, ValidationSet
 from token_superposition.data.store import TokenStore
 from token_superposition.engines.torchtitan.balance import BalancedRouter
-from token_superposition.engines.torchtitan.checks import batch_sizes, data_parallel, machine, model_divides
+from token_superposition.engines.torchtitan.checks import (
+    batch_sizes,
+    data_parallel,
+    logits_divide,
+    machine,
+    model_divides,
+)
 from token_superposition.engines.torchtitan.data import HeldOutLoader, PlannedLoader
+from token_superposition.engines.torchtitan.embedding import BagEmbedding
 from token_superposition.engines.torchtitan.loss import BagLoss
-from token_superposition.engines.torchtitan.models import checked_settings
+from token_superposition.engines.torchtitan.models import checked_settings, with_bags
 from token_superposition.experiment.config import ModelConfig
 
 
@@ -83,8 +96,9 @@ def test_torchtitans_schedule_is_our_wsd(steps: int, warmup: int, decay: float) 
         container.step()
 
 
-def planned(store: Path, processes: int, rank: int, micro: int) -> PlannedLoader:
-    config = PlannedLoader.Config(dataset_path=str(store), schedule=Schedule.two_phase(6, 4, 0.5), global_batch_size=8)
+def planned(store: Path, processes: int, rank: int, micro: int, steps: int = 6) -> PlannedLoader:
+    schedule = Schedule.two_phase(steps, 4, 0.5)
+    config = PlannedLoader.Config(dataset_path=str(store), schedule=schedule, global_batch_size=8)
     return config.build(dp_world_size=processes, dp_rank=rank, seq_len=16, local_batch_size=micro, tokenizer=None)
 
 
@@ -104,15 +118,32 @@ def test_loader_deals_the_plan(prepared: Path) -> None:
     batches = iter(before)
     for _ in range(8):
         next(batches)
-    assert before.state_dict() == {"step": 4}
-    after = planned(prepared, 4, 3, 1)
-    after.load_state_dict(before.state_dict())
-    rest = list(after)
-    assert [b[0]["input"].tolist() for b in rest] == [[plan[i]["input_ids"].tolist()] for i in (35, 39, 43, 47)]
+    assert before.state_dict()["step"][0] == 4
+    for state in (before.state_dict(), {"step": 4}):  # an older state has no plan
+        after = planned(prepared, 4, 3, 1)
+        after.load_state_dict(state)
+        rest = list(after)
+        assert [b[0]["input"].tolist() for b in rest] == [[plan[i]["input_ids"].tolist()] for i in (35, 39, 43, 47)]
+
+
+def test_state_goes_through_a_checkpoint(prepared: Path, tmp_path: Path) -> None:
+    """An old one lacks no key, and that of another plan is refused."""
+    old = {"dataloader": {"step": 2}}
+    for name, state in (("old", old), ("new", {"dataloader": planned(prepared, 1, 0, 8)})):
+        dcp.save(state, checkpoint_id=tmp_path / name, no_dist=True)
+        loader = planned(prepared, 2, 0, 2)
+        loader.micro_batches = 10
+        dcp.load({"dataloader": loader}, checkpoint_id=tmp_path / name, no_dist=True)
+        assert loader.micro_batches == (4 if name == "old" else 0)
+    other = planned(prepared, 2, 0, 2, steps=12)
+    differ = r"phases \[\[0, 4, 4\], \[3, 1, 1\]\] there, \[\[0, 4, 4\], \[6, 1, 1\]\] here; .*initial_load_path"
+    with pytest.raises(TokenSuperpositionError, match=f"another plan of the samples: {differ}"):
+        dcp.load({"dataloader": other}, checkpoint_id=tmp_path / "new", no_dist=True)
 
 
 def test_held_out_text_is_read_once(prepared: Path) -> None:
-    config = HeldOutLoader.Config(dataset_path=str(prepared), tokens=16 * 7)
+    config = HeldOutLoader.Config(dataset_path=str(prepared), tokens=16 * 7, infinite=False)
+    assert [config.steps(16, batch_size) for batch_size in (1, 4, 7, 8)] == [7, 2, 1, 1]
     loaders = [config.build(dp_world_size=2, dp_rank=r, seq_len=16, local_batch_size=2, tokenizer=None) for r in (0, 1)]
     held_out = ValidationSet(TokenStore(prepared, "validation"), 16, 16 * 7)
     assert len(held_out) == 7
@@ -120,6 +151,11 @@ def test_held_out_text_is_read_once(prepared: Path) -> None:
     targets = torch.cat([t for _, t in batches])
     assert targets.shape == (8, 16) and bool((targets[7] == -100).all())
     assert torch.equal(targets[:7], torch.stack([held_out[i]["shift_labels"] for i in range(7)]))
+    endless = replace(config, infinite=True).build(
+        dp_world_size=1, dp_rank=0, seq_len=16, local_batch_size=1, tokenizer=None
+    )
+    after = [t for _, t in islice(endless, 9)][7:]  # a step of a pipeline with 4 micro-batches ends there
+    assert all(bool((t == -100).all()) for t in after)
 
 
 @pytest.mark.parametrize(
@@ -168,9 +204,10 @@ def test_models_that_do_not_divide(options: dict[str, Any], tensor: int, expert:
     settings = checked_settings(ModelConfig(options=given), 320, 0, 16)
     parallelism = ParallelismConfig(tensor_parallel_degree=tensor, expert_parallel_degree=expert)
     with pytest.raises(TokenSuperpositionError, match=match):
-        model_divides(settings, parallelism, 16, 8)
+        model_divides(settings, parallelism)
+        logits_divide(settings.vocab_size, parallelism, 16, 8)
     with pytest.raises(TokenSuperpositionError, match=r"17 is not a multiple of loss.num_chunks 8"):
-        model_divides(settings, ParallelismConfig(), 17, 8)
+        logits_divide(320, ParallelismConfig(), 17, 8)
 
 
 @pytest.mark.parametrize(
@@ -187,6 +224,24 @@ def test_models_that_torchtitan_lacks(model: ModelConfig, match: str) -> None:
         checked_settings(model, 320, 0, 16)
 
 
+def test_bags_go_into_a_model_of_ones_own() -> None:
+    """All but the embedding stays, such as what a converter of torchtitan put in; the given spec is not changed."""
+    given = model_registry("debugmodel")
+    spec = with_bags(given, 320)
+    assert isinstance(spec.model.tok_embeddings, BagEmbedding.Config)
+    assert spec.model.tok_embeddings.param_init is given.model.tok_embeddings.param_init
+    assert spec.model.layers is given.model.layers and spec.parallelize_fn is given.parallelize_fn
+    assert type(given.model.tok_embeddings) is Embedding.Config
+    assert with_bags(spec, 320).model.tok_embeddings is spec.model.tok_embeddings
+    with pytest.raises(TokenSuperpositionError, match=r"2048 token embeddings, the data's vocabulary has 2049"):
+        with_bags(given, 2049)
+    frozen = model_registry("debugmodel", converters=[LoRAConverter.Config(rank=4, target_modules=["w1"])])
+    with pytest.raises(TokenSuperpositionError, match=r"embedding FrozenEmbedding.Config, .* subclass of .*BagEmbedd"):
+        with_bags(frozen, 320)
+    with pytest.raises(TokenSuperpositionError, match=r"the model Embedding.Config; .*Decoder.Config"):
+        with_bags(replace(given, model=given.model.tok_embeddings), 320)
+
+
 def test_nothing_starts_where_torchtitan_cannot_run(configs: Path) -> None:
     """No accelerator: one line. With the shim: a bad batch stops before there is a process group."""
     if not torch.cuda.is_available():
@@ -195,13 +250,24 @@ def test_nothing_starts_where_torchtitan_cannot_run(configs: Path) -> None:
     environment = {"TST_TEST_CONFIGS": str(configs), "WORLD_SIZE": "4", "RANK": "0", "LOCAL_RANK": "0"}
     done = call(say_what_is_wrong, **environment)
     said = [line for line in done.stdout.splitlines() if line.startswith("said:")]
-    assert len(said) == 9 and all(line.endswith(" False") for line in said), done.stdout + done.stderr
-    assert "global_batch_size 6 is not a multiple of 4 data-parallel processes" in said[0]
-    assert "ratio is 1.0" in said[1] and "nowhere holds no prepared data" in said[2]
-    assert "one block needs" in said[3] and "install torch 2.14" in said[5]
-    assert "superposition.loss is 'sum-to-one'; the torchtitan engine does not have it" in said[4]
-    assert "train.optimizer is 'muon'; the torchtitan engine has adamw only" in said[6]
-    assert "torchtitan stops at a loss that is not finite" in said[7] and "keeps every checkpoint" in said[8]
+    expected = [
+        "global_batch_size 6 is not a multiple of 4 data-parallel processes",
+        "ratio is 1.0",
+        "nowhere holds no prepared data",
+        "one block needs",
+        "superposition.loss is 'sum-to-one'; the torchtitan engine does not have it",
+        "config.dataloader is a BaseDataLoader.Config, .* give a .*torchtitan.data.PlannedLoader.Config",
+        "config.loss is a CrossEntropyLoss.Config, .* give a torchtitan.components.loss.ChunkedLossWrapper.Config",
+        "config.loss.loss_fn is a CrossEntropyLoss.Config, .* give a .*torchtitan.loss.BagLoss.Config",
+        "config.metrics is a MetricsProcessor.Config, .* give a .*torchtitan.metrics.BagMetrics.Config",
+        "install torch 2.14",
+        "train.optimizer is 'muon'; the torchtitan engine has adamw only",
+        "torchtitan stops at a loss that is not finite",
+        "keeps every checkpoint",
+    ]
+    assert len(said) == len(expected) and all(line.endswith(" False") for line in said), done.stdout + done.stderr
+    for line, match in zip(said, expected, strict=True):
+        assert re.search(match, line), line
 
 
 @pytest.mark.parametrize("installed", [None, "0.2.9"])

@@ -56,9 +56,13 @@ def test_curve_is_that_of_transformers(name: str, runs: Path, references: Refere
     assert column(ours, "learning_rate") == pytest.approx(column(theirs, "learning_rate"), rel=1e-12)
     for key in ("input_bag", "output_bag", "latent_tokens", "raw_tokens"):
         assert column(ours, key) == {s: v for s, v in column(theirs, key).items() if s in loss}, key
-    validation = column(ours, "val_loss")
-    first = {m["step"]: m["val_loss"] for m in reversed(theirs) if "val_loss" in m}
-    assert {s: validation[s] for s in (4, 8, 12)} == pytest.approx({s: first[s] for s in (4, 8, 12)}, rel=2 * rel)
+    validation, expected = ([(m["step"], m["val_loss"]) for m in ms if "val_loss" in m] for ms in (ours, theirs))
+    validation.pop(0)  # torchtitan's own, after the first step
+    assert [s for s, _ in validation] == [s for s, _ in expected] == [4, 8, 12, 12]  # the last reads 21 sequences
+    assert [v for _, v in validation] == pytest.approx([v for _, v in expected], rel=2 * rel)
+    assert validation[-1][1] != validation[-2][1]
+    bits, expected = ([m["val_bpb"] / m["val_loss"] for m in ms if "val_loss" in m] for ms in (ours, theirs))
+    assert bits == pytest.approx([expected[0]] * 5, rel=1e-12)
 
 
 @pytest.mark.parametrize("name", ["llama-fsdp", "moe-ep"])
@@ -74,6 +78,27 @@ def test_resume_across_the_switch_is_the_same_run(name: str, runs: Path) -> None
     assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
 
 
+def test_a_finished_run_is_not_changed_by_its_command(runs: Path) -> None:
+    again, before = (read_metrics(runs / n / "metrics.jsonl") for n in ("llama-finished", "llama-fsdp"))
+    for m in (again[-1], before[-1]):
+        del m["seconds"]
+    assert again == before
+
+
+def test_layouts_export_the_same_model(runs: Path) -> None:
+    """Also where a process has a part of the layers or of each matrix; the weights differ by rounding."""
+    whole, *others = (load_file(next((runs / f"llama-{n}/model").glob("*.safetensors"))) for n in ("fsdp", "tp", "pp"))
+    for other in others:
+        torch.testing.assert_close(other, whole, rtol=0, atol=1e-4)
+
+
+def test_a_model_of_ones_own_is_exported_without_a_description(runs: Path) -> None:
+    written = {p.name for p in (runs / "own-one/model").iterdir()}
+    assert "config.json" not in written and "tokenizer.json" in written
+    path = next((runs / "own-one/model").glob("*.safetensors"))
+    assert load_file(path)["model.layers.1.mlp.gate_proj.weight"].dtype == torch.float32
+
+
 def test_torchtitan_counts_latent_positions(runs: Path) -> None:
     for name, (_, processes, flags) in RUNS.items():
         log = scalars(runs / name)
@@ -83,6 +108,14 @@ def test_torchtitan_counts_latent_positions(runs: Path) -> None:
         assert [s * r for s, r in zip(seconds, rate, strict=True)] == pytest.approx([64 / devices] * 12, rel=1e-4)
         flops = [f / r for f, r in zip(log("tflops"), rate, strict=True)]
         assert flops == pytest.approx([flops[0]] * 12, rel=1e-4) and flops[0] > 0
+        written = column(read_metrics(runs / name / "metrics.jsonl"), "flops")
+        assert [written[s] for s in range(1, 13)] == pytest.approx([flops[0] * 1e12 * 64 * s for s in range(1, 13)])
+
+
+def test_seconds_count_steps_that_are_not_logged(runs: Path) -> None:
+    """A log follows the first step alone, a validation also steps 4, 8 and 12; it is not counted itself."""
+    seconds = [m["seconds"] for m in read_metrics(runs / "sparse/metrics.jsonl")]
+    assert seconds[0] <= seconds[1] < seconds[2] < seconds[3] < seconds[4] == seconds[5]
 
 
 @pytest.mark.parametrize("name", ["llama-fsdp", "power-one", "moe-ep"])

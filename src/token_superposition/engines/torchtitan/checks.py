@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torchtitan.config import ParallelismConfig
@@ -10,6 +10,8 @@ from torchtitan.tools.utils import device_module
 
 from token_superposition.engines.torchtitan.models import balance_coefficient
 from token_superposition.errors import TokenSuperpositionError, require_int
+
+Part = TypeVar("Part")
 
 
 def machine() -> None:
@@ -23,6 +25,16 @@ def machine() -> None:
             f"torchtitan 0.3.0 calls torch.distributed.set_timeout, which torch {torch.__version__} does not have; "
             "install torch 2.14 or later"
         )
+
+
+def expect(name: str, given: object, wanted: type[Part]) -> Part:
+    """``given``, a part of the configuration. Raises ``TokenSuperpositionError`` if it is of another class."""
+    if not isinstance(given, wanted):
+        raise TokenSuperpositionError(
+            f"config.{name} is a {type(given).__qualname__}, with which TSTTrainer cannot train; "
+            f"give a {wanted.__module__}.{wanted.__qualname__} (trainer_config sets it) or a subclass"
+        )
+    return given
 
 
 def data_parallel(parallelism: ParallelismConfig, world_size: int) -> int:
@@ -70,27 +82,33 @@ def batch_sizes(batch: int, local: int, processes: int) -> int:  # the micro-bat
     return local
 
 
-def model_divides(settings: Any, parallelism: ParallelismConfig, sequence_length: int, num_chunks: int) -> None:
+def model_divides(settings: Any, parallelism: ParallelismConfig) -> None:
     tensor, expert = parallelism.tensor_parallel_degree, parallelism.expert_parallel_degree
-    checked = [("num_attention_heads", "attention heads"), ("num_key_value_heads", "key-value heads")]
-    named = [(getattr(settings, key), what, f"model.options.{key}") for key, what in checked]
-    named.append((settings.vocab_size, "tokens of the vocabulary", "the tokenizer's vocabulary"))
-    if parallelism.enable_sequence_parallel:
-        named.append((sequence_length, "positions of a sequence", "data.sequence_length"))
-    for value, what, where in named:
-        if value % tensor:
-            raise TokenSuperpositionError(
-                f"{value} {what} cannot be divided over parallelism.tensor_parallel_degree {tensor}; "
-                f"give a degree that divides {value}, or change {where}"
-            )
+    for key, what in (("num_attention_heads", "attention heads"), ("num_key_value_heads", "key-value heads")):
+        _tensor_divides(tensor, getattr(settings, key), what, f"model.options.{key}")
     if expert > 1 and (getattr(settings, "num_experts", None) or 1) % expert:
         raise TokenSuperpositionError(
             f"{getattr(settings, 'num_experts', None) or 'no'} experts cannot be divided over "
             f"parallelism.expert_parallel_degree {expert}; change one of them"
         )
+
+
+def logits_divide(vocab_size: int, parallelism: ParallelismConfig, sequence_length: int, num_chunks: int) -> None:
+    tensor = parallelism.tensor_parallel_degree
+    _tensor_divides(tensor, vocab_size, "tokens of the vocabulary", "the tokenizer's vocabulary")
+    if parallelism.enable_sequence_parallel:
+        _tensor_divides(tensor, sequence_length, "positions of a sequence", "data.sequence_length")
     if sequence_length % num_chunks:
         raise TokenSuperpositionError(
             f"training.seq_len {sequence_length} is not a multiple of loss.num_chunks {num_chunks}; change one of them"
+        )
+
+
+def _tensor_divides(tensor: int, value: int, what: str, where: str) -> None:
+    if value % tensor:
+        raise TokenSuperpositionError(
+            f"{value} {what} cannot be divided over parallelism.tensor_parallel_degree {tensor}; "
+            f"give a degree that divides {value}, or change {where}"
         )
 
 

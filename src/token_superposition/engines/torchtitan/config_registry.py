@@ -16,6 +16,7 @@ from torchtitan.components.loss import ChunkedLossWrapper
 from torchtitan.components.optimizer import LRSchedulersContainer, OptimizersContainer, ParamGroupConfig
 from torchtitan.components.validate import Validator
 from torchtitan.config import CommConfig, CompileConfig, DebugConfig, ParallelismConfig, TrainingConfig
+from torchtitan.distributed.activation_checkpoint import FullAC
 
 from token_superposition.engines.torchtitan.data import HeldOutLoader, PlannedLoader
 from token_superposition.engines.torchtitan.loss import BagLoss
@@ -103,6 +104,7 @@ def trainer_config(config: Config, name: str) -> TSTTrainer.Config:
         loss=ChunkedLossWrapper.Config(num_chunks=gcd(8, data.sequence_length), loss_fn=BagLoss.Config()),
         metrics=BagMetrics.Config(log_freq=t.log_every),
         parallelism=ParallelismConfig(),
+        activation_checkpoint=FullAC.Config() if t.activation_checkpointing else None,
         compile=CompileConfig(enable=t.compile, components=["model"]),
         checkpoint=CheckpointManager.Config(
             enable=t.save_every > 0 or start is not None,
@@ -114,7 +116,10 @@ def trainer_config(config: Config, name: str) -> TSTTrainer.Config:
             initial_load_in_hf=start is not None,
         ),
         validator=Validator.Config(
-            enable=True, freq=t.eval_every, steps=1, dataloader=HeldOutLoader.Config(tokens=data.eval_tokens)
+            enable=True,
+            freq=t.eval_every,
+            steps=1,
+            dataloader=HeldOutLoader.Config(tokens=data.eval_tokens, final_tokens=data.final_eval_tokens),
         ),
         comm=CommConfig(train_timeout_seconds=ceil(60 * t.timeout_minutes)),
         debug=DebugConfig(seed=t.seed),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import count
 from typing import Annotated, Any
 
 import torch
@@ -17,6 +18,7 @@ from token_superposition.data.store import TokenStore
 from token_superposition.engines.torchtitan.loss import IGNORED
 from token_superposition.schedule import Schedule
 
+START_ANEW = "start at step 0 with its weights alone (--checkpoint.initial_load_path, another --dump_folder)"
 Batch = tuple[dict[str, Tensor], Tensor]
 
 
@@ -25,7 +27,7 @@ class PlannedLoader(BaseDataLoader):
 
     A batch is ``({"input": ids, "positions": positions}, targets)``: ids (b, L) or (b, L, input_bag), targets (b, L) or
     (b, L, output_bag), positions (b, L) = 0..L-1, which number latent positions in both phases. The state is the
-    number of finished steps and nothing else: a run may go on with another number of processes.
+    number of finished steps and the plan's fingerprint: a run may go on with another number of processes.
     """
 
     @dataclass(kw_only=True, slots=True)
@@ -78,10 +80,14 @@ class PlannedLoader(BaseDataLoader):
             yield list(range(first, first + b))
 
     def state_dict(self) -> dict[str, Any]:
-        return {"step": self.micro_batches // self.per_step}
+        # Both under one key, as a checkpoint must have every key of the state that is loaded: older ones have the step.
+        return {"step": (self.micro_batches // self.per_step, self.plan.fingerprint())}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.micro_batches = state_dict["step"] * self.per_step
+        """Raises ``TokenSuperpositionError`` for the state of another plan."""
+        step, plan = state_dict["step"] if isinstance(state_dict["step"], tuple) else (state_dict["step"], {})
+        self.plan.check_fingerprint(plan, START_ANEW)
+        self.micro_batches = step * self.per_step
 
 
 class HeldOutLoader(BaseDataLoader):
@@ -90,23 +96,35 @@ class HeldOutLoader(BaseDataLoader):
     @dataclass(kw_only=True, slots=True)
     class Config(BaseDataLoader.Config):
         tokens: int = 65_536
-        """Held-out tokens of a validation."""
+        """Held-out tokens of each validation during training."""
+        final_tokens: int = 524_288
+        """Held-out tokens of the validation after the last step."""
         infinite: Annotated[bool, tyro.conf.Suppress] = True
-        """Set by torchtitan's validator, which asks for the number of batches that the trainer has counted."""
+        """Set by torchtitan's validator, which asks for the number of batches that the trainer has counted; those of
+        the micro-batches of a pipeline may be more than the text has."""
+
+        def steps(self, sequence_length: int, batch_size: int) -> int:
+            """Steps of ``batch_size`` sequences, on all processes, in which all of the text is read."""
+            return -(-len(self.samples(sequence_length)) // batch_size)
+
+        def samples(self, sequence_length: int) -> ValidationSet:
+            assert self.dataset_path is not None
+            return ValidationSet(TokenStore(self.dataset_path, "validation"), sequence_length, self.tokens)
 
     def __init__(
         self, config: Config, *, dp_world_size: int, dp_rank: int, seq_len: int, local_batch_size: int, **kwargs: Any
     ):
-        assert config.dataset_path is not None
-        self.samples = ValidationSet(TokenStore(config.dataset_path, "validation"), seq_len, config.tokens)
+        self.samples, self.infinite = config.samples(seq_len), config.infinite
         self.first, self.batch = dp_rank * local_batch_size, local_batch_size
         self.stride = dp_world_size * local_batch_size
 
     def __iter__(self) -> Iterator[Batch]:
-        for start in range(self.first, len(self.samples) + self.first, self.stride):
+        for start in count(self.first, self.stride):
+            if not self.infinite and start >= len(self.samples) + self.first:
+                return
             inside = [self.samples[min(start + i, len(self.samples) - 1)] for i in range(self.batch)]
             targets = torch.stack([s["shift_labels"] for s in inside])
-            targets[max(len(self.samples) - start, 0) :] = IGNORED  # the last batch is filled up
+            targets[max(len(self.samples) - start, 0) :] = IGNORED  # the last batches are filled up
             yield _with_positions(torch.stack([s["input_ids"] for s in inside])), targets
 
     def state_dict(self) -> dict[str, Any]:

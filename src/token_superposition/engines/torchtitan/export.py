@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
 from torch.distributed.checkpoint.state_dict_saver import save
+from torchtitan.tools.logging import logger
 
 from token_superposition.data.tokenizer import load_tokenizer
 
@@ -21,11 +22,15 @@ if TYPE_CHECKING:
 def export_model(trainer: TSTTrainer, path: Path) -> None:
     """Weights (float32 safetensors with the names of transformers), config.json and tokenizer, aside and then renamed.
 
-    To be called on all processes. The names and shapes are the work of torchtitan's own adapter for the model.
+    To be called on all processes. The names and shapes are the work of torchtitan's own adapter for the model. A model
+    of one's own has no config.json, and without an adapter it is not written.
     """
     partial = path.with_name(f".{path.name}.partial")
     spec = trainer.config.model_spec
-    assert spec is not None and spec.state_dict_adapter is not None
+    assert spec is not None
+    if spec.state_dict_adapter is None:
+        logger.warning(f"{path} is not written: config.model_spec has no state_dict_adapter; its checkpoints remain")
+        return
     adapter = spec.state_dict_adapter(trainer.model_config, None)
     state: dict[str, Any] = {}
     for part in trainer.model_parts:
@@ -38,7 +43,10 @@ def export_model(trainer: TSTTrainer, path: Path) -> None:
     save(adapter.to_hf(state), storage_writer=writer)
     if first:
         shutil.rmtree(partial / "sharded", ignore_errors=True)
-        trainer.settings.save_pretrained(partial)
+        if trainer.settings is None:
+            logger.warning(f"{path} has no config.json: the model is that of config.model_spec; add the fitting one")
+        else:
+            trainer.settings.save_pretrained(partial)
         load_tokenizer(str(trainer.store / "tokenizer")).save_pretrained(partial)
         shutil.rmtree(path, ignore_errors=True)
         partial.rename(path)

@@ -9,7 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
-from torchtitan.components.metrics import MetricsProcessor
+from torchtitan.components.metrics import (
+    MetricsProcessor,
+    _get_metrics_rank,  # pyright: ignore[reportPrivateUsage]
+)
+from torchtitan.distributed import ParallelDims
 
 from token_superposition.experiment.metrics import read_metrics
 from token_superposition.schedule import Schedule
@@ -18,8 +22,12 @@ METRICS = "metrics.jsonl"
 
 
 class BagMetrics(MetricsProcessor):
-    """Adds bag sizes, latent and raw tokens to every log and writes ``metrics.jsonl`` on the first process.
+    """Adds bag sizes, latent and raw tokens to every log and writes ``metrics.jsonl``.
 
+    One process writes, the one whose metrics torchtitan keeps: with pipeline parallelism it is of the last stage, which
+    alone has the loss.
+
+    ``seconds`` is the time in training steps, without validation and checkpoints; ``flops`` is torchtitan's count.
     torchtitan's own tps, tflops and mfu count latent positions, since these are what the labels that it counts are.
     """
 
@@ -27,23 +35,44 @@ class BagMetrics(MetricsProcessor):
     class Config(MetricsProcessor.Config):
         pass
 
-    def __init__(self, config: Config, *, dump_folder: str = "./outputs", **kwargs: Any):
-        super().__init__(config, dump_folder=dump_folder, **kwargs)
-        self.path = Path(dump_folder) / METRICS if dist.get_rank() == 0 else None
+    def __init__(
+        self,
+        config: Config,
+        *,
+        parallel_dims: ParallelDims,
+        dump_folder: str = "./outputs",
+        pp_schedule: str = "1F1B",
+        **kwargs: Any,
+    ):
+        super().__init__(
+            config, parallel_dims=parallel_dims, dump_folder=dump_folder, pp_schedule=pp_schedule, **kwargs
+        )
+        writer = _get_metrics_rank(parallel_dims=parallel_dims, pp_schedule=pp_schedule)
+        self.path = Path(dump_folder) / METRICS if dist.get_rank() == writer else None
         self.seconds = 0.0
         self._mark = time.perf_counter()
 
-    def start(self, schedule: Schedule, batch_size: int, sequence_length: int, step: int) -> None:
-        """Lines after ``step``, which a resumed run writes again, are dropped."""
-        self.schedule, self.counts = schedule, (batch_size, sequence_length)
+    def start(
+        self, schedule: Schedule, batch_size: int, sequence_length: int, step: int, bits_per_byte: float | None
+    ) -> None:
+        """Lines that a resumed run writes again, after ``step`` and of the last validation, are dropped."""
+        self.schedule, self.counts, self.bits_per_byte = schedule, (batch_size, sequence_length), bits_per_byte
         if self.path is not None:
             kept = [m for m in read_metrics(self.path) if m["step"] <= step]
+            if step == schedule.total_steps and kept and "val_loss" in kept[-1]:
+                kept.pop()
             self.seconds = kept[-1]["seconds"] if kept else 0.0
             self.path.parent.mkdir(parents=True, exist_ok=True)
             partial = self.path.with_name(f".{self.path.name}.partial")
             partial.write_text("".join(json.dumps(m) + "\n" for m in kept), encoding="utf-8")
             partial.rename(self.path)
+
+    def step_begins(self) -> None:
         self._mark = time.perf_counter()
+
+    def step_ends(self) -> None:
+        now = time.perf_counter()
+        self.seconds, self._mark = self.seconds + now - self._mark, now
 
     def log(
         self,
@@ -62,17 +91,18 @@ class BagMetrics(MetricsProcessor):
         }
         extra = extra_metrics or {}
         super().log(step, global_avg_loss, global_max_loss, grad_norm, extra | ours)
-        now = time.perf_counter()
-        self.seconds, self._mark = self.seconds + now - self._mark, now
+        self.step_ends()
         rates = [v for k, v in extra.items() if k.startswith("lr/")]  # torchtitan has one for each group of parameters
         self._write(step, {"loss": global_avg_loss, "grad_norm": grad_norm, "learning_rate": rates[0], **ours})
 
     def log_validation(self, loss: float, step: int, extra_metrics: dict[str, Any] | None = None) -> None:
         super().log_validation(loss, step, extra_metrics)
-        self._write(step, {"val_loss": loss})
-        self._mark = time.perf_counter()
+        bits = {} if self.bits_per_byte is None else {"val_bpb": loss * self.bits_per_byte}
+        self._write(step, {"val_loss": loss, **bits})
 
     def _write(self, step: int, values: dict[str, Any]) -> None:
         if self.path is not None:
+            flops = float(self.num_flops_per_token * self.schedule.latent_tokens(*self.counts, step))
+            line = {"step": step, "seconds": round(self.seconds, 3), "flops": flops, **values}
             with self.path.open("a", encoding="utf-8") as f:
-                f.write(json.dumps({"step": step, "seconds": round(self.seconds, 3), **values}) + "\n")
+                f.write(json.dumps(line) + "\n")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import fields, replace
 from functools import partial
 from typing import Any
 
@@ -16,6 +17,8 @@ from torchtitan.models.common.config_utils import (
     make_moe_config,
     make_routed_experts_config,
 )
+from torchtitan.models.common.decoder import Decoder
+from torchtitan.models.common.embedding import Embedding
 from torchtitan.models.common.nn_modules import RMSNorm
 from torchtitan.models.llama3 import Llama3Model, parallelize_llama
 from torchtitan.models.llama3.model import Llama3TransformerBlock
@@ -64,11 +67,7 @@ def checked_settings(model: ModelConfig, vocab_size: int, eos_id: int, sequence_
             raise TokenSuperpositionError(
                 f"model.options: {key} is {given!r}; torchtitan's {settings.model_type} has {value!r}"
             )
-    if settings.vocab_size < vocab_size:
-        raise TokenSuperpositionError(
-            f"the model has {settings.vocab_size} token embeddings, the data's vocabulary has {vocab_size}; "
-            "prepare the data with the model's tokenizer (tst prepare --tokenizer)"
-        )
+    _holds_vocabulary(settings.vocab_size, vocab_size)
     return settings
 
 
@@ -144,6 +143,37 @@ def model_spec(settings: PretrainedConfig, sequence_length: int, batch_size: int
         post_optimizer_build_fn=None if is_llama else register_moe_load_balancing_hook,
         state_dict_adapter=Llama3StateDictAdapter if is_llama else Qwen3StateDictAdapter,
     )
+
+
+def with_bags(spec: ModelSpec, vocab_size: int) -> ModelSpec:
+    """A model of one's own, with our embedding in place of torchtitan's; the rest of it stays.
+
+    Raises ``TokenSuperpositionError`` for an embedding that is not torchtitan's, and fewer tokens than the data has.
+    """
+    model = spec.model
+    if not isinstance(model, Decoder.Config):
+        raise TokenSuperpositionError(
+            f"config.model_spec has the model {type(model).__qualname__}; give one whose configuration is a "
+            "torchtitan.models.common.decoder.Decoder.Config, in which bags can be embedded"
+        )
+    embedding = model.tok_embeddings
+    if type(embedding) is Embedding.Config:
+        embedding = BagEmbedding.Config(**{f.name: getattr(embedding, f.name) for f in fields(embedding)})
+    elif not isinstance(embedding, BagEmbedding.Config):
+        raise TokenSuperpositionError(
+            f"config.model_spec has the embedding {type(embedding).__qualname__}, which does not read bags; give a "
+            "subclass of token_superposition.engines.torchtitan.embedding.BagEmbedding"
+        )
+    _holds_vocabulary(model.vocab_size, vocab_size)
+    return replace(spec, model=replace(model, tok_embeddings=embedding))
+
+
+def _holds_vocabulary(embeddings: int, vocab_size: int) -> None:
+    if embeddings < vocab_size:
+        raise TokenSuperpositionError(
+            f"the model has {embeddings} token embeddings, the data's vocabulary has {vocab_size}; "
+            "prepare the data with the model's tokenizer (tst prepare --tokenizer)"
+        )
 
 
 def _moe(s: Any, weight: Any, rows: int) -> Any:

@@ -2,25 +2,30 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any, cast
 
 import tyro
 from torch import Tensor
 from torchtitan.components.loss import ChunkedLossWrapper
+from torchtitan.components.validate import Validator
 from torchtitan.distributed.cudagraph import cudagraph_teardown, wrap_with_cuda_graph
+from torchtitan.models.common.decoder import Decoder
 from torchtitan.tools.logging import logger
+from torchtitan.tools.utils import device_module
 from torchtitan.trainer import Trainer
 
-from token_superposition.data.plan import ValidationSet
-from token_superposition.data.store import Meta, TokenStore
+from token_superposition.data.store import Meta
 from token_superposition.engines.torchtitan.balance import BalancedRouter
 from token_superposition.engines.torchtitan.checks import (
     batch_sizes,
     data_parallel,
+    expect,
+    logits_divide,
     machine,
     model_divides,
     routers_balance,
@@ -29,7 +34,7 @@ from token_superposition.engines.torchtitan.data import HeldOutLoader, PlannedLo
 from token_superposition.engines.torchtitan.export import export_model
 from token_superposition.engines.torchtitan.loss import BagLoss
 from token_superposition.engines.torchtitan.metrics import BagMetrics
-from token_superposition.engines.torchtitan.models import checked_settings, model_spec
+from token_superposition.engines.torchtitan.models import checked_settings, model_spec, with_bags
 from token_superposition.experiment.config import ModelConfig
 from token_superposition.experiment.superposition import SuperpositionConfig
 
@@ -39,10 +44,11 @@ MODEL = "model"
 class TSTTrainer(Trainer):
     """``Trainer`` whose batches may be bags; everything else is torchtitan's.
 
-    The model is built from ``config.model`` and the vocabulary of the prepared data at ``dataloader.dataset_path``;
-    the phase of a step follows from ``config.superposition`` and ``training.steps``. The labels that torchtitan counts
-    (to normalise the loss, for tps, flops and ``n_tokens_seen``) are one for a latent position; the bags travel beside
-    them. The finished model is written for transformers to ``<dump_folder>/model``.
+    The model is that of ``config.model_spec``, with our embedding, or else built from ``config.model`` and the
+    vocabulary of the prepared data at ``dataloader.dataset_path``; the phase of a step follows from
+    ``config.superposition`` and ``training.steps``. The labels that torchtitan counts (to normalise the loss, for tps,
+    flops and ``n_tokens_seen``) are one for a latent position; the bags travel beside them. The finished model is
+    written for transformers to ``<dump_folder>/model``.
 
     Raises ``TokenSuperpositionError`` before a process group starts for a configuration that cannot be trained.
     """
@@ -50,41 +56,49 @@ class TSTTrainer(Trainer):
     @dataclass(kw_only=True, slots=True)
     class Config(Trainer.Config):
         model: Annotated[ModelConfig, tyro.conf.Suppress] = field(default_factory=ModelConfig)
-        """Architecture and fields of transformers; set by the registry."""
+        """Architecture and fields of transformers; set by the registry. Not read where ``model_spec`` is given."""
         superposition: SuperpositionConfig = field(default_factory=SuperpositionConfig)
         """The first phase."""
 
     def __init__(self, config: Config):
         training, parallelism = config.training, config.parallelism
-        assert isinstance(config.dataloader, PlannedLoader.Config)
-        assert isinstance(config.loss, ChunkedLossWrapper.Config) and isinstance(config.loss.loss_fn, BagLoss.Config)
+        dataloader = expect("dataloader", config.dataloader, PlannedLoader.Config)
+        loss = expect("loss", config.loss, ChunkedLossWrapper.Config)
+        bag_loss = expect("loss.loss_fn", loss.loss_fn, BagLoss.Config)
+        expect("metrics", config.metrics, BagMetrics.Config)
         machine()
         config.superposition.refuse_variants("torchtitan")
         processes = data_parallel(parallelism, int(os.environ.get("WORLD_SIZE", 1)))
         training.local_batch_size = batch_sizes(training.global_batch_size, training.local_batch_size, processes)
         self.schedule = config.superposition.schedule(training.steps)
-        self.store = Path(config.dataloader.dataset_path or "data")
+        self.store = Path(dataloader.dataset_path or "data")
         meta = Meta.load(self.store)
-        self.settings = checked_settings(config.model, meta.vocab_size, meta.eos_id, training.seq_len)
-        model_divides(self.settings, parallelism, training.seq_len, config.loss.num_chunks)
-        routers_balance(self.settings, parallelism, config.compile.enable)
-        config.model_spec = model_spec(self.settings, training.seq_len, training.global_batch_size)
+        self.settings = None
+        if config.model_spec is None:
+            self.settings = checked_settings(config.model, meta.vocab_size, meta.eos_id, training.seq_len)
+            model_divides(self.settings, parallelism)
+            routers_balance(self.settings, parallelism, config.compile.enable)
+            config.model_spec = model_spec(self.settings, training.seq_len, training.global_batch_size)
+            if not training.disable_cuda_graphs and parallelism.expert_parallel_degree > 1:
+                logger.warning("CUDA graphs are disabled: torchtitan has none for this expert parallelism")
+                training.disable_cuda_graphs = True
+        else:
+            config.model_spec = with_bags(config.model_spec, meta.vocab_size)
+        vocab_size = cast(Decoder.Config, config.model_spec.model).vocab_size
+        logits_divide(vocab_size, parallelism, training.seq_len, loss.num_chunks)
         config.hf_assets_path = str(self.store / "tokenizer")
-        config.dataloader.schedule = self.schedule
-        config.dataloader.global_batch_size = training.global_batch_size
-        config.dataloader.plan(training.seq_len)
-        config.loss.loss_fn.weighting = config.superposition.weighting
-        config.loss.loss_fn.vocab_size = self.settings.vocab_size
+        dataloader.schedule = self.schedule
+        dataloader.global_batch_size = training.global_batch_size
+        dataloader.plan(training.seq_len)
+        bag_loss.weighting = config.superposition.weighting
+        bag_loss.vocab_size = vocab_size
+        self.bits_per_byte = None
         if isinstance(config.validator.dataloader, HeldOutLoader.Config):
             held_out = config.validator.dataloader
             held_out.dataset_path = str(self.store)
-            samples = ValidationSet(TokenStore(self.store, "validation"), training.seq_len, held_out.tokens)
-            config.validator.steps = -(-len(samples) // (training.local_batch_size * processes))
-        if not training.disable_cuda_graphs and (
-            parallelism.expert_parallel_degree > 1 or parallelism.pipeline_parallel_degree > 1
-        ):
-            logger.warning("CUDA graphs are disabled: torchtitan has none for this expert or pipeline parallelism")
-            training.disable_cuda_graphs = True
+            self.validated = training.local_batch_size * processes
+            config.validator.steps = held_out.steps(training.seq_len, self.validated)
+            self.bits_per_byte = 1 / math.log(2) / meta.validation.bytes_per_token
         super().__init__(config)
         for part in self.model_parts:
             BalancedRouter.link(part)
@@ -98,7 +112,11 @@ class TSTTrainer(Trainer):
 
         # torchtitan asks for the batches when it has loaded its checkpoint: self.step is where the run starts.
         cast(BagMetrics, self.metrics_processor).start(
-            self.schedule, self.config.training.global_batch_size, self.config.training.seq_len, self.step
+            self.schedule,
+            self.config.training.global_batch_size,
+            self.config.training.seq_len,
+            self.step,
+            self.bits_per_byte,
         )
         return super().batch_generator(one_label_a_position())
 
@@ -119,8 +137,25 @@ class TSTTrainer(Trainer):
                 logger.info("The CUDA graph is captured again: its inputs have another shape")
                 cudagraph_teardown()
                 self.fwd_bwd_fn = wrap_with_cuda_graph(self._forward_backward_body)
+        metrics, checkpoint = cast(BagMetrics, self.metrics_processor), self.config.checkpoint
+        metrics.step_begins()
         super().train_step(data_iterator)
+        validates = self.config.validator.enable and self.validator.should_validate(self.step)
+        saves = checkpoint.enable and self.step % checkpoint.interval == 0
+        if validates or saves or self.step == self.config.training.steps:
+            device_module.synchronize()  # what follows is not training
+        metrics.step_ends()
 
     def train(self) -> None:
         super().train()
+        if self.config.validator.enable and isinstance(self.validator, Validator):
+            self._validate_finally(self.validator)
         export_model(self, Path(self.config.dump_folder) / MODEL)
+
+    def _validate_finally(self, validator: Validator) -> None:
+        held_out = validator.dl_config
+        if isinstance(held_out, HeldOutLoader.Config):
+            validator.dl_config = final = replace(held_out, tokens=held_out.final_tokens)
+            steps = final.steps(self.config.training.seq_len, self.validated)
+            validator.config = replace(self.config.validator, steps=steps)
+            validator.validate(self.model_parts, self.step)
