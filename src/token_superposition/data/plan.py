@@ -131,7 +131,7 @@ class PlannedDataset(Dataset[Sample]):
         elif (missing := block - self.blocks) > 0:
             warnings.warn(
                 f"the run opens {block} blocks of text and leaves some unfinished, but there are {self.blocks}: up to "
-                f"{missing / self.blocks:.1%} of the text is read twice while other text is not read; prepare about "
+                f"{missing / self.blocks:.1%} of the text may be read twice while other is not read; prepare about "
                 f"{missing * self.block_tokens:,} tokens more",
                 stacklevel=2,
             )

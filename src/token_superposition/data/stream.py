@@ -72,14 +72,16 @@ class StreamedPlan(IterableDataset[Sample]):
             if hasattr(self.documents, "set_epoch"):  # shuffles anew
                 cast(Any, self.documents).set_epoch(epoch)
             for document in self.documents:
-                if not isinstance(document, Mapping) or "input_ids" not in document:
+                try:
+                    ids = document["input_ids"]
+                except (KeyError, IndexError, TypeError):
                     keys = ", ".join(map(str, document)) if isinstance(document, Mapping) else "none, being no mapping"
                     raise TokenSuperpositionError(
                         f"a document of the stream has no input_ids (its keys: {keys or 'none'}); tokenise the text "
                         'first and give {"input_ids": ids}'
-                    )
-                read += len(document["input_ids"])
-                yield document["input_ids"]
+                    ) from None
+                read += len(ids)
+                yield ids
             if not read:
                 raise TokenSuperpositionError("the stream has no tokens; give documents with input_ids")
             epoch += 1

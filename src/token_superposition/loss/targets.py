@@ -52,7 +52,8 @@ def _check_weights(place_weights: Tensor, bag_size: int) -> None:
             f"place_weights has shape {tuple(place_weights.shape)} for bags of {bag_size}; give one weight per place"
         )
     plain = type(place_weights) in (Tensor, torch.nn.Parameter)  # no fake tensor
-    if torch.compiler.is_compiling() or place_weights.device.type != "cpu" or not plain:
+    mapped = torch._C._functorch.is_batchedtensor(place_weights)  # pyright: ignore  # inside torch.func.vmap
+    if torch.compiler.is_compiling() or place_weights.device.type != "cpu" or not plain or mapped:
         return
     for place, weight in enumerate(place_weights.tolist()):
         if not 0 <= weight < math.inf:

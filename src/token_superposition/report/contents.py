@@ -235,7 +235,8 @@ def speedup(c: dict[str, Any]) -> str:
 
 
 def equal_loss(name: str, equal: dict[str, Any] | None, steps: int, contents: Contents) -> str:
-    if any(r["name"].startswith("baseline") and not math.isfinite(r["val_loss"]) for r in contents.runs):
+    diverged = any(r["name"].startswith("baseline") and not math.isfinite(r["val_loss"]) for r in contents.runs)
+    if equal is None and diverged:
         return "not measured: a baseline of another length diverged"
     if equal is None and contents.lengths > 1:
         return "not measured: the baselines of more steps do not end lower"
@@ -284,7 +285,8 @@ def missing(equal: dict[str, Any]) -> str:
     """Why nothing is known of a baseline of another length, and what tells it."""
     if equal["how"] == "diverged":
         return "it diverged with some seed"
-    remedy = f" (--compare.baseline-lengths with {equal['ratio']:.3g} among them tells)" if "ratio" in equal else ""
+    ratio = math.ceil(100 * equal.get("ratio", 0)) / 100  # not below it, where it would tell nothing
+    remedy = f" (--compare.baseline-lengths with {ratio:g} among them tells)" if ratio else ""
     return f"it was not run{remedy}"
 
 
