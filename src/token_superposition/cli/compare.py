@@ -58,4 +58,4 @@ def run(args: Sequence[str]) -> None:
     compare(options.config, options.out, console)
     path = write_report(options.out)
     print_table(options.out, console)
-    console.print(f"report: {path}", markup=False)
+    console.print(f"report: {path}", markup=False, soft_wrap=True)

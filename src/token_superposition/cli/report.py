@@ -43,4 +43,4 @@ def run(args: Sequence[str]) -> None:
             f"{options.directory / file} has not the form that tst {command} writes ({e!r}); give tst {command} again, "
             "which keeps the finished runs"
         ) from e
-    console.print(f"report: {path}", markup=False)
+    console.print(f"report: {path}", markup=False, soft_wrap=True)

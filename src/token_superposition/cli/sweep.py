@@ -63,4 +63,4 @@ def run(args: Sequence[str]) -> None:
     sweep(options.config, options.out, console, shlex.join(["tst", "sweep", *args]))
     path = write_report(options.out)
     print_table(options.out, console)
-    console.print(f"report: {path}", markup=False)
+    console.print(f"report: {path}", markup=False, soft_wrap=True)

@@ -63,4 +63,5 @@ def run(args: Sequence[str]) -> None:
     console.print(
         f"validation loss {result.val_loss:.4f} nats/token, {result.val_bpb:.4f} bits/byte\nmodel: {options.out}/model",
         markup=False,
+        soft_wrap=True,
     )
