@@ -290,13 +290,6 @@ def test_the_reference_takes_the_transforms_of_torch_func() -> None:
     torch.testing.assert_close(rows, torch.autograd.grad(linear(hidden, head, targets, reduction="sum"), hidden)[0])
 
 
-def test_the_reference_is_mapped_over_weights() -> None:
-    hidden, head, targets = torch.randn(3, 4), torch.randn(7, 4), torch.randint(0, 7, (3, 2))
-    weights = torch.tensor([[0.5, 0.5], [1.0, 0.0]])
-    mapped = torch.func.vmap(lambda w: linear(hidden, head, targets, w, impl="reference"))(weights)
-    torch.testing.assert_close(mapped, torch.stack([linear(hidden, head, targets, w) for w in weights]))
-
-
 def test_repeated_tokens_count_twice() -> None:
     logits = torch.tensor([[0.0, 1.0, 3.0]])
     twice = on_logits(logits, torch.tensor([[2, 2, 0]]))
