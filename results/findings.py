@@ -10,7 +10,7 @@ from typing import Any
 
 from results.figures import after_switch, ahead, forest
 from results.kept import Result, at_equal_flops, first_shown, load, rows, told, unfinished_in, verdict
-from results.plain import against_plain, differences, over_batches, recipes
+from results.plain import against_plain, differences, over_batches, recipes, text_of
 from results.short_answers import short_answers
 from results.sweeps import section as section_of_sweep
 from token_superposition.report.contents import interval
@@ -139,25 +139,26 @@ def memorised(r: Result) -> str:
     return "\n".join(lines)
 
 
-def copied(r: Result) -> str:
+def copied(found: list[Result]) -> str:
     """A table of the differences to the baseline on what can be copied from the window and on the rest."""
-    by = {(x["name"], x["kind"], int(x["seed"])): float(x["loss"]) for x in r.copying}
-    tokens = {x["kind"]: int(x["tokens"]) for x in r.copying}
-    share = tokens["repeated"] / sum(tokens.values())
     lines = [
-        f"From {r.name}: of {sum(tokens.values()):,} held-out tokens {share:.0%} form, with the token before, a pair "
-        "that has occurred earlier in the window (repeated), so that it can be copied from there; the others are new. "
-        "Loss less the baseline's of the same seed, nats per token (95% interval over seeds).",
+        "A held-out token is *repeated* if the pair that it forms with the token before has occurred earlier in the "
+        "window, so that it can be copied from there; the others are *new*. Loss less the baseline's of the same seed, "
+        "nats per token (95% interval over seeds).",
         "",
-        "| run | new | repeated |",
-        "|---|---|---|",
+        "| comparison | text | tokens, of which repeated | run | seeds | new | repeated |",
+        "|---|---|---|---|---|---|---|",
     ]
-    for name in dict.fromkeys(x["name"] for x in r.copying if x["name"] != "baseline"):
-        cells = (
-            told([by[name, kind, seed] - by["baseline", kind, seed] for seed in r.seeds])
-            for kind in ("new", "repeated")
-        )
-        lines.append(f"| {name} | {' | '.join(cells)} |")
+    for r in found:
+        by = {(x["name"], x["kind"], int(x["seed"])): float(x["loss"]) for x in r.copying}
+        tokens = {x["kind"]: int(x["tokens"]) for x in r.copying}
+        of = f"{sum(tokens.values()):,}, {tokens['repeated'] / sum(tokens.values()):.0%}"
+        for name in dict.fromkeys(x["name"] for x in r.copying if x["name"] != "baseline"):
+            cells = (
+                told([by[name, kind, seed] - by["baseline", kind, seed] for seed in r.seeds])
+                for kind in ("new", "repeated")
+            )
+            lines.append(f"| {r.name} | {text_of(r)} | {of} | {name} | {len(r.seeds)} | {' | '.join(cells)} |")
     return "\n".join([*lines, ""])
 
 
@@ -218,7 +219,7 @@ def write(root: Path, docs: Path) -> None:
         recipes(found),
     ]
     if copies := [r for r in found if r.copying]:
-        parts += ["## Where the difference is\n", *map(copied, copies)]
+        parts += ["## Where the difference is\n", copied(copies)]
     if memories := [r for r in found if r.strings]:
         parts += ["## Does the bag memorise less?\n", *map(memorised, memories)]
     (docs / "findings.md").write_text("\n".join(parts))
