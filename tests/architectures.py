@@ -121,6 +121,11 @@ FAMILIES: dict[str, dict[str, object]] = {
     "llama4_text": MOE | {"intermediate_size_mlp": 48},
     "hunyuan_v1_moe": MOE | {"moe_topk": 2},
     "minimax": MOE,
+    "dbrx": {
+        "d_model": 32, "n_heads": 4, "n_layers": 2, "max_seq_len": 64, "output_router_logits": True,
+        "attn_config": {"kv_n_heads": 2, "rope_theta": 10000.0, "clip_qkv": 8.0},
+        "ffn_config": {"hidden_size": 32, "ffn_hidden_size": 48, "moe_num_experts": 4, "moe_top_k": 2},
+    },
     "arcee": GROUPED,
     "helium": GROUPED,
     "persimmon": {},
@@ -175,7 +180,7 @@ def measure(family: str) -> Facts:
     expected = reference.multi_hot_cross_entropy(out.logits.flatten(0, 1), targets.flatten(0, 1))
     auxiliary = getattr(out, "aux_loss", None)
     if auxiliary is not None:
-        expected = expected + auxiliary_weight(theirs.config) * auxiliary
+        expected = expected + auxiliary_weight(theirs) * auxiliary
     expected.backward()
     wanted = {name: p.grad for name, p in theirs.named_parameters() if p.grad is not None}
     assert gradients.keys() == wanted.keys(), gradients.keys() ^ wanted.keys()
@@ -190,7 +195,7 @@ def measure(family: str) -> Facts:
         stock = theirs(input_ids=tokens, labels=labels, use_cache=False)
     own: Tensor = stock.loss
     if auxiliary is not None:  # in training only
-        own = own - auxiliary_weight(theirs.config) * stock.aux_loss
+        own = own - auxiliary_weight(theirs) * stock.aux_loss
     whole = torch.nn.functional.cross_entropy(logits.double().flatten(0, 1), next_tokens.flatten())
     token_loss = max(distance(ours, whole), distance(labelled, own))
     head = trainer.head

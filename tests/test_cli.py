@@ -27,6 +27,7 @@ from token_superposition.cli import COMMANDS, main
 from token_superposition.cli.quiet import quiet
 from token_superposition.experiment.checkpoints import newest_whole
 from token_superposition.experiment.config import Config, from_dict, load_config, save_config
+from token_superposition.experiment.generate import generate, load_model
 from token_superposition.experiment.metrics import read_metrics
 from token_superposition.experiment.summary import equal_loss, loss_at
 
@@ -172,6 +173,21 @@ def test_unknown_options_of_the_model_and_small_vocabulary(
     assert not (tmp_path / "run").exists()
 
 
+def test_code_in_the_directory_of_a_model_is_not_run(
+    write_config: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    directory, ran = tmp_path / "model", tmp_path / "ran"
+    directory.mkdir()
+    (directory / "code.py").write_text(f"open({str(ran)!r}, 'w')\n")
+    names = {"AutoConfig": "code.Settings", "AutoModelForCausalLM": "code.Model"}
+    (directory / "config.json").write_text(json.dumps({"model_type": "of-its-own", "auto_map": names}))
+    config = write_config()
+    config.write_text(config.read_text().replace("[model]", f"[model]\npath = '{directory}'"))
+    assert main(["train", str(config), "--out", str(tmp_path / "run")]) == 2
+    assert "cannot be built" in capsys.readouterr().err
+    assert not ran.exists() and not (tmp_path / "run").exists()
+
+
 def test_a_full_disk_while_training(write_config: Callable[..., Path], tmp_path: Path) -> None:
     arguments = ("train", str(write_config()), "--out", str(tmp_path / "run"))
     done = call(command_on_a_full_disk, 8192, *arguments)
@@ -296,6 +312,12 @@ def test_generate_continues_the_prompt_and_repeats_itself(comparison: Path) -> N
     first = tst("generate", model, "The river", "--max-new-tokens", "5").stdout
     assert first.startswith("The river") and len(first) > len("The river\n")
     assert tst("generate", model, "The river", "--max-new-tokens", "5").stdout == first
+
+
+def test_top_p_alone_decides_from_how_many_tokens_is_drawn(comparison: Path) -> None:
+    model, tokenizer = load_model(comparison / "runs/tst/model")
+    told = {generate(model, tokenizer, "The", 1, temperature=1e4, top_p=1.0, seed=seed) for seed in range(200)}
+    assert len(told) > 60  # of 320
 
 
 def test_a_terminated_comparison_leaves_no_run_behind(write_config: Callable[..., Path], tmp_path: Path) -> None:

@@ -140,6 +140,8 @@ def test_the_dry_run_leaves_out_what_is_done(two_seeds: tuple[Path, Path, str], 
     (out / "runs/baseline-seed3/run.json").unlink()
     again = dry_run(config, out)
     assert {j.directory: j.steps for j in again.jobs if j.steps} == {"baseline-seed3": 12} and again.seconds > 0
+    many = dry_run(replace(config, compare=replace(config.compare, parallel=16)), out)
+    assert many.parallel == 1  # no more than there are runs to train
 
 
 def test_a_dry_run_of_what_has_no_room(write_config: Callable[..., Path], tmp_path: Path) -> None:
@@ -202,6 +204,11 @@ def test_a_sample_fits_into_the_positions_of_the_model(
     load_tokenizer(str(prepared / "tokenizer")).save_pretrained(directory)
     (sample,) = samples(config, tmp_path, [made])
     assert sample["name"] == "tst" and sample["prompt"] and sample["text"]
+    longer = replace(config, data=replace(config.data, sequence_length=256))
+    tiny("gpt2", max_position_embeddings=256).save_pretrained(directory)
+    (sample,) = samples(longer, tmp_path, [made], prompt_tokens=100)
+    assert "<|endoftext|>" in sample["prompt"]  # it reaches over several documents
+    assert not sample["text"].startswith(sample["prompt"].partition("<|endoftext|>")[0])
 
 
 def test_further_seeds_leave_the_runs_of_the_first_where_they_are() -> None:

@@ -21,6 +21,7 @@ from tests.processes import TIMEOUT
 from token_superposition.cli import main
 from token_superposition.data.prepare import PrepareOptions, prepare
 from token_superposition.experiment.evaluate import evaluate_text, length_of, total_loss
+from token_superposition.experiment.generate import load_model
 
 TEXT = "The river carries boats to the sea; naïve façades, Ünicode 🎒 and tabs\t are text as well.\n" * 2
 
@@ -84,6 +85,15 @@ def test_any_head(architecture: str) -> None:
     )
     assert tokens == (targets != -100).sum()
     assert length_of(model, None) == 64 and length_of(model, 48) == 48
+
+
+def test_a_special_token_that_a_text_spells_is_text(finished_run: Path, tmp_path: Path) -> None:
+    """As tst prepare takes it."""
+    model, tokenizer = load_model(finished_run / "model")
+    (tmp_path / "a.txt").write_text("a<|endoftext|>b")
+    loss = evaluate_text(model, tokenizer, [tmp_path / "a.txt"])
+    assert loss.bytes == 15 and loss.tokens > 3
+    assert tokenizer("a<|endoftext|>b", add_special_tokens=False)["input_ids"][1] == tokenizer.eos_token_id
 
 
 def test_what_cannot_be_evaluated(

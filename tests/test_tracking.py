@@ -20,9 +20,10 @@ from wandb.proto import wandb_internal_pb2
 from tests.conftest import tst
 from token_superposition import TokenSuperpositionError
 from token_superposition.cli import main
-from token_superposition.experiment.config import TrainConfig
+from token_superposition.experiment.config import TrainConfig, load_config
 from token_superposition.experiment.metrics import read_metrics
-from token_superposition.experiment.tracking import Rates, check_trackers, report_arguments
+from token_superposition.experiment.run import train
+from token_superposition.experiment.tracking import Rates, check_trackers, report_arguments, report_variables
 
 
 def test_tensorboard_has_every_figure_in_both_phases(write_config: Callable[..., Path], tmp_path: Path) -> None:
@@ -124,3 +125,19 @@ def test_what_cannot_be_reported_to(
     with pytest.raises(TokenSuperpositionError, match="OLMo-core has callbacks of its own"):
         TrainConfig(report_to=("wandb",)).refuse_unsupported("OLMo-core")
     assert report_arguments(TrainConfig(), tmp_path / "x")["report_to"] == "none"
+
+
+def test_each_run_of_a_process_has_trackers_of_its_own(
+    write_config: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What they take from the environment is not there any more for the next run; what the user set is."""
+    config = load_config(write_config(append='report_to = ["tensorboard"]\n', steps=2, warmup_steps=1))
+    before = dict(os.environ)
+    for name in ("a", "b"):
+        train(config, tmp_path / name)
+        assert list((tmp_path / name / "tensorboard").glob("events*"))
+        assert dict(os.environ) == before
+    wandb = TrainConfig(report_to=("wandb",))
+    assert report_variables(wandb, tmp_path / "x")["WANDB_DIR"] == str(tmp_path / "x")
+    monkeypatch.setenv("WANDB_DIR", "elsewhere")
+    assert report_variables(wandb, tmp_path / "x")["WANDB_DIR"] == "elsewhere"

@@ -244,6 +244,28 @@ def test_disagreement_with_the_arguments(
         TSTTrainer(tiny("llama"), arguments(tmp_path, **changes), train_dataset=plan_of(prepared))
 
 
+def test_one_process_with_several_gpus_is_refused(prepared: Path, tmp_path: Path) -> None:
+    """The Trainer would copy the model to all of them by DataParallel."""
+    args = arguments(tmp_path, per_device_train_batch_size=2)
+    args._n_gpu = 2  # pyright: ignore[reportPrivateUsage]  # what it is without a launcher where two are seen
+    with pytest.raises(TokenSuperpositionError, match=r"sees 2 GPUs .*torchrun or accelerate launch"):
+        TSTTrainer(tiny("llama"), args, train_dataset=plan_of(prepared))
+
+
+def test_a_model_that_fails_without_a_word_is_refused_in_one_line(prepared: Path, tmp_path: Path) -> None:
+    model = tiny("llama")
+    forward = model.forward
+
+    def only_ids(*args: Any, input_ids: Any = None, inputs_embeds: Any = None, **kwargs: Any) -> Any:
+        if input_ids is None:
+            raise AssertionError
+        return forward(*args, input_ids=input_ids, inputs_embeds=inputs_embeds, **kwargs)
+
+    cast(Any, model).forward = only_ids
+    with pytest.raises(TokenSuperpositionError, match=r"cannot read bags: .*\(AssertionError\)"):
+        TSTTrainer(model, arguments(tmp_path), train_dataset=plan_of(prepared))
+
+
 def test_bfloat16_and_compile(prepared: Path, tmp_path: Path) -> None:
     plain = TSTTrainer(tiny("llama"), arguments(tmp_path), train_dataset=plan_of(prepared))
     plain.train()

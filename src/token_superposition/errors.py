@@ -10,6 +10,11 @@ class TokenSuperpositionError(ValueError):
     """An input that cannot be used. Its message is one line: the value, the limit and the remedy."""
 
 
+def first_line(e: Exception) -> str:
+    """Of its message; the name of its type where it has none."""
+    return next(iter(str(e).strip().splitlines()), type(e).__name__)
+
+
 def require_seed(name: str, value: object) -> int:
     """``require_int`` for what numpy takes as a seed."""
     if (seed := require_int(name, value, 0)) >= 2**32:

@@ -52,8 +52,5 @@ def run(args: Sequence[str]) -> None:
 
     quiet()
     model, tokenizer = load_model(options.model)
-    print(
-        generate(
-            model, tokenizer, options.prompt, options.max_new_tokens, options.temperature, options.top_p, options.seed
-        )
-    )
+    sampling = (options.temperature, options.top_p, options.seed)
+    print(options.prompt + generate(model, tokenizer, options.prompt, options.max_new_tokens, *sampling))

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from token_superposition.data.store import is_partial, is_store
-from token_superposition.errors import TokenSuperpositionError
+from token_superposition.errors import TokenSuperpositionError, first_line
 
 # What a folder is searched for. A file that is named itself, or matched by a glob, is read whatever its ending.
 # fmt: off
@@ -130,10 +130,6 @@ def unreadable(path: Path, e: OSError) -> TokenSuperpositionError:
     return TokenSuperpositionError(
         f"{path} cannot be read ({e.strerror or e}); mend it, change its permissions or leave it out"
     )
-
-
-def first_line(e: Exception) -> str:
-    return next(iter(str(e).splitlines()), type(e).__name__)
 
 
 def _search(folder: Path, dropped: Counter[str] | None) -> list[Path]:

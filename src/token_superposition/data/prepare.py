@@ -17,7 +17,7 @@ from typing import Any, cast
 
 import numpy as np
 
-from token_superposition.data.files import check_files, estimated_bytes, find_files, first_line
+from token_superposition.data.files import check_files, estimated_bytes, find_files
 from token_superposition.data.sources import CUT, Continued, cut_at_lines, read_documents
 from token_superposition.data.store import (
     SPLITS,
@@ -30,7 +30,7 @@ from token_superposition.data.store import (
     partial_of,
 )
 from token_superposition.data.tokenizer import can_be_cut, load_tokenizer, tokenizer_sha256, train_bpe
-from token_superposition.errors import TokenSuperpositionError, require_int
+from token_superposition.errors import TokenSuperpositionError, first_line, require_int
 
 BATCH_BYTES = 2 * 2**20
 PIECE_CHARS = 2**16  # a longer document is tokenised in pieces cut at line ends, if it can be: all cores share it

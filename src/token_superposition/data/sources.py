@@ -14,8 +14,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, cast
 
-from token_superposition.data.files import find_files, first_line, kind_of, open_parquet, unreadable
-from token_superposition.errors import TokenSuperpositionError
+from token_superposition.data.files import find_files, kind_of, open_parquet, unreadable
+from token_superposition.errors import TokenSuperpositionError, first_line
 
 # A longer document is read as several, cut at line ends: memory stays bounded.
 MAX_TEXT_BYTES = 8 * 2**20  # and an eighth more, to the end of a line

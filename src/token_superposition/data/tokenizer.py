@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from token_superposition.errors import TokenSuperpositionError
+from token_superposition.errors import TokenSuperpositionError, first_line
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -44,7 +44,7 @@ def load_tokenizer(name_or_path: str) -> PreTrainedTokenizerBase:
         tokenizer = AutoTokenizer.from_pretrained(name_or_path, trust_remote_code=False)
     except Exception as e:
         raise TokenSuperpositionError(
-            f"the tokenizer {name_or_path} cannot be loaded ({str(e).splitlines()[0]}); give a directory or a hub name"
+            f"the tokenizer {name_or_path} cannot be loaded ({first_line(e)}); give a directory or a hub name"
         ) from None
     if not tokenizer.is_fast:
         raise TokenSuperpositionError(f"the tokenizer {name_or_path} has no fast form; convert it to tokenizer.json")

@@ -42,7 +42,7 @@ def jobs_of(config: Config) -> list[Job]:
             name = "baseline" if length == 1 else f"baseline-x{length:g}"
             run = replace(seeded, superposition=BASELINE, train=replace(seeded.train, steps=steps))
             baselines.append(Job(name, name + ending, run, baselines[0].directory if baselines else None))
-        save_at = tuple(b.branch_step for b in baselines[1:])
+        save_at = tuple(b.branch_step for b in baselines[1:] if b.branch_step)
         longest = baselines[0]
         trunk = replace(longest.config, train=replace(longest.config.train, save_at=save_at))
         jobs += [replace(longest, config=trunk), *baselines[1:]]
@@ -119,5 +119,5 @@ def samples(config: Config, out: Path, runs: list[Run], prompt_tokens: int = 24)
             again: Any = tokenizer(prompt, add_special_tokens=False)  # not always the same tokens, nor as many
             room = max(min(64, length - len(again["input_ids"])), 1)
             text = generate(model, tokenizer, prompt, max_new_tokens=room)
-            result.append({"name": run.name, "prompt": prompt, "text": text.removeprefix(prompt)})
+            result.append({"name": run.name, "prompt": prompt, "text": text})
     return result

@@ -244,9 +244,9 @@ class Config:
         for name in ("beta1", "beta2"):
             if not 0 <= (value := getattr(t, name)) < 1:
                 raise TokenSuperpositionError(f"train.{name} is {value}; give a number in [0, 1)")
-        if any(not 0 <= step <= t.steps for step in t.save_at):
+        if any(not 0 < step <= t.steps for step in t.save_at):
             raise TokenSuperpositionError(
-                f"train.save_at is {list(t.save_at)}, the run has {t.steps} steps; give steps from 0 to {t.steps}"
+                f"train.save_at is {list(t.save_at)}, the run has {t.steps} steps; give steps from 1 to {t.steps}"
             )
         if t.compile:
             _check_compiler()

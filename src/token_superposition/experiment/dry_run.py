@@ -13,9 +13,9 @@ from token_superposition.experiment.budget import shape_of
 from token_superposition.experiment.checkpoints import damage, newest_whole, step_of
 from token_superposition.experiment.compare import checked_jobs
 from token_superposition.experiment.config import Config
-from token_superposition.experiment.jobs import Job, branch_checkpoint, startable, unfinished
+from token_superposition.experiment.jobs import Job, branch_checkpoint, slots, unfinished
 from token_superposition.experiment.launch import Launch
-from token_superposition.experiment.speed import default_parallel, seconds_per_step
+from token_superposition.experiment.speed import seconds_per_step
 
 START_SECONDS = 10.0  # of a run's process: importing, building the model, writing the result
 
@@ -70,7 +70,7 @@ def cost_of_rounds(config: Config, rounds: list[list[Job]], out: Path) -> DryRun
     length = config.data.sequence_length
     plain = float(shape.flops_per_token(length))
     waiting = [unfinished(jobs, out) for jobs in rounds]
-    parallel = config.compare.parallel or default_parallel(max(len(startable(jobs, out)) for jobs in waiting))
+    parallel = max(slots(config.compare.parallel, jobs, out) for jobs in waiting)
     local = 1 if torch.accelerator.is_available() else parallel
     Launch(local_processes=local, device_memory=Launch.from_environment().device_memory).check_memory(shape.parameters)
     step = seconds_per_step(config, shape.vocab_size, parallel) if any(waiting) else 0.0

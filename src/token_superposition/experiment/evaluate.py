@@ -124,7 +124,9 @@ def evaluate_text(
             text = file.read_bytes().decode()
         except (OSError, UnicodeDecodeError) as e:
             raise TokenSuperpositionError(f"{file} cannot be read as UTF-8 text ({e})") from None
-        encoded: Any = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+        encoded: Any = tokenizer(  # as tst prepare does: where the text spells a special token, it is text
+            text, add_special_tokens=False, split_special_tokens=True, return_offsets_mapping=True, verbose=False
+        )
         ids: list[int] = encoded["input_ids"][:left]
         if left is not None and len(ids) < len(encoded["input_ids"]):
             text = text[: encoded["offset_mapping"][len(ids) - 1][1]] if ids else ""

@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM
 
 from token_superposition.data.store import TokenStore
 from token_superposition.data.tokenizer import load_tokenizer
-from token_superposition.errors import TokenSuperpositionError
+from token_superposition.errors import TokenSuperpositionError, first_line
 from token_superposition.experiment.checkpoints import checkpoints_in, damage, newest_whole, step_of
 from token_superposition.experiment.config import load_config
 from token_superposition.experiment.model import model_settings, positions
@@ -129,7 +129,7 @@ def load_exactly(directory: Path, dtype: DType) -> Any:
             directory, dtype=getattr(torch, dtype), output_loading_info=True, trust_remote_code=False
         )
     except (OSError, ValueError) as e:
-        raise TokenSuperpositionError(f"{directory} cannot be loaded ({str(e).splitlines()[0]})") from None
+        raise TokenSuperpositionError(f"{directory} cannot be loaded ({first_line(e)})") from None
     model, info = loaded
     wrong = sorted({*info["missing_keys"], *info["unexpected_keys"], *map(str, info["mismatched_keys"])})
     if wrong:

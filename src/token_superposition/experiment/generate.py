@@ -9,7 +9,7 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase, set_seed
 
 from token_superposition.data.tokenizer import load_tokenizer
-from token_superposition.errors import TokenSuperpositionError
+from token_superposition.errors import TokenSuperpositionError, first_line
 from token_superposition.experiment.model import positions, reads
 
 
@@ -18,9 +18,7 @@ def load_model(path: str | Path) -> tuple[Any, PreTrainedTokenizerBase]:
     try:
         model = AutoModelForCausalLM.from_pretrained(path, trust_remote_code=False)
     except (OSError, ValueError) as e:
-        raise TokenSuperpositionError(
-            f"{path} holds no causal LM ({str(e).splitlines()[0]}); name a run's model/"
-        ) from None
+        raise TokenSuperpositionError(f"{path} holds no causal LM ({first_line(e)}); name a run's model/") from None
     if torch.accelerator.is_available():
         torch.nn.Module.to(model, torch.accelerator.current_accelerator())
     return model.eval(), load_tokenizer(str(path))
@@ -35,7 +33,7 @@ def generate(
     top_p: float = 0.95,
     seed: int = 0,
 ) -> str:
-    """``prompt`` and its continuation. An empty prompt starts a new document.
+    """The continuation of ``prompt``. An empty prompt starts a new document.
 
     Raises ``TokenSuperpositionError`` where both need more positions than the model can read.
     """
@@ -49,7 +47,9 @@ def generate(
             f"{positions(model)}; give at most that in all"
         )
     sampling = (
-        {"do_sample": True, "temperature": temperature, "top_p": top_p} if temperature > 0 else {"do_sample": False}
+        {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": 0}  # 0: top_p alone decides
+        if temperature > 0
+        else {"do_sample": False}
     )
     out = model.generate(
         torch.tensor([ids], device=model.device),
@@ -58,4 +58,7 @@ def generate(
         pad_token_id=tokenizer.eos_token_id,
         **sampling,
     )
-    return str(tokenizer.decode(out[0], skip_special_tokens=True))
+    read, whole = (str(tokenizer.decode(x, skip_special_tokens=True)) for x in (ids, out[0]))
+    if whole.startswith(read):
+        return whole.removeprefix(read)
+    return str(tokenizer.decode(out[0, len(ids) :], skip_special_tokens=True))  # the prompt ends inside a character

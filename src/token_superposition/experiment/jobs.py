@@ -84,7 +84,7 @@ def run_jobs(
     waiting = unfinished(jobs, out)
     for job in jobs if waiting else []:
         check_precision(job, out)
-    parallel = min(parallel, len(waiting)) or default_parallel(len(startable(waiting, out)))
+    parallel = slots(parallel, waiting, out)
     running: dict[int, tuple[Job, subprocess.Popen[bytes]]] = {}
     try:
         with RunProgress(console, len(waiting)) as progress:
@@ -123,6 +123,11 @@ def check_precision(job: Job, out: Path) -> None:
             f"{path.parent} was trained in {before}, and train.precision {wanted!r} is {here} on this machine, so that "
             "their losses cannot be compared; go on with a machine like that one, or choose another --out"
         )
+
+
+def slots(parallel: int, waiting: list[Job], out: Path) -> int:
+    """How many of the runs go at a time: ``parallel``, or what suits the machine where that is 0."""
+    return min(parallel, len(waiting)) or default_parallel(len(startable(waiting, out)))
 
 
 def unfinished(jobs: list[Job], out: Path) -> list[Job]:

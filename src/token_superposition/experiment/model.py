@@ -25,7 +25,9 @@ def build_model(config: Config, meta: Meta) -> PreTrainedModel:
 
     with _building(config.model):
         if config.model.path is not None:
-            model = AutoModelForCausalLM.from_pretrained(config.model.path, dtype=torch.float32)
+            model = AutoModelForCausalLM.from_pretrained(
+                config.model.path, dtype=torch.float32, trust_remote_code=False
+            )
         else:
             settings = model_settings(config.model, meta.vocab_size, meta.eos_id, config.data.sequence_length)
             model = AutoModelForCausalLM.from_config(settings, dtype=torch.float32)
@@ -79,7 +81,7 @@ def model_settings(wanted: ModelConfig, vocab_size: int, eos_id: int, sequence_l
     """
     with _building(wanted):
         if wanted.path is not None:
-            return AutoConfig.from_pretrained(wanted.path)
+            return AutoConfig.from_pretrained(wanted.path, trust_remote_code=False)
         options = {"vocab_size": vocab_size, "bos_token_id": eos_id, "eos_token_id": eos_id}
         # Stock defaults may name a padding token beyond a small vocabulary.
         options |= {"pad_token_id": None, "max_position_embeddings": sequence_length}

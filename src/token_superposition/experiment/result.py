@@ -47,8 +47,11 @@ class RunResult:
     """
     train_seconds: float
     """Time in training steps, without validation and saving."""
-    phase_step_seconds: list[float]
-    """Mean time of a step in each phase; where bag sizes are mixed, in all the steps on bags and in the rest."""
+    phase_step_seconds: list[float | None]
+    """Mean time of a step in each phase; where bag sizes are mixed, in all the steps on bags and in the rest.
+
+    None for a phase with fewer than two logged steps.
+    """
     val_loss: float
     """Next-token loss on held-out text, nats per token."""
     val_bpb: float
@@ -70,7 +73,7 @@ class RunResult:
         *,
         flops: float,
         train_seconds: float,
-        phase_step_seconds: list[float],
+        phase_step_seconds: list[float | None],
         val_loss: float,
         bits_per_byte: float,
         parameters: int,
@@ -104,14 +107,14 @@ class RunResult:
         )
 
 
-def phase_step_seconds(out: Path, starts: list[int]) -> list[float]:
+def phase_step_seconds(out: Path, starts: list[int]) -> list[float | None]:
     """Mean seconds of a step in each phase, from the logged steps after the phase's first."""
     lines = [m for m in read_metrics(out / METRICS) if "loss" in m]
-    result: list[float] = []
+    result: list[float | None] = []
     for start, end in zip(starts, [*starts[1:], math.inf], strict=True):
         inside = [m for m in lines if start < m["step"] <= end]
         if len(inside) < 2:
-            result.append(math.nan)
+            result.append(None)
         else:
             steps = inside[-1]["step"] - inside[0]["step"]
             result.append((inside[-1]["seconds"] - inside[0]["seconds"]) / steps)

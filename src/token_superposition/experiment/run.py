@@ -36,7 +36,7 @@ from token_superposition.data.tokenizer import load_tokenizer
 from token_superposition.engines.transformers.mtp import MTPHeads, check_checkpoint
 from token_superposition.engines.transformers.muon import MuonAdamW, split_parameters
 from token_superposition.engines.transformers.switch import AtSwitch
-from token_superposition.errors import TokenSuperpositionError
+from token_superposition.errors import TokenSuperpositionError, first_line
 from token_superposition.experiment.checkpoints import checkpoints_in, damage, step_of
 from token_superposition.experiment.config import Config, save_config
 from token_superposition.experiment.flops import flops_per_sequence
@@ -57,7 +57,13 @@ from token_superposition.experiment.result import (
 )
 from token_superposition.experiment.resume import Resume, Start, changes, check_start, facts
 from token_superposition.experiment.shards import weights_only
-from token_superposition.experiment.tracking import Rates, check_trackers, device_peak, report_arguments
+from token_superposition.experiment.tracking import (
+    Rates,
+    check_trackers,
+    device_peak,
+    report_arguments,
+    report_variables,
+)
 from token_superposition.experiment.trainer import RunTrainer
 from token_superposition.experiment.watchdog import Watchdog
 
@@ -84,7 +90,7 @@ def train(
     launch = Launch.from_environment()
     launch.micro_batch(config)
     check_trackers(config.train)
-    with patch_environment(**launch.variables(config.train)):
+    with patch_environment(**launch.variables(config.train), **report_variables(config.train, Path(out))):
         return _train(config, Path(out), launch, Start(Path(out) / "checkpoints", resume, resume_from), report)
 
 
@@ -215,7 +221,7 @@ def lost_processes(launch: Launch) -> Generator[None, None, None]:
     except RuntimeError as e:
         if launch.processes == 1 or not (isinstance(e, dist.DistError) or "gloo" in str(e)):
             raise
-        reason = str(e).splitlines()[0]
+        reason = first_line(e)
         raise SystemExit(
             f"tst: error: another process of the run is gone or does not answer ({reason}); the same command goes on "
             "from the newest checkpoint"
@@ -250,7 +256,7 @@ def training_arguments(config: Config, out: Path, launch: Launch) -> TrainingArg
     t = config.train
     micro = launch.micro_batch(config)
     cpu = not torch.accelerator.is_available()
-    return TrainingArguments(
+    args = TrainingArguments(
         output_dir=str(out / "checkpoints"),
         max_steps=t.steps,
         per_device_train_batch_size=micro,
@@ -282,6 +288,9 @@ def training_arguments(config: Config, out: Path, launch: Launch) -> TrainingArg
         use_cpu=cpu,
         ddp_timeout=math.ceil(60 * t.timeout_minutes),
     )
+    # Else a process without a launcher takes all GPUs that it sees, by DataParallel.
+    args._n_gpu = min(args.n_gpu, 1)  # pyright: ignore[reportPrivateUsage]
+    return args
 
 
 def prepare_directory(config: Config, out: Path) -> None:

@@ -74,10 +74,8 @@ def compare_variant(runs: Sequence[Run], name: str) -> dict[str, Any]:
     one, of_baseline = next(iter(ours.values())), next(iter(baseline.values()))
     data_ratio, flops_ratio = one.raw_tokens / of_baseline.raw_tokens, one.flops / of_baseline.flops
     plain = {r.seed: r for r in runs if r.name == "tst"} if name != "tst" else {}
-    ratios = [
-        r.phase_step_seconds[0] / r.phase_step_seconds[-1] for r in ours.values() if len(r.phase_step_seconds) > 1
-    ]
-    finite = [x for x in ratios if math.isfinite(x)]
+    ends = [(r.phase_step_seconds[0], r.phase_step_seconds[-1]) for r in ours.values() if len(r.phase_step_seconds) > 1]
+    ratios = [first / last for first, last in ends if first is not None and last is not None]
     return {
         "delta_val_loss": mean(deltas),
         "delta_val_loss_per_seed": deltas,
@@ -95,7 +93,7 @@ def compare_variant(runs: Sequence[Run], name: str) -> dict[str, Any]:
         "equal_flops": baseline_of(flops_ratio, runs, ours, baseline),
         "equal_data": baseline_of(data_ratio, runs, ours, baseline),
         "equal_time": equal_time(runs, ours, baseline),
-        "phase_step_time_ratio": mean(finite) if finite else None,
+        "phase_step_time_ratio": mean(ratios) if ratios else None,
     }
 
 

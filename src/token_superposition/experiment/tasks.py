@@ -8,7 +8,7 @@ from typing import Any, cast
 
 from transformers import PreTrainedTokenizerBase
 
-from token_superposition.errors import TokenSuperpositionError
+from token_superposition.errors import TokenSuperpositionError, first_line
 
 PAPER = ("arc_easy", "arc_challenge", "boolq", "hellaswag", "mmlu", "openbookqa", "piqa", "winogrande")
 """Downstream evaluation of arXiv 2605.06546, 0-shot."""
@@ -47,7 +47,7 @@ def evaluate_tasks(
             language_model, tasks=found, task_manager=manager, limit=limit, log_samples=False, bootstrap_iters=0
         )
     except (ValueError, KeyError, OSError) as e:
-        raise TokenSuperpositionError(f"{', '.join(names)}: {str(e).strip().splitlines()[0]}") from e
+        raise TokenSuperpositionError(f"{', '.join(names)}: {first_line(e)}") from e
     parts = {part for group in evaluated["group_subtasks"].values() for part in group}
     return {
         task: {name.removesuffix(",none"): float(v) for name, v in metrics.items() if _is_score(name, v)}

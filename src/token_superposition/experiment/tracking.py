@@ -24,13 +24,19 @@ def check_trackers(train: TrainConfig) -> None:
             raise TokenSuperpositionError(f"train.report_to names {name}, which is not installed; pip install {name}")
 
 
-def report_arguments(train: TrainConfig, out: Path) -> dict[str, Any]:
-    """Of ``TrainingArguments``. The run is named after ``out``; TensorBoard's files are in ``out/tensorboard``."""
+def report_variables(train: TrainConfig, out: Path) -> dict[str, str]:
+    """What trackers take from the environment and from nowhere else, for as long as the run lasts."""
+    variables: dict[str, str] = {}
     if "tensorboard" in train.report_to:
-        os.environ["TENSORBOARD_LOGGING_DIR"] = str(out / "tensorboard")  # read from nowhere else
+        variables["TENSORBOARD_LOGGING_DIR"] = str(out / "tensorboard")
     if "wandb" in train.report_to:
-        os.environ.setdefault("WANDB_PROJECT", PROJECT)
-        os.environ.setdefault("WANDB_DIR", str(out))
+        wanted = {"WANDB_PROJECT": PROJECT, "WANDB_DIR": str(out)}
+        variables |= {name: os.environ.get(name, value) for name, value in wanted.items()}
+    return variables
+
+
+def report_arguments(train: TrainConfig, out: Path) -> dict[str, Any]:
+    """Of ``TrainingArguments``; the run is named after ``out``."""
     return {"report_to": list(train.report_to) or "none", "run_name": out.name, "project": PROJECT}
 
 

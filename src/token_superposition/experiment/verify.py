@@ -7,7 +7,7 @@ import tomllib
 from collections.abc import Callable
 from pathlib import Path
 
-from token_superposition.errors import TokenSuperpositionError
+from token_superposition.errors import TokenSuperpositionError, first_line
 from token_superposition.experiment.checkpoints import MANIFEST, damage
 
 
@@ -34,7 +34,7 @@ def verify_run(directory: Path) -> tuple[int, list[str]]:
         try:
             CHECKS[path.suffix](path)
         except Exception as e:  # each reader has its own kinds
-            damaged.append(f"{path} cannot be read ({str(e).splitlines()[0] if str(e) else type(e).__name__})")
+            damaged.append(f"{path} cannot be read ({first_line(e)})")
     return len(files), damaged
 
 

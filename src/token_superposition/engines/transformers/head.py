@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from token_superposition.embedding import find_embedding
-from token_superposition.errors import TokenSuperpositionError
+from token_superposition.errors import TokenSuperpositionError, first_line
 
 
 class HiddenStates:
@@ -78,9 +78,11 @@ def whole_head(model: nn.Module) -> nn.Linear:
     return head
 
 
-def auxiliary_weight(config: Any) -> float:
-    """Of a mixture of experts' auxiliary loss, by the names that configurations have for it."""
-    text = config.get_text_config()
+def auxiliary_weight(model: nn.Module) -> float:
+    """Of a mixture of experts' auxiliary loss, by the names that models and configurations have for it."""
+    if (of_model := getattr(model, "router_aux_loss_coef", None)) is not None:  # DBRX has it in another configuration
+        return of_model
+    text = cast(Any, model).config.get_text_config()
     return text.router_aux_loss_coef if hasattr(text, "router_aux_loss_coef") else text.aux_loss_coef
 
 
@@ -109,7 +111,7 @@ def ids_used_elsewhere(model: nn.Module) -> str | None:
             for_ids, looked_up[:] = set(looked_up), []
             by_embeddings: Tensor = model(inputs_embeds=embedding(ids), use_cache=False).logits
     except Exception as e:
-        return f"it does not take embeddings in place of token ids ({str(e).strip().splitlines()[0]})"
+        return f"it does not take embeddings in place of token ids ({first_line(e)})"
     finally:
         model.train(training)
         for handle in handles:

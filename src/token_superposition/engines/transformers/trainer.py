@@ -124,8 +124,13 @@ class TSTTrainer(Trainer):
 
     def _check_plan(self, plan: PlannedDataset | StreamedPlan) -> None:
         args = self.args
+        if args.n_gpu > 1:
+            raise TokenSuperpositionError(
+                f"this process sees {args.n_gpu} GPUs and would use all by DataParallel, which cannot read bags; start "
+                "one process for each (torchrun or accelerate launch), or show it one (CUDA_VISIBLE_DEVICES=0)"
+            )
         replicas = args.world_size // self.get_tp_size()
-        batch = args.per_device_train_batch_size * max(args.n_gpu, 1) * replicas * args.gradient_accumulation_steps
+        batch = args.per_device_train_batch_size * replicas * args.gradient_accumulation_steps
         if batch != plan.batch_size:
             raise TokenSuperpositionError(
                 f"the plan has {plan.batch_size} sequences a step, the arguments give {batch} (per device "
@@ -199,7 +204,7 @@ class TSTTrainer(Trainer):
             if self.args.average_tokens_across_devices:
                 loss = loss * (self.accelerator.num_processes // self.get_tp_size())
         if model.training and getattr(outputs, "aux_loss", None) is not None:  # mixture of experts
-            weight = auxiliary_weight(self.accelerator.unwrap_model(model).config)
+            weight = auxiliary_weight(self.accelerator.unwrap_model(model))
             loss = loss + weight * outputs.aux_loss.to(loss.device) / accumulated
         return (loss, outputs) if return_outputs else loss
 
