@@ -241,11 +241,11 @@ def _sample(
 def _deduplicate(
     texts: Iterator[str], scratch: Path, options: PrepareOptions, dropped: Counter[str]
 ) -> Iterator[tuple[Split, int, str]]:
-    """First occurrence of every text, with its split and its size in bytes.
+    """First occurrence of every text, and of every beginning of a long one; with its split and its size in bytes.
 
     The hashes seen are kept in a temporary SQLite file, so that memory does not grow with the corpus.
     """
-    path, done, held_out = scratch / "seen.sqlite", 0, False
+    path, done, digest, held_out = scratch / "seen.sqlite", 0, b"", False
     db = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
     try:
         db.execute("PRAGMA journal_mode=OFF")
@@ -256,9 +256,10 @@ def _deduplicate(
         for text in texts:
             if options.max_bytes is not None and done >= options.max_bytes:
                 return
-            data = text.encode()
-            digest = _digest(data, options.seed)
-            if not isinstance(text, Continued):  # a document is held out as a whole
+            data, further = text.encode(), isinstance(text, Continued)
+            # A further piece is a duplicate where all of its document up to its end is one.
+            digest = _digest((digest if further else b"") + data, options.seed)
+            if not further:  # a document is held out as a whole
                 held_out = int.from_bytes(digest[:8]) < options.validation_share * 2**64
             if db.execute("INSERT OR IGNORE INTO seen VALUES (?)", (digest,)).rowcount == 0:
                 dropped["duplicate"] += 1
