@@ -5,7 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from token_superposition import TokenSuperpositionError, fold, reference, span
+from token_superposition import TokenSuperpositionError, fold, ragged_fold, reference, span
 
 
 @given(st.integers(1, 9), st.integers(1, 6), st.integers(1, 6), st.integers(1, 3))
@@ -54,3 +54,5 @@ def test_tokens_of_any_whole_type_are_folded_to_one_that_models_take(dtype: torc
         assert folded.dtype == (dtype if dtype == torch.int32 else torch.int64) and torch.equal(folded.long(), expected)
     with pytest.raises(TokenSuperpositionError, match=r"tokens are torch.float32; give ids, which are whole"):
         fold(torch.zeros(20), 4, 4)
+    with pytest.raises(TokenSuperpositionError, match=r"tokens are torch.float32; give ids, which are whole"):
+        ragged_fold(torch.zeros(20), torch.zeros(20), 4, 4)

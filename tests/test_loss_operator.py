@@ -128,6 +128,17 @@ def test_gradients_add_up_over_micro_batches() -> None:
     torch.testing.assert_close(head.grad, whole)
 
 
+@pytest.mark.parametrize("impl", ["reference", "chunked", "native", "triton"])
+def test_bias_and_targets_of_every_kind_or_a_refusal(impl: Any) -> None:
+    """Of another shape a bias would be spread over tokens or rows in silence; ids may be int32, as ``fold`` gives."""
+    hidden, head, targets = example()
+    want = linear(hidden, head, targets, impl="reference")
+    torch.testing.assert_close(linear(hidden, head, targets.int(), bias=torch.zeros(19), impl=impl), want)
+    for shape in ((), (1,), (3,), (12, 1), (1, 19)):
+        with pytest.raises(TokenSuperpositionError, match="bias has shape"):
+            linear(hidden, head, targets, bias=torch.zeros(shape), impl=impl)
+
+
 @pytest.mark.parametrize("impl", ["chunked", "native", "triton"])
 def test_a_retained_graph_gives_the_same_gradients_again(impl: Any) -> None:
     hidden, head, targets = example()

@@ -24,8 +24,8 @@ from token_superposition.experiment.config import Config, load_config
 from token_superposition.experiment.metrics import read_metrics
 from token_superposition.experiment.run import train
 from token_superposition.experiment.superposition import SuperpositionConfig
-from token_superposition.places import place_factors, placed_bag_mean, shares
-from token_superposition.weights import Weighting, place_weights
+from token_superposition.places import _kept_signs, place_factors, placed_bag_mean, shares  # pyright: ignore
+from token_superposition.weights import Weighting, _kept, place_weights, weights_for  # pyright: ignore
 
 IDS = torch.randint(VOCAB, (2, 6, 3), generator=torch.Generator().manual_seed(1))
 SIGNAL = 0.5
@@ -191,13 +191,31 @@ def test_rows_of_a_bag_are_never_made(dtype: torch.dtype, signal: float, weighti
 
 
 @readings
-def test_shapes_alone_leave_nothing_behind(signal: float, weighting: Weighting) -> None:
-    with FakeTensorMode():
+@pytest.mark.parametrize("stock", [True, False])
+@pytest.mark.parametrize("aside", [FakeTensorMode, torch.inference_mode])
+def test_shapes_alone_leave_nothing_behind(
+    signal: float, weighting: Weighting, stock: bool, aside: Callable[[], Any]
+) -> None:
+    """Signs and weights are kept between calls: not those of shapes, and those made without gradients serve with."""
+    _kept_signs.cache_clear()
+    _kept.cache_clear()
+    with aside():
         ids = torch.zeros(2, 3, 4, dtype=torch.long)
-        assert bag_embedding(nn.Embedding(7, 5), ids, signal, weighting).shape == (2, 3, 5)
-    table, ids = nn.Embedding(7, 5), torch.randint(7, (2, 3, 4))
+        table = nn.Embedding(7, 5, scale_grad_by_freq=not stock)
+        assert bag_embedding(table, ids, signal, weighting).shape == (2, 3, 5)
+    table, ids = nn.Embedding(7, 5, scale_grad_by_freq=not stock), torch.randint(7, (2, 3, 4))
     want = by_hand(table.weight[ids].double(), signal, weighting).float()
-    torch.testing.assert_close(bag_embedding(table, ids, signal, weighting), want)
+    got = bag_embedding(table, ids, signal, weighting)
+    torch.testing.assert_close(got, want)
+    got.sum().backward()
+
+
+def test_weights_are_made_once() -> None:
+    _kept.cache_clear()
+    for _ in range(2):
+        bag_embedding(nn.Embedding(7, 5), torch.randint(7, (2, 3, 4)), 0.0, "power").sum().backward()
+    kept = weights_for(IDS, "power")
+    assert kept is weights_for(IDS[0], "power") and (_kept.cache_info().hits, _kept.cache_info().misses) == (2, 2)
 
 
 @readings

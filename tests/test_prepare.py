@@ -261,6 +261,21 @@ def test_datasets_of_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
         next(read_documents(["hf:no/such"], "text", dropped))
 
 
+def test_the_tokenizer_knows_every_dataset_of_the_hub_and_the_files_beside_them(tmp_path: Path) -> None:
+    """The first of them alone could fill the sample. Words of the last file are in its second half only."""
+    words = ["river", "carries", "boats", "harbour"]
+    for name, word in zip("abc", words, strict=False):
+        (tmp_path / name).mkdir()
+        texts = [f"{word} {i}" + f"\n{words[3]} {i}" * (name == "c" and i >= 3_000) for i in range(6_000)]
+        pq.write_table(pa.table({"text": texts}), tmp_path / name / "train.parquet")
+    sources = [f"hf:{tmp_path / 'a'}", f"hf:{tmp_path / 'b'}", str(tmp_path / "c")]
+    for name, limit, known in (("all", None, words), ("some", 100_000, words[:2]), ("first", 50_000, words[:1])):
+        options = PrepareOptions(vocab_size=400, validation_share=0.2, tokenizer_bytes=2**14, max_bytes=limit)
+        prepare(sources, tmp_path / name, options)
+        vocabulary = AutoTokenizer.from_pretrained(tmp_path / name / "tokenizer").get_vocab()
+        assert [w for w in words if w in vocabulary] == known
+
+
 def test_a_broken_connection_is_no_full_disk(tmp_path: Path) -> None:
     """Of the hub, and of a caller's own iterator. Like requests' errors, it is an OSError without a number."""
     content = "".join(json.dumps({"text": t}) + "\n" for t in text(40)).encode()

@@ -66,6 +66,17 @@ def test_preparing_is_quiet_in_a_pipe() -> None:
         assert ("reading" in out.getvalue()) if terminal else (out.getvalue() == "")
 
 
+def test_each_stage_of_preparing_ends_with_its_last_figure() -> None:
+    """Also one that is over before the next figure would be shown."""
+    out = io.StringIO()
+    with bars(Console(file=out, force_terminal=True, width=80)) as report:
+        for stage in ("reading", "writing"):
+            for done in (50.0, 70.0, 100.0):
+                report(stage, done, 100.0)
+    for stage in ("reading", "writing"):
+        assert "100/100 bytes" in [line for line in out.getvalue().splitlines() if stage in line][-1]
+
+
 def test_a_long_run_keeps_few_lines_in_memory_and_all_of_them_in_its_file(tmp_path: Path) -> None:
     """Also one that goes on: it looks for a spike among the same lines."""
     path, seen = tmp_path / "metrics.jsonl", list[tuple[int, int, int]]()

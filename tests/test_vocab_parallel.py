@@ -17,7 +17,7 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, 
 from torch.profiler import ProfilerActivity, profile
 
 from tests.processes import spawn
-from token_superposition import TokenSuperpositionError, reference, superpose, unsuperpose
+from token_superposition import TokenSuperpositionError, bag_embedding, reference, superpose, unsuperpose
 from token_superposition import linear_multi_hot_cross_entropy as linear
 from token_superposition.loss.vocab_parallel import VocabParallel
 from token_superposition.places import place_factors
@@ -116,6 +116,12 @@ def check_dtensors(rank: int) -> None:
         linear(state, weight, targets, impl="triton")
     with pytest.raises(TokenSuperpositionError, match=r"hidden is a plain tensor; under FSDP2 call unshard\(\)"):
         linear(hidden, weight, targets)
+    replicated = distribute_tensor(table.weight.full_tensor().detach(), (grid := init_device_mesh("cpu", (2, 1))))
+    everywhere: Any = bag_embedding(nn.Embedding(V, D, _weight=replicated), ids)
+    assert everywhere.device_mesh == grid and everywhere.placements == (Replicate(), Replicate())
+    close(everywhere, reference.bag_embedding(replicated.to_local(), ids))
+    with pytest.raises(TokenSuperpositionError, match=r"bias has shape \(12,\) beside a head of shape \(11, 4\)"):
+        linear(state, weight, targets, bias=torch.zeros(V + 1))  # on both processes, though 6 of them fit the first
     superpose(unsuperpose(model), table, place_signal=0.5, weighting="power")
     got = table(ids)
     close(got, marked)

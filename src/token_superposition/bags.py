@@ -75,7 +75,8 @@ def ragged_fold(
     the embedding of a superposed model leaves out of the mean, and -100 in targets. Ragged bags hold fewer tokens than
     there is room for, so the last tokens may go unread. Without boundaries it is ``fold``.
 
-    Raises ``TokenSuperpositionError`` unless the length of ``tokens`` is ``L * a + b`` for a whole ``L >= 1``.
+    Raises ``TokenSuperpositionError`` unless the length of ``tokens`` is ``L * a + b`` for a whole ``L >= 1``, and for
+    tokens that are no whole numbers.
 
     >>> begins = torch.tensor([0, 0, 0, 1, 0, 1, 0, 0], dtype=torch.bool)
     >>> ids, targets = ragged_fold(torch.arange(8), begins, 2, 2)
@@ -93,7 +94,7 @@ def ragged_fold(
     starts = torch.searchsorted(bags_so_far, wanted.contiguous())  # (..., L + 1)
     first, following = starts[..., :-1, None], starts[..., 1:, None]
     read, predicted = first + place[:a], following + place[:b]
-    tokens = tokens.long()  # a type that has -1
+    tokens = _whole_numbers(tokens).long()  # a type that has -1
     ids = _take(tokens, read).where(read < following, -1)
     segment = begins.cumsum(-1)
     targets = _take(tokens, predicted).where(_take(segment, predicted) == _take(segment, following), -100)

@@ -192,7 +192,8 @@ def _dtensor_bag_mean(weight: Any, ids: Tensor, padding_idx: int, place_signal: 
     rows, start, sharded = local_rows(weight)
     local = ids.to_local() if isinstance(ids, DTensor) else ids
     out = _local_mean(rows, local, start if sharded else None, padding_idx, place_signal, weighting)
-    return DTensor.from_local(out, weight.device_mesh, [Partial() if sharded else Replicate()], run_check=False)
+    mesh = weight.device_mesh
+    return DTensor.from_local(out, mesh, [Partial() if sharded else Replicate()] * mesh.ndim, run_check=False)
 
 
 def superpose(

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from token_superposition.errors import TokenSuperpositionError
-from token_superposition.weights import Weighting, place_weights
+from token_superposition.weights import Weighting, may_keep, weights_for
 
 SEED = 0x9E3779B9
 
@@ -25,16 +25,18 @@ def place_factors(bag_size: int, width: int, signal: float, like: Tensor) -> Ten
 
     An added vector would be the same in the mean of every bag; a product is not.
     """
-    signs = _signs(bag_size, width, like.device)
+    signs = (_kept_signs if may_keep(like) else _signs)(bag_size, width, like.device)
     return 1 + signal * signs.to(torch.promote_types(like.dtype, torch.float32))
 
 
-@lru_cache
 def _signs(bag_size: int, width: int, device: torch.device) -> Tensor:  # (s, d)
     """Drawn for each place from its own seed, so a place keeps its signs in bags of another size."""
     seeds = (torch.Generator().manual_seed(SEED + place) for place in range(bag_size))
     rows = [torch.randint(2, (width,), generator=g) * 2 - 1 for g in seeds]
     return torch.stack(rows).to(device)
+
+
+_kept_signs = lru_cache(_signs)
 
 
 @torch.library.custom_op("token_superposition::placed_bag_mean", mutates_args=())
@@ -102,11 +104,10 @@ def shares(ids: Tensor, weighting: Weighting, dtype: torch.dtype) -> Tensor:  # 
     the first of them. ``uniform`` is the mean.
     """
     there, count = places(ids)
-    if weighting == "uniform":
+    if (weights := weights_for(ids, weighting)) is None:
         return there.to(dtype) / count
     from_end = there.flip(-1).cumsum(-1).flip(-1) - 1
-    weights = place_weights(weighting, ids.shape[-1]).to(ids.device, dtype, non_blocking=True)
-    found = weights[from_end.clamp(min=0)] * there
+    found = weights.to(dtype)[from_end.clamp(min=0)] * there
     return found / found.sum(-1, keepdim=True).clamp(min=torch.finfo(dtype).tiny)
 
 

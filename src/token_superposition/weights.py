@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Literal, get_args
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from token_superposition.errors import TokenSuperpositionError, require_int
 
@@ -39,3 +40,29 @@ def place_weights(weighting: Weighting, bag_size: int) -> Tensor:  # (s,) float3
         case _:
             raise TokenSuperpositionError(f"weighting is {weighting!r}; choose one of {', '.join(get_args(Weighting))}")
     return (w / w.sum()).float()
+
+
+def weights_for(bags: Tensor, weighting: Weighting) -> Tensor | None:  # (..., s) -> (s,)
+    """``place_weights`` on the device of ``bags``, or None where they are uniform.
+
+    They are made once: a copy to the device would make every step wait, and break a CUDA graph.
+    """
+    if weighting == "uniform":
+        return None
+    make = _kept if may_keep(bags) else _on
+    return make(weighting, bags.shape[-1], bags.device)
+
+
+def may_keep(like: Tensor) -> bool:
+    """Whether what is made beside ``like`` may be kept for later calls.
+
+    Beside a fake tensor a fake one is made, which would come back in a real run; a compiled graph makes its own.
+    """
+    return not torch.compiler.is_compiling() and type(like) in (Tensor, nn.Parameter)
+
+
+def _on(weighting: Weighting, bag_size: int, device: torch.device) -> Tensor:  # (s,)
+    return place_weights(weighting, bag_size).to(device, non_blocking=True)
+
+
+_kept = cache(_on)

@@ -266,6 +266,26 @@ def test_a_document_cut_into_several_is_held_out_as_a_whole_or_not_at_all(
     assert {split for splits in found.values() for split in splits} == set(SPLITS)
 
 
+@pytest.mark.parametrize("ending", [".txt", ".jsonl"])
+def test_of_a_document_cut_into_several_only_what_another_begins_with_is_dropped(
+    ending: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Pieces of one document may be alike."""
+    monkeypatch.setattr(sources, "MAX_TEXT_BYTES", 200)
+    log, other = "the same line in the log\n" * 64, "another line in the log\n" * 64
+    documents = [log, log, log + other, other + log, *(f"document {i}\n" for i in range(40))]
+    for i, document in enumerate(documents):
+        content = document if ending == ".txt" else json.dumps({"text": document}) + "\n"
+        (tmp_path / f"{i:02d}{ending}").write_text(content)
+    again, longer = (list(read_documents([str(tmp_path / f"{i:02d}{ending}")], "text", Counter())) for i in (1, 2))
+    alike = sum(a == b for a, b in zip(again, longer, strict=False))
+    meta = prepare([str(tmp_path)], tmp_path / "data", OPTIONS)
+    assert meta.dropped == {"duplicate": len(again) + alike} and len(again) > 5
+    got = "".join(documents_of(tmp_path / "data", *SPLITS))
+    kept = [log, "".join(longer[alike:]), *documents[3:]]
+    assert len(got) == sum(map(len, kept)) and all(document in got for document in kept)
+
+
 def test_a_json_line_longer_than_memory_should_hold_is_passed_over(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

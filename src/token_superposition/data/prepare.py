@@ -38,6 +38,7 @@ SAMPLES = 32  # no text gives more than one part in so many to the sample that t
 MIN_SAMPLE = 2**14  # bytes: with fewer, the parts would be too short to be text
 DISK_FULL = "cannot write {out} ({why}); free the disk or choose another --out"
 Progress = Callable[[str, float, float | None], None]  # (stage, bytes done, bytes in all if known)
+Documents = Callable[[Counter[str]], Iterator[str]]  # reads texts, and counts in its argument what it drops
 
 
 @dataclass(frozen=True)
@@ -53,9 +54,10 @@ class PrepareOptions:
     validation_share: float = 0.01
     """Share of the documents held out for validation, chosen by their hash."""
     tokenizer_bytes: int = 64 * 2**20
-    """Bytes of text, spread over the sources, on which the BPE is trained."""
+    """Bytes of text on which the BPE is trained, spread over all that is read. How much a dataset of the hub holds is
+    not known: without --max-bytes, each gives its first bytes, and the files together as many, from everywhere."""
     max_bytes: int | None = None
-    """Stop after this many bytes of text."""
+    """Stop after this many bytes of text. Datasets of the hub are read first."""
     shard_tokens: int = 2**26
     """Tokens of one shard file."""
     seed: int = 0
@@ -67,31 +69,38 @@ def prepare(
     out: str | Path,
     options: PrepareOptions = PrepareOptions(),
     progress: Progress = lambda stage, done, total: None,
-    documents: Callable[[Counter[str]], Iterator[str]] | None = None,
+    documents: Documents | None = None,
 ) -> Meta:
     """Tokenise ``sources`` into the directory ``out``, which appears only when it is whole.
 
     Exact duplicates of a document are dropped. The same text, options and seed give the same bytes. ``documents``
-    replaces the reading of ``sources`` by an iterator over texts (called twice: to train the tokenizer, then to
-    tokenise; it counts in its argument what it drops).
+    replaces the reading of ``sources`` by an iterator over texts (called twice: to train the tokenizer, of which they
+    give the first ``tokenizer_bytes`` unless ``max_bytes`` is set, then to tokenise; it counts in its argument what it
+    drops).
 
     Raises ``TokenSuperpositionError`` for unusable options or sources, an empty corpus, or a full disk.
     """
     _check(options, Path(out))
     out, sources = Path(os.path.realpath(out)), list(sources)  # a link stays, and leads to the store
     dropped: Counter[str] = Counter()
-    total = None
+    total: int | None = None
+    parts: list[tuple[Documents, int | None]] = []
     if documents is None:
         if not sources:
             raise TokenSuperpositionError("no source given; name files, folders, globs or hf:DATASET")
         hub = [s for s in sources if s.startswith("hf:")]
         files = find_files([s for s in sources if not s.startswith("hf:")], dropped)
         check_files(files, options.text_field)  # what cannot be read is found before any work
-        total = None if hub else estimated_bytes(files)
         documents = bind(read_documents, [*hub, *files], options.text_field)
-    documents = bind(_read, documents)
+        if not hub:
+            total = estimated_bytes(files)
+        elif options.max_bytes is None:
+            parts = [(bind(read_documents, [name], options.text_field), None) for name in hub]
+            if files:
+                parts.append((bind(read_documents, files, options.text_field), estimated_bytes(files)))
     if options.max_bytes is not None:
         total = min(total, options.max_bytes) if total is not None else options.max_bytes
+    parts = parts or [(documents, total)]
     from filelock import FileLock, Timeout
 
     partial = partial_of(out)
@@ -104,7 +113,7 @@ def prepare(
                     out.rename(partial)  # here and back: what cannot be replaced is found before any work
                     partial.rename(out)
                 partial.mkdir()
-                meta = _prepare(documents, partial, options, progress, total, dropped)
+                meta = _prepare(documents, parts, partial, options, progress, total, dropped)
                 meta.save(partial / "meta.json")
                 if out.exists():
                     out.rmdir()
@@ -123,7 +132,7 @@ def prepare(
     return meta
 
 
-def _read(documents: Callable[[Counter[str]], Iterator[str]], dropped: Counter[str]) -> Iterator[str]:
+def _read(documents: Documents, dropped: Counter[str]) -> Iterator[str]:
     """Of which an error is none of writing, such as a full disk's."""
     try:
         yield from documents(dropped)
@@ -155,7 +164,8 @@ def _check(options: PrepareOptions, out: Path) -> None:
 
 
 def _prepare(
-    documents: Callable[[Counter[str]], Iterator[str]],
+    documents: Documents,
+    parts: Sequence[tuple[Documents, int | None]],
     out: Path,
     options: PrepareOptions,
     progress: Progress,
@@ -165,8 +175,7 @@ def _prepare(
     if options.tokenizer is not None:
         tokenizer = load_tokenizer(options.tokenizer)
     else:
-        share = 1.0 if not total else min(1.0, options.tokenizer_bytes / total)
-        sample = _sample(documents(Counter()), share, options, lambda done: progress("train tokenizer", done, total))
+        sample = _sample(parts, options, lambda done: progress("train tokenizer", done, total))
         tokenizer = train_bpe(sample, options.vocab_size)
     tokenizer.save_pretrained(str(out / "tokenizer"))
     eos = cast(int, tokenizer.eos_token_id)
@@ -175,7 +184,7 @@ def _prepare(
     writers: dict[Split, _ShardWriter] = {
         split: _ShardWriter(out, split, dtype, vocab_size, options.shard_tokens) for split in SPLITS
     }
-    kept = _deduplicate(documents(dropped), out, options, dropped)
+    kept = _deduplicate(_read(documents, dropped), out, options, dropped)
     done = 0
     for split, size, tokens in _tokenise(kept, tokenizer, eos, dtype):
         if (tokens[:-1] == eos).any():  # a model of whole words, or of Unigram, that has it among them
@@ -212,26 +221,34 @@ def _digest(data: bytes, seed: int) -> bytes:
 
 
 def _sample(
-    texts: Iterator[str], share: float, options: PrepareOptions, report: Callable[[int], None]
+    parts: Sequence[tuple[Documents, int | None]],  # with their bytes, if known
+    options: PrepareOptions,
+    report: Callable[[int], None],
 ) -> Iterator[str]:
-    """About ``share`` of the texts, chosen by hash, up to ``tokenizer_bytes`` in all.
+    """Texts chosen by hash, up to ``tokenizer_bytes`` in all and as many from each part.
 
-    Of a text that would be a large part of the sample, pieces are chosen: the sample comes from everywhere in the
-    sources, and is not empty or a single text because there are few.
+    Of a text that would be a large part of the sample, pieces are chosen: the sample comes from everywhere in a part,
+    and is not empty or a single text because there are few. Of a part whose size is not known, the first texts are
+    taken.
     """
-    length = max(MIN_SAMPLE // SAMPLES, options.tokenizer_bytes // SAMPLES)
-    taken = done = 0
-    for text in texts:
-        for piece in cut_at_lines(text, length) if share < 1 else [text]:
+    wanted = options.tokenizer_bytes // len(parts)
+    length = max(MIN_SAMPLE // SAMPLES, wanted // SAMPLES)
+    done = sampled = 0
+    for documents, size in parts:
+        share = 1.0 if not size else min(1.0, wanted / size)
+        taken = 0
+        texts = _read(documents, Counter())
+        for piece in (p for text in texts for p in (cut_at_lines(text, length) if share < 1 else [text])):
             data = piece.encode()
             done += len(data)
             report(done)
             if int.from_bytes(_digest(data, options.seed)[8:]) < share * 2**64:
                 taken += len(data)
                 yield piece
-            if taken >= options.tokenizer_bytes or (options.max_bytes is not None and done >= options.max_bytes):
-                return
-    if done and not taken:
+            if taken >= wanted or (options.max_bytes is not None and done >= options.max_bytes):
+                break
+        sampled += taken
+    if done and not sampled:
         raise TokenSuperpositionError(
             f"tokenizer_bytes is {options.tokenizer_bytes}, too few to choose any of {done} bytes of text; give at "
             f"least {MIN_SAMPLE}"
@@ -241,11 +258,11 @@ def _sample(
 def _deduplicate(
     texts: Iterator[str], scratch: Path, options: PrepareOptions, dropped: Counter[str]
 ) -> Iterator[tuple[Split, int, str]]:
-    """First occurrence of every text, with its split and its size in bytes.
+    """First occurrence of every text, and of every beginning of a long one; with its split and its size in bytes.
 
     The hashes seen are kept in a temporary SQLite file, so that memory does not grow with the corpus.
     """
-    path, done, held_out = scratch / "seen.sqlite", 0, False
+    path, done, digest, held_out = scratch / "seen.sqlite", 0, b"", False
     db = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
     try:
         db.execute("PRAGMA journal_mode=OFF")
@@ -256,9 +273,10 @@ def _deduplicate(
         for text in texts:
             if options.max_bytes is not None and done >= options.max_bytes:
                 return
-            data = text.encode()
-            digest = _digest(data, options.seed)
-            if not isinstance(text, Continued):  # a document is held out as a whole
+            data, further = text.encode(), isinstance(text, Continued)
+            # A further piece is a duplicate where all of its document up to its end is one.
+            digest = _digest((digest if further else b"") + data, options.seed)
+            if not further:  # a document is held out as a whole
                 held_out = int.from_bytes(digest[:8]) < options.validation_share * 2**64
             if db.execute("INSERT OR IGNORE INTO seen VALUES (?)", (digest,)).rowcount == 0:
                 dropped["duplicate"] += 1

@@ -27,6 +27,7 @@ def bars(console: Console) -> Generator[Report]:
         yield lambda stage, done, total: None
         return
     tasks: dict[str, TaskID] = {}
+    newest: dict[TaskID, float] = {}
     shown = 0.0
     with Progress(
         TextColumn("{task.description}", markup=False),
@@ -40,9 +41,17 @@ def bars(console: Console) -> Generator[Report]:
         def report(stage: str, done: float, total: float | None) -> None:
             nonlocal shown
             if stage not in tasks:
+                show()
                 tasks[stage] = progress.add_task(stage, total=total)
+            newest[tasks[stage]] = done
             if time.monotonic() - shown > 0.1:  # it is called for every document
-                progress.update(tasks[stage], completed=done)
+                show()
                 shown = time.monotonic()
 
+        def show() -> None:
+            """All stages, so that each ends with what it came to."""
+            for task, done in newest.items():
+                progress.update(task, completed=done)
+
         yield report
+        show()

@@ -73,7 +73,7 @@ def by_identity(
     x = torch.where(valid.unsqueeze(1), hidden, 0).to(dtype) * logit_scale
     head, b = weight.to(dtype), None if bias is None else bias.to(dtype)
     used = target_weights > 0
-    y = torch.where(used, targets, 0)
+    y = torch.where(used, targets, 0).long()  # torch's loss takes nothing else
     first = y.gather(1, used.int().argmax(1, keepdim=True))
     rows = torch.cat((first, y), 1)
     coefficients = torch.cat((valid.to(target_weights).unsqueeze(1), -target_weights), 1)

@@ -298,10 +298,14 @@ def paired_difference(equal: dict[str, Any]) -> str:
 
 
 def short(n: float) -> str:
-    """1234567 -> 1.23M"""
+    """Three digits; what they round up to a thousand of a unit is one of the next.
+
+    >>> short(1_234_567), short(2_097_152), short(999_600), short(999.5), short(999)
+    ('1.23M', '2.1M', '1M', '1k', '999')
+    """
     for unit, size in (("T", 1e12), ("B", 1e9), ("M", 1e6), ("k", 1e3)):
-        if n >= size:
-            return f"{n / size:.3g}{unit}"
+        if float(digits := f"{n / size:.3g}") >= 1:
+            return digits + unit
     return f"{n:g}"
 
 

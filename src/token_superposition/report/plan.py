@@ -8,6 +8,7 @@ from rich.table import Table
 
 from token_superposition.experiment.budget import Cost
 from token_superposition.experiment.planning import Plan
+from token_superposition.report.contents import short
 
 
 def print_plan(plan: Plan, console: Console) -> None:
@@ -112,18 +113,6 @@ def _table(*headers: str) -> Table:
     for i, header in enumerate(headers):
         table.add_column(header, justify="right" if i else "left", no_wrap=True)
     return table
-
-
-def short(n: int | float) -> str:
-    """
-    >>> short(104_857_600_000), short(2_097_152), short(999)
-    ('105B', '2.10M', '999')
-    """
-    for size, letter in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
-        if n >= size:
-            digits = 2 if n / size < 10 else 1 if n / size < 100 else 0
-            return f"{n / size:.{digits}f}{letter}"
-    return f"{n:g}"
 
 
 def gb(n: int | float) -> str:

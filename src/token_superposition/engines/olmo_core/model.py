@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, cast
 
-import torch
 from olmo_core.nn.feed_forward import FeedForwardConfig
 from olmo_core.nn.layer_norm import LayerNormType
 from olmo_core.nn.lm_head import LMHead, LMHeadConfig, LMHeadType, LMOutputWithLoss
@@ -16,7 +15,7 @@ from transformers import PretrainedConfig
 
 from token_superposition.errors import TokenSuperpositionError
 from token_superposition.loss import linear_multi_hot_cross_entropy
-from token_superposition.weights import Weighting, place_weights
+from token_superposition.weights import Weighting, weights_for
 
 ARCHITECTURES = ("llama", "qwen3")
 TP_AND_CP = "tp_config and cp_config are both set, and the loss on bags has one of them at most; leave one out"
@@ -59,7 +58,6 @@ class TSTLMHead(LMHead):
     def __init__(self, *, weighting: Weighting = "uniform", **kwargs: Any):
         super().__init__(**kwargs)
         self.weighting: Weighting = weighting
-        self._weights: dict[tuple[int, torch.device], Tensor] = {}
 
     def forward(
         self,
@@ -98,7 +96,7 @@ class TSTLMHead(LMHead):
             self.norm(x) if self.norm is not None else x,
             self.w_out.weight,
             labels,
-            self._place_weights(labels) if labels.dim() == 3 else None,
+            weights_for(labels, self.weighting) if labels.dim() == 3 else None,
             bias=self.w_out.bias,
             ignore_index=ignore_index,
             reduction=loss_reduction,
@@ -124,15 +122,6 @@ class TSTLMHead(LMHead):
         if labels is None or self._tp_mesh is None:
             return labels
         return labels.chunk(self._tp_mesh.size(), dim=1)[self._tp_mesh.get_local_rank()]
-
-    def _place_weights(self, labels: Tensor) -> Tensor | None:  # (B, L, s) -> (s,)
-        """Made once for a bag size: a copy to the device would make the step wait."""
-        if self.weighting == "uniform":
-            return None
-        key = labels.shape[-1], labels.device
-        if key not in self._weights:
-            self._weights[key] = place_weights(self.weighting, labels.shape[-1]).to(labels.device)
-        return self._weights[key]
 
 
 def transformer_config(hf: PretrainedConfig, weighting: Weighting = "uniform", seed: int = 0) -> TransformerConfig:

@@ -20,7 +20,7 @@ from torchtitan.distributed.spmd_types import current_spmd_mesh, spmd_mesh_size
 from token_superposition.errors import TokenSuperpositionError
 from token_superposition.loss.chunked import loss_and_gradient, own_targets
 from token_superposition.loss.targets import as_rows, target_weights
-from token_superposition.weights import Weighting, place_weights
+from token_superposition.weights import Weighting, weights_for
 
 IGNORED = -100
 
@@ -43,7 +43,6 @@ class BagLoss(BaseLoss):
     def __init__(self, config: Config, *, compile_config: CompileConfig | None = None):
         self.config = config
         self.fn = bag_loss  # not compiled: it is one pass over the logits, most of it one gather and one exponential
-        self._weights: dict[tuple[int, torch.device], Tensor] = {}
 
     def __call__(
         self, pred: Tensor, labels: Tensor, global_valid_tokens: Tensor | None = None, **kwargs: Any
@@ -55,17 +54,9 @@ class BagLoss(BaseLoss):
             mesh = current_spmd_mesh()
             assert mesh is not None
             group = mesh.get_group("tp")
-        loss = self.fn(pred, labels, self._place_weights(labels), self.config.vocab_size, group)
+        weights = weights_for(labels, self.config.weighting) if labels.dim() == 3 else None
+        loss = self.fn(pred, labels, weights, self.config.vocab_size, group)
         return loss if global_valid_tokens is None else loss / global_valid_tokens, {}
-
-    def _place_weights(self, labels: Tensor) -> Tensor | None:
-        """Made once for a bag size: a copy to the device would make the step wait, and break its CUDA graph."""
-        if labels.dim() == 2 or self.config.weighting == "uniform":
-            return None
-        key = labels.shape[-1], labels.device
-        if key not in self._weights:
-            self._weights[key] = place_weights(self.config.weighting, labels.shape[-1]).to(labels.device)
-        return self._weights[key]
 
 
 def bag_loss(

@@ -33,7 +33,7 @@ from token_superposition.errors import TokenSuperpositionError
 from token_superposition.loss import linear_multi_hot_cross_entropy, multi_hot_cross_entropy
 from token_superposition.loss.targets import BagLoss
 from token_superposition.schedule import Schedule
-from token_superposition.weights import Weighting, place_weights
+from token_superposition.weights import Weighting, weights_for
 
 logger = logging.getLogger(__name__)
 
@@ -97,7 +97,6 @@ class TSTTrainer(Trainer):
             )
         self.weighting: Weighting = weighting
         self.bag_loss: BagLoss = bag_loss
-        self._weights: dict[tuple[int, torch.device], Tensor] = {}
         self.lr_factor = lr_factor
         self.figures = figures
         self.mtp = mtp
@@ -166,7 +165,7 @@ class TSTTrainer(Trainer):
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         targets: Tensor = inputs["shift_labels"]
         inputs = {k: v for k, v in inputs.items() if k not in ("shift_labels", "labels")} | self._without_cache
-        weights = self._place_weights(targets) if targets.dim() == 3 else None
+        weights = weights_for(targets, self.weighting) if targets.dim() == 3 else None
         reduction = "mean" if num_items_in_batch is None else "sum"
         whole = return_outputs and not model.training  # whoever evaluates asks for all logits
         if self._hidden is not None and self.head is not None and not whole:
@@ -207,15 +206,6 @@ class TSTTrainer(Trainer):
             weight = auxiliary_weight(self.accelerator.unwrap_model(model))
             loss = loss + weight * outputs.aux_loss.to(loss.device) / accumulated
         return (loss, outputs) if return_outputs else loss
-
-    def _place_weights(self, targets: Tensor) -> Tensor | None:  # (B, L, s) -> (s,)
-        """Made once for a bag size: a copy to the device would make the step wait."""
-        if self.weighting == "uniform":
-            return None
-        key = targets.shape[-1], targets.device
-        if key not in self._weights:
-            self._weights[key] = place_weights(self.weighting, targets.shape[-1]).to(targets.device)
-        return self._weights[key]
 
     def prediction_step(
         self,
