@@ -28,7 +28,7 @@ def run(name: str, seed: int, steps: int, loss: float, seconds: float = 1.0) -> 
     return Run(
         seed=seed, bag_size=4, ratio=0.3, steps=steps, latent_tokens=steps, raw_tokens=steps * (1 + (name == "tst")),
         epochs=0.1, flops=1e9 * steps, train_seconds=seconds, phase_step_seconds=[1.0], val_loss=loss,
-        val_bpb=loss, parameters=1000, hardware="none", versions={"torch": "0"}, name=name,
+        val_bpb=loss, parameters=1000, hardware="none", versions={"torch": "0"}, data_sha256="", precision="float32", name=name,
         directory=f"{name}-seed{seed}",
     )  # fmt: skip
 

@@ -161,9 +161,9 @@ class PlannedDataset(Dataset[Sample]):
     def check_fingerprint(self, saved: Mapping[str, Any], remedy: str) -> None:
         """Raise ``TokenSuperpositionError`` if ``saved`` is the fingerprint of other samples; it says what differs."""
         here = self.fingerprint()
-        differ = [k for k in here if k in saved and saved[k] != here[k]]
+        differ = [k for k in here if saved.get(k) != here[k]]
         if differ:
-            values = ", ".join(f"{k} {reprlib.repr(saved[k])} there, {reprlib.repr(here[k])} here" for k in differ)
+            values = ", ".join(f"{k} {reprlib.repr(saved.get(k))} there, {reprlib.repr(here[k])} here" for k in differ)
             raise TokenSuperpositionError(
                 f"the checkpoint is of another plan of the samples: {values}; give the checkpoint's values, or {remedy}"
             )

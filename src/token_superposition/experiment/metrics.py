@@ -70,11 +70,9 @@ class MetricsWriter(TrainerCallback):
         self.seconds = kept[-1]["seconds"] if kept else 0.0
         self._mark = time.perf_counter()
 
-    def go_on_from(self, seconds: float | None) -> None:
-        """The time up to a checkpoint, of which the newest line before it knows but a part; older ones lack it."""
-        if seconds is not None:
-            self.seconds = seconds
-        self._mark = time.perf_counter()
+    def go_on_from(self, seconds: float) -> None:
+        """The time up to a checkpoint, of which the newest line before it knows but a part."""
+        self.seconds, self._mark = seconds, time.perf_counter()
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         control.should_save |= state.global_step in self.save_at

@@ -145,10 +145,8 @@ def check_start(checkpoint: Path, config: Config, meta: Meta, precision: str) ->
         for name in names
         if (before := getattr(getattr(old, section), name)) != (now := getattr(getattr(config, section), name))
     ]
-    known = "precision" in manifest  # else an older version wrote it
-    before, now = (manifest["precision"], precision) if known else (old.train.precision, config.train.precision)
-    if before != now:
-        differences.append(f"train.precision {before!r} -> {now!r}")
+    if manifest["precision"] != precision:
+        differences.append(f"train.precision {manifest['precision']!r} -> {precision!r}")
     a, b = old.schedule, config.schedule
     other = next((i for i in range(step_of(checkpoint)) if _bags(a, i) != _bags(b, i)), None)
     if other is not None:

@@ -117,7 +117,7 @@ def interval_table(contents: Contents) -> list[tuple[str, ...]]:
             f"{BOUNDS[s['bound']]}{s['geometric_mean']:.2f}" if (s := c["speedup"]) else "unknown",
             interval((s["low"], s["high"]), ".2f") if s else "none",
             f"{c['equal_time']['ratio']:.2f}",
-            f"{c.get('flops_ratio', 1.0):.2f}",  # older ones lack it
+            f"{c['flops_ratio']:.2f}",
         )
         for name, c in contents.comparison["variants"].items()
     ]
@@ -143,12 +143,12 @@ def verdicts(contents: Contents) -> list[tuple[str, str]]:
     """(accounting, sentence) for each variant: equal FLOPs, loss, data and time, and the cost of a step."""
     result: list[tuple[str, str]] = []
     variants: dict[str, dict[str, Any]] = contents.comparison["variants"]
-    epochs = {r["name"]: r.get("epochs", 0.0) for r in contents.runs}
+    epochs = {r["name"]: r["epochs"] for r in contents.runs}
     for name, c in variants.items():
         label = f"{name}: " if len(variants) > 1 else ""
         several = c["speedup"] is not None and len(c["delta_val_loss_per_seed"]) > 1
-        length = c.get("steps_ratio", 1.0)  # reports of older comparisons lack both
-        more = c.get("flops_ratio", 1.0) != 1  # heads for further tokens, or a length of its own
+        length = c["steps_ratio"]
+        more = c["flops_ratio"] != 1  # heads for further tokens, or a length of its own
         equal = f"in {length:.3g} x the steps" if length != 1 else f"equal {'steps' if more else 'FLOPs'}"
         result.append((f"{label}{equal}", equal_steps(name, c)))
         if not math.isfinite(c["delta_val_loss"]):
@@ -159,10 +159,10 @@ def verdicts(contents: Contents) -> list[tuple[str, str]]:
         result.append(
             (f"{label}equal loss", speedup(c) if several else equal_loss(name, c["equal_loss"], steps, contents))
         )
-        for longer in c.get("longer_baselines", []):  # reports of older comparisons lack them
+        for longer in c["longer_baselines"]:
             other = f"a baseline of {longer['baseline_steps']:,} steps"
             result.append((f"{label}{longer['ratio']:.3g} x the steps", paired(name, other, longer)))
-        if plain := c.get("against_tst"):
+        if plain := c["against_tst"]:
             result.append((f"{label}against tst", paired(name, "tst", plain)))
         result.append((f"{label}equal data", equal_data(c["equal_data"])))
         if epochs[name] > 1:
@@ -285,14 +285,14 @@ def missing(equal: dict[str, Any]) -> str:
     """Why nothing is known of a baseline of another length, and what tells it."""
     if equal["how"] == "diverged":
         return "it diverged with some seed"
-    ratio = math.ceil(100 * equal.get("ratio", 0)) / 100  # not below it, where it would tell nothing
+    ratio = math.ceil(100 * equal["ratio"]) / 100  # not below it, where it would tell nothing
     remedy = f" (--compare.baseline-lengths with {ratio:g} among them tells)" if ratio else ""
     return f"it was not run{remedy}"
 
 
 def paired_difference(equal: dict[str, Any]) -> str:
-    """Reports of older comparisons lack it; of one seed there is no interval."""
-    if not (ends := equal.get("interval")):
+    """Of one seed there is no interval."""
+    if not (ends := equal["interval"]):
         return ""
     return f": {equal['delta_val_loss']:+.4f}, 95% interval {interval(ends, '+.4f')}, {told_from_chance(ends)}"
 
