@@ -177,7 +177,8 @@ class PlannedDataset(Dataset[Sample]):
             ids, targets = fold(tokens, a, b)
         else:
             ids, targets = ragged_fold(tokens, torch.from_numpy(self.boundaries.begins(raw)), a, b)
-        return {"input_ids": ids, "shift_labels": targets.clone(memory_format=torch.contiguous_format)}
+        # Memory of their own: where a label is masked in place, the input stays.
+        return {"input_ids": ids, "shift_labels": targets.clone()}
 
     def tokens_per_bag(self, step: int) -> float:
         """Mean number of tokens in an input bag of a step (0-based), less than the bag size where bags are ragged.
@@ -240,4 +241,4 @@ class ValidationSet(Dataset[Sample]):
         start = index * self.sequence_length
         raw = np.asarray(self.tokens[start : start + self.sequence_length + 1])
         ids, targets = fold(torch.from_numpy(raw.astype(np.int64)))
-        return {"input_ids": ids, "shift_labels": targets.clone(memory_format=torch.contiguous_format)}
+        return {"input_ids": ids, "shift_labels": targets.clone()}  # as in PlannedDataset
