@@ -126,7 +126,7 @@ def collate(samples: list[Sample]) -> dict[str, Tensor]:
 
 def step_counts(plan: PlannedDataset, step: int) -> dict[str, int]:
     """Bag sizes of a step, counted from 1, and the tokens up to its end."""
-    phase, counts = plan.schedule.at(step - 1), (plan.batch_size, plan.sequence_length, step)
+    phase, counts = plan.schedule.at(max(step - 1, 0)), (plan.batch_size, plan.sequence_length, step)
     return {
         "input_bag": phase.input_bag,
         "output_bag": phase.output_bag,
