@@ -80,10 +80,10 @@ def test_table_and_report_say_what_is_to_be_believed(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("[]", "TypeError"),
-        ('{"best": 3}', "TypeError"),
-        ('"rounds"', "has not the form"),
-        ('"chosen"', "has not the form"),
+        ("[]", "has not the form that tst sweep writes (sweep.json is [])"),
+        ('{"best": 3}', "sweep.json has no format"),
+        ('"rounds"', "sweep.json has no rounds"),
+        ('"chosen"', "sweep.json: best has other, which is unknown"),
     ],
 )
 def test_a_report_of_files_of_another_form_has_one_line(
