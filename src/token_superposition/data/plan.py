@@ -219,7 +219,19 @@ class PlannedDataset(Dataset[Sample]):
 
 
 class ValidationSet(Dataset[Sample]):
-    """Ordinary next-token samples of consecutive held-out text: always bag size 1, whatever the phase."""
+    """Ordinary next-token samples of consecutive held-out text: always bag size 1, whatever the phase.
+
+    ``tokens`` is a ``TokenStore`` or any 1-D array of token ids. A sample is
+
+        input_ids     (L,) int64
+        shift_labels  (L,) int64, already shifted: position j's target is at index j
+
+    Sample i begins at token ``i * L``. There are as many as the text has room for, or as ``max_tokens`` targets make,
+    but at least one.
+
+    Raises ``TokenSuperpositionError`` for a ``sequence_length`` that is no whole number of at least 1, and if the text
+    is shorter than one sequence and the token after it.
+    """
 
     def __init__(self, tokens: Any, sequence_length: int, max_tokens: int | None = None):
         self.tokens = tokens
