@@ -35,7 +35,8 @@ class Result:
     @cached_property
     def variants(self) -> dict[str, dict[str, Any]]:
         """What the comparison says of each variant, by its runs."""
-        return comparison([Run(**r) for r in self.summary["runs"]])["variants"]
+        since_added = {"data_sha256": "", "precision": ""}  # which the runs kept before do not have
+        return comparison([Run(**since_added | r) for r in self.summary["runs"]])["variants"]
 
     @property
     def baseline(self) -> dict[str, Any]:

@@ -1,16 +1,21 @@
 """``python -m tests.fsdp_on_cpu CONFIG [OPTIONS]`` is ``tst train`` with accelerate's FSDP2 on CPU processes.
 
-accelerate turns FSDP off where it finds no accelerator. After the process group is there, this says to its state what
-it says itself on a GPU; wrapping, training, checkpoints and export are then accelerate's, transformers' and torch's.
+accelerate turns FSDP off where it finds no accelerator, and a run refuses it there. Here the run is told of one, and
+accelerate's state, after the process group is there, what it says itself on a GPU; wrapping, training, checkpoints and
+export are then accelerate's, transformers' and torch's.
 """
 
 from __future__ import annotations
 
+import math
 import sys
+from dataclasses import replace
 from typing import Any
 
 from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
+
+from token_superposition.experiment.launch import Launch
 
 
 def shard_on_cpu() -> None:
@@ -25,6 +30,8 @@ def shard_on_cpu() -> None:
             self.distributed_type = PartialState._shared_state["distributed_type"] = DistributedType.FSDP
 
     AcceleratorState.__init__ = with_fsdp
+    found = Launch.from_environment()
+    Launch.from_environment = lambda: replace(found, device_memory=math.inf)
 
 
 def train_sharded(arguments: list[str]) -> None:

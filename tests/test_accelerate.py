@@ -295,10 +295,13 @@ def launched(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Launch]:
     ],
 )
 def test_launches_that_cannot_train(
-    variables: dict[str, object], message: str, config: Path, launched: Callable[..., Launch]
+    variables: dict[str, object], message: str, config: Path, tmp_path: Path, launched: Callable[..., Launch]
 ) -> None:
     with pytest.raises(TokenSuperpositionError, match=message):
         launched(**variables).check(load_config(config))
+    with pytest.raises(TokenSuperpositionError, match=message):
+        train(load_config(config), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
 
 
 def test_the_error_comes_before_any_process_group(config: Path, tmp_path: Path) -> None:

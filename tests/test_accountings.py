@@ -28,8 +28,8 @@ def run(name: str, seed: int, steps: int, loss: float, seconds: float = 1.0) -> 
     return Run(
         seed=seed, bag_size=4, ratio=0.3, steps=steps, latent_tokens=steps, raw_tokens=steps * (1 + (name == "tst")),
         epochs=0.1, flops=1e9 * steps, train_seconds=seconds, phase_step_seconds=[1.0], val_loss=loss,
-        val_bpb=loss, parameters=1000, hardware="none", versions={"torch": "0"}, name=name,
-        directory=f"{name}-seed{seed}",
+        val_bpb=loss, parameters=1000, hardware="none", versions={"torch": "0"}, data_sha256="",
+        precision="float32", name=name, directory=f"{name}-seed{seed}",
     )  # fmt: skip
 
 
@@ -116,8 +116,8 @@ def directory_of(runs: list[Run], out: Path) -> Path:
         lines = [line | {"step": 1, "val_loss": 5.0}, line | {"val_loss": r.val_loss}]
         (out / "runs" / r.directory / "metrics.jsonl").write_text("".join(json.dumps(x) + "\n" for x in lines))
     data = {"train": {"tokens": 1, "documents": 1}, "validation": {"bytes_per_token": 3.0}, "vocab_size": 8}
-    summary = {"runs": [asdict(r) for r in runs], "comparison": comparison(runs), "data": data}
-    summary["config"] = asdict(Config())
+    summary: dict[str, Any] = {"format": 1, "runs": [asdict(r) for r in runs], "comparison": comparison(runs)}
+    summary |= {"data": data, "config": asdict(Config()), "samples": [], "note": None}
     (out / "summary.json").write_text(json.dumps(summary))
     return out
 

@@ -5,12 +5,14 @@ from __future__ import annotations
 import importlib
 import re
 import shlex
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from token_superposition import TokenSuperpositionError
 from token_superposition.cli import COMMANDS, HELP, main
 from token_superposition.cli.arguments import parse
 
@@ -59,6 +61,22 @@ def test_examples_of_the_first_page(
         monkeypatch.setattr(f"token_superposition.cli.{words[1]}.parse", stop_after_parsing)
         with pytest.raises(Parsed):
             main(words[1:])
+
+
+@pytest.mark.parametrize(
+    ("said", "expected"),
+    [("", "the arguments do not fit"), ("unknown\n", "unknown"), ("Error\n-----\n", "Error -----")],
+)
+def test_what_tyro_says_without_a_box_is_told_as_it_is(
+    said: str, expected: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*args: Any, **kwargs: Any) -> None:
+        print(said, end="", file=sys.stderr)
+        raise SystemExit(2)
+
+    monkeypatch.setattr("tyro.cli", refuse)
+    with pytest.raises(TokenSuperpositionError, match=f"^{expected}; see tst x --help$"):
+        parse(Parsed, "x", ["--y"])
 
 
 def test_a_wrong_example_is_found(monkeypatch: pytest.MonkeyPatch) -> None:

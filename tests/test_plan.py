@@ -157,6 +157,15 @@ def test_fingerprint_tells_plans_apart() -> None:
         same.check_fingerprint(saved, "begin again")
 
 
+def test_a_label_that_is_masked_in_place_is_still_read() -> None:
+    tokens = np.arange(200)
+    plans = [PlannedDataset(tokens, Schedule([Phase(2, a, a), Phase(2)]), 8, 2) for a in (1, 4)]
+    for sample in (plans[0][0], plans[1][0], ValidationSet(tokens, 8)[0]):
+        read = sample["input_ids"].clone()
+        sample["shift_labels"][:] = -100
+        assert torch.equal(sample["input_ids"], read)
+
+
 def test_waste_at_a_switch_is_less_than_one_window() -> None:
     length, batch = 16, 4
     for steps in range(1, 20):

@@ -40,6 +40,9 @@ class Phase:
 class Schedule:
     """Maps an optimizer step (0-based, over the whole run) to its phase.
 
+    Neighbouring phases of the same bag sizes become one, those without steps are left out.
+    Raises ``TokenSuperpositionError`` if no phase has a step.
+
     >>> schedule = Schedule.two_phase(20_000, bag_size=6, ratio=0.3)
     >>> schedule.at(5_999).input_bag, schedule.at(6_000).input_bag
     (6, 1)
@@ -73,7 +76,11 @@ class Schedule:
         """Superposition for the first ``ratio`` of the steps, then ordinary training (arXiv 2605.06546).
 
         ``bag_size`` sets both bags; ``input_bag`` or ``output_bag`` alone give the one-sided variants.
-        Ratio 0 or bag size 1 is ordinary training. The switch is at step ``round(ratio * total_steps)``.
+        Ratio 0 or bag size 1 is ordinary training. The switch is at step ``round(ratio * total_steps)``,
+        or at the last step, which is always an ordinary one.
+
+        Raises ``TokenSuperpositionError`` for a ratio outside [0, 1), and for ``total_steps`` or a bag size that is no
+        whole number of at least 1.
         """
         total_steps = require_int("total_steps", total_steps, 1)
         if not isinstance(ratio, Real) or isinstance(ratio, bool) or not 0 <= ratio < 1:
@@ -90,6 +97,9 @@ class Schedule:
     @classmethod
     def annealed(cls, total_steps: int, bag_sizes: Sequence[int] = (16, 8, 4, 2, 1), ratio: float = 0.3) -> Schedule:
         """The bag sizes in turn: those above 1 share the first ``ratio`` of the steps evenly, 1 takes the rest.
+
+        Raises ``TokenSuperpositionError`` for a ratio outside [0, 1), and for ``total_steps`` or a bag size that is no
+        whole number of at least 1.
 
         >>> [(p.steps, p.input_bag) for p in Schedule.annealed(100, (4, 2, 1), 0.3).phases]
         [(15, 4), (15, 2), (70, 1)]
@@ -141,7 +151,10 @@ class Schedule:
         return self.starts[1:]
 
     def phase_index(self, step: int) -> int:
-        """Index of the phase of a step; steps past the end belong to the last phase."""
+        """Index of the phase of a step; steps past the end belong to the last phase.
+
+        Raises ``TokenSuperpositionError`` for a step that is no whole number of at least 0.
+        """
         return bisect_right(self.starts, require_int("step", step, 0)) - 1
 
     def at(self, step: int) -> Phase:
@@ -171,6 +184,10 @@ class WSD:
     """Learning-rate factor in (0, 1]: linear warm-up, stable, linear decay. One curve through every switch.
 
     Callable as ``factor = wsd(step)`` with a 0-based step, which is what ``torch.optim.lr_scheduler.LambdaLR`` takes.
+
+    Raises ``TokenSuperpositionError`` for ``total_steps`` that are no whole number of at least 1, ``warmup_steps`` that
+    are none of at least 0, a ``decay_ratio`` outside [0, 1], and for a warm-up and a decay that together are longer
+    than the run.
 
     >>> wsd = WSD(total_steps=100, warmup_steps=10)
     >>> wsd(0), wsd(9), wsd(89), wsd(99)

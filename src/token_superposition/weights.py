@@ -22,6 +22,9 @@ def place_weights(weighting: Weighting, bag_size: int) -> Tensor:  # (s,) float3
     ``uniform``: 1/s. ``power``: 1/i. ``exponential``: exp(-i). ``first``: the first token only.
     ``fitted``: C0 + a * i^k with C0 = 3.63, a = 1.35, k = -1.25.
 
+    Raises ``TokenSuperpositionError`` for another ``weighting``, and for a ``bag_size`` that is no whole number of at
+    least 1.
+
     >>> place_weights("power", 2).tolist()
     [0.6666666865348816, 0.3333333432674408]
     """

@@ -75,6 +75,8 @@ def test_several_processes_train_like_one(architecture: str, layout: str, whole_
     for name in ("flops", "latent_tokens", "raw_tokens", "learning_rate"):
         assert column(several, name) == column(one, name)
     assert column(one, "raw_tokens")[-1] == 4 * 16 * (6 * 4 + 6)
+    raw = {m["step"]: m["raw_tokens"] for m in metrics(one) if "loss" in m}
+    assert all(m["raw_tokens"] == raw[m["step"]] for m in metrics(one) if "val_loss" in m)
 
 
 @pytest.mark.parametrize("layout", ["fsdp2", "tensor"])

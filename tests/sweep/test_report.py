@@ -35,7 +35,7 @@ def made_up(out: Path, config: Config, loss: Callable[[Cell, int], float]) -> Gr
         (c, seed): RunResult(
             seed=seed, bag_size=c.bag_size, ratio=c.ratio, steps=1000, latent_tokens=1000, raw_tokens=2000, epochs=0.5,
             flops=1e9, train_seconds=60.0, phase_step_seconds=[1.0], val_loss=loss(c, seed), val_bpb=1.0,
-            parameters=1000, hardware="none", versions={"torch": "0"},
+            parameters=1000, hardware="none", versions={"torch": "0"}, data_sha256="", precision="float32",
         )
         for c in (*grid.baselines, *grid.candidates)
         for seed in grid.seeds
@@ -80,10 +80,10 @@ def test_table_and_report_say_what_is_to_be_believed(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("[]", "TypeError"),
-        ('{"best": 3}', "TypeError"),
-        ('"rounds"', "has not the form"),
-        ('"chosen"', "has not the form"),
+        ("[]", "has not the form that tst sweep writes (sweep.json is [])"),
+        ('{"best": 3}', "sweep.json has no format"),
+        ('"rounds"', "sweep.json has no rounds"),
+        ('"chosen"', "sweep.json: best has other, which is unknown"),
     ],
 )
 def test_a_report_of_files_of_another_form_has_one_line(

@@ -56,6 +56,7 @@ def test_curve_is_that_of_transformers(name: str, runs: Path, references: Refere
     assert column(ours, "learning_rate") == pytest.approx(column(theirs, "learning_rate"), rel=1e-12)
     for key in ("input_bag", "output_bag", "latent_tokens", "raw_tokens"):
         assert column(ours, key) == {s: v for s, v in column(theirs, key).items() if s in loss}, key
+        assert all(key in m for m in ours), key
     validation, expected = ([(m["step"], m["val_loss"]) for m in ms if "val_loss" in m] for ms in (ours, theirs))
     validation.pop(0)  # torchtitan's own, after the first step
     assert [s for s, _ in validation] == [s for s, _ in expected] == [4, 8, 12, 12]  # the last reads 21 sequences

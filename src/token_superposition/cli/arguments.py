@@ -36,7 +36,7 @@ def parse(options: type[T], command: str, args: Sequence[str], default: T | None
 def _one_line(box: str) -> str:
     """What tyro says in a box of many lines: its first part, and the first option that it proposes.
 
-    The box is drawn in ASCII where nothing else can be shown.
+    The box is drawn in ASCII where nothing else can be shown. Where there is no such box, all that tyro says.
     """
     parts: list[list[str]] = [[]]
     for line in box.splitlines()[1:]:  # below the title
@@ -45,7 +45,7 @@ def _one_line(box: str) -> str:
             parts.append([])
         else:
             parts[-1].append(line)
-    first, *others = [part for part in parts if part]
+    first, *others = [part for part in parts if part] or [box.split() or ["the arguments do not fit"]]
     message = " ".join(first).rstrip(".")
     for pattern, words in PLAINER.items():
         message = re.sub(pattern, words, message)

@@ -44,12 +44,10 @@ def run(args: Sequence[str]) -> None:
     from rich.console import Console
 
     from token_superposition.cli.quiet import quiet
-    from token_superposition.experiment.launch import Launch
     from token_superposition.experiment.progress import RunProgress
     from token_superposition.experiment.run import train
 
     quiet()
-    Launch.from_environment().check(options.config)
     console = Console()
     with RunProgress(console) as progress:
         steps = options.config.train.steps

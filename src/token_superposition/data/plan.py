@@ -161,9 +161,9 @@ class PlannedDataset(Dataset[Sample]):
     def check_fingerprint(self, saved: Mapping[str, Any], remedy: str) -> None:
         """Raise ``TokenSuperpositionError`` if ``saved`` is the fingerprint of other samples; it says what differs."""
         here = self.fingerprint()
-        differ = [k for k in here if k in saved and saved[k] != here[k]]
+        differ = [k for k in here if saved.get(k) != here[k]]
         if differ:
-            values = ", ".join(f"{k} {reprlib.repr(saved[k])} there, {reprlib.repr(here[k])} here" for k in differ)
+            values = ", ".join(f"{k} {reprlib.repr(saved.get(k))} there, {reprlib.repr(here[k])} here" for k in differ)
             raise TokenSuperpositionError(
                 f"the checkpoint is of another plan of the samples: {values}; give the checkpoint's values, or {remedy}"
             )
@@ -177,7 +177,8 @@ class PlannedDataset(Dataset[Sample]):
             ids, targets = fold(tokens, a, b)
         else:
             ids, targets = ragged_fold(tokens, torch.from_numpy(self.boundaries.begins(raw)), a, b)
-        return {"input_ids": ids, "shift_labels": targets.clone(memory_format=torch.contiguous_format)}
+        # Memory of their own: where a label is masked in place, the input stays.
+        return {"input_ids": ids, "shift_labels": targets.clone()}
 
     def tokens_per_bag(self, step: int) -> float:
         """Mean number of tokens in an input bag of a step (0-based), less than the bag size where bags are ragged.
@@ -218,7 +219,19 @@ class PlannedDataset(Dataset[Sample]):
 
 
 class ValidationSet(Dataset[Sample]):
-    """Ordinary next-token samples of consecutive held-out text: always bag size 1, whatever the phase."""
+    """Ordinary next-token samples of consecutive held-out text: always bag size 1, whatever the phase.
+
+    ``tokens`` is a ``TokenStore`` or any 1-D array of token ids. A sample is
+
+        input_ids     (L,) int64
+        shift_labels  (L,) int64, already shifted: position j's target is at index j
+
+    Sample i begins at token ``i * L``. There are as many as the text has room for, or as ``max_tokens`` targets make,
+    but at least one.
+
+    Raises ``TokenSuperpositionError`` for a ``sequence_length`` that is no whole number of at least 1, and if the text
+    is shorter than one sequence and the token after it.
+    """
 
     def __init__(self, tokens: Any, sequence_length: int, max_tokens: int | None = None):
         self.tokens = tokens
@@ -240,4 +253,4 @@ class ValidationSet(Dataset[Sample]):
         start = index * self.sequence_length
         raw = np.asarray(self.tokens[start : start + self.sequence_length + 1])
         ids, targets = fold(torch.from_numpy(raw.astype(np.int64)))
-        return {"input_ids": ids, "shift_labels": targets.clone(memory_format=torch.contiguous_format)}
+        return {"input_ids": ids, "shift_labels": targets.clone()}  # as in PlannedDataset

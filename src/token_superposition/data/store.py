@@ -96,10 +96,15 @@ class Meta:
     def save(self, path: Path) -> None:
         derived = {s: {"bytes_per_token": getattr(self, s).bytes_per_token} for s in SPLITS}
         content = {k: v | derived.get(k, {}) if isinstance(v, dict) else v for k, v in asdict(self).items()}
-        path.write_text(json.dumps(content | {"sha256": _sha256_of(content)}, indent=2) + "\n", encoding="utf-8")
+        path.write_text(json.dumps(content | {"sha256": json_sha256(content)}, indent=2) + "\n", encoding="utf-8")
 
     @classmethod
     def load(cls, directory: Path) -> Meta:
+        """That of prepared data.
+
+        Raises ``TokenSuperpositionError`` if ``directory`` has no meta.json, or one that cannot be read, has another
+        format, differs from its own checksum or is not what ``tst prepare`` writes.
+        """
         path = directory / "meta.json"
         try:
             d: Any = json.loads(path.read_bytes())
@@ -114,7 +119,7 @@ class Meta:
             raise TokenSuperpositionError(
                 f"{path} has format {found!r}, this version reads {FORMAT}; run tst prepare again"
             )
-        if d.pop("sha256", None) != _sha256_of(d):
+        if d.pop("sha256", None) != json_sha256(d):
             raise TokenSuperpositionError(
                 f"{path} differs from its own checksum: it is damaged or was edited; run tst prepare again"
             )
@@ -299,5 +304,6 @@ def file_sha256(path: Path) -> str:
         return hashlib.file_digest(f, "sha256").hexdigest()
 
 
-def _sha256_of(content: dict[str, Any]) -> str:
+def json_sha256(content: dict[str, Any]) -> str:
+    """Of what a JSON file holds, in whatever order."""
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()

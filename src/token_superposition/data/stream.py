@@ -63,7 +63,8 @@ class StreamedPlan(IterableDataset[Sample]):
                     waiting = np.concatenate((waiting, *_take(documents, missing)))
                 ids, targets = fold(torch.tensor(waiting[:wanted]), a, b)
                 waiting = waiting[self.sequence_length * a :]
-                yield {"input_ids": ids, "shift_labels": targets.clone(memory_format=torch.contiguous_format)}
+                # Memory of their own: where a label is masked in place, the input stays.
+                yield {"input_ids": ids, "shift_labels": targets.clone()}
 
     def _forever(self) -> Iterator[Sequence[int]]:
         epoch = 0

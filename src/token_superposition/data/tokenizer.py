@@ -17,7 +17,10 @@ MIN_VOCAB = 257  # every byte and the end of text
 
 
 def train_bpe(texts: Iterator[str], vocab_size: int) -> PreTrainedTokenizerBase:
-    """A byte-level BPE with GPT-2's pre-tokenisation: no unknown token, any text comes back unchanged."""
+    """A byte-level BPE with GPT-2's pre-tokenisation: no unknown token, any text comes back unchanged.
+
+    Raises ``TokenSuperpositionError`` for a ``vocab_size`` below 257, which every byte and the end of text need.
+    """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
@@ -37,7 +40,11 @@ def train_bpe(texts: Iterator[str], vocab_size: int) -> PreTrainedTokenizerBase:
 
 
 def load_tokenizer(name_or_path: str) -> PreTrainedTokenizerBase:
-    """A fast tokenizer that has an end-of-text token, from a directory or the hub. No remote code is run."""
+    """A fast tokenizer that has an end-of-text token, from a directory or the hub. No remote code is run.
+
+    Raises ``TokenSuperpositionError`` for one that cannot be loaded, has no fast form or no end-of-text token, or makes
+    no tokens of text.
+    """
     from transformers import AutoTokenizer
 
     try:

@@ -16,6 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+from token_superposition.data.store import json_sha256
 from token_superposition.errors import TokenSuperpositionError
 
 MANIFEST = "manifest.json"
@@ -60,7 +61,7 @@ def commit(written: Path, target: Path, files: Checksums, facts: dict[str, Any])
     """Write the manifest of a checkpoint that was ``written`` aside, and rename it to ``target``."""
     content: dict[str, Any] = {"format": FORMAT, "step": step_of(target), **facts, "files": files}
     with (written / MANIFEST).open("w", encoding="utf-8") as f:
-        json.dump(content | {"sha256": _digest(content)}, f, indent=1)
+        json.dump(content | {"sha256": json_sha256(content)}, f, indent=1)
         f.flush()
         os.fsync(f.fileno())
     for directory in (*(p for p in written.rglob("*") if p.is_dir()), written):
@@ -80,7 +81,7 @@ def read_manifest(checkpoint: Path) -> dict[str, Any]:
         digest = content.pop("sha256")
         if content["format"] != FORMAT:
             raise TokenSuperpositionError(f"{path} has format {content['format']!r}, this version reads {FORMAT}")
-        altered = digest != _digest(content) or content["step"] != step_of(checkpoint)
+        altered = digest != json_sha256(content) or content["step"] != step_of(checkpoint)
     except FileNotFoundError:
         raise TokenSuperpositionError(
             f"{checkpoint} has no {MANIFEST}: it was not finished, or an older version wrote it"
@@ -167,10 +168,6 @@ def rotate(written: Path, keep: int, kept_steps: Collection[int] = ()) -> None:
         doomed.parent.mkdir(exist_ok=True)
         checkpoint.rename(doomed)
         shutil.rmtree(doomed.parent, ignore_errors=True)
-
-
-def _digest(content: dict[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def _sync(directory: Path) -> None:

@@ -111,6 +111,10 @@ def evaluate_text(
 
     Bytes are those of the files: figures of models with different tokenizers may be compared. With ``max_tokens`` a
     file is cut after that many tokens in all, and the bytes are those of the text that remains.
+
+    Raises ``TokenSuperpositionError`` for a file that cannot be read or is not UTF-8, if no file has text, for a
+    ``sequence_length`` that ``length_of`` refuses, a ``stride`` that is no whole number from 1 to that length, and a
+    ``batch_size`` that is none of at least 1.
     """
     length = length_of(model, sequence_length)
     stride = require_int("stride", length // 2 if stride is None else stride, 1)
@@ -140,7 +144,11 @@ def evaluate_text(
 
 
 def length_of(model: Any, wanted: int | None) -> int:
-    """Tokens of a sequence: what is wanted, or all that the model has positions for, up to 4,096."""
+    """Tokens of a sequence: what is wanted, or all that the model has positions for, up to 4,096.
+
+    Raises ``TokenSuperpositionError`` if more are wanted than the model has positions for, or no whole number of at
+    least 1.
+    """
     positions: int | None = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     if wanted is None:
         return min(positions or DEFAULT_LENGTH, LONGEST_DEFAULT)

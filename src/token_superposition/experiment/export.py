@@ -68,7 +68,11 @@ def export(run: Path, out: Path, *, checkpoint: int | None = None, dtype: DType 
 
 
 def find_weights(run: Path, checkpoint: int | None) -> Path:
-    """Directory of the finished model, or of a checkpoint of the transformers engine."""
+    """Directory of the finished model, or of a checkpoint of the transformers engine.
+
+    Raises ``TokenSuperpositionError`` if the ``checkpoint`` of that step is not there or damaged; where none is named,
+    if there is neither a finished model nor a checkpoint, or no checkpoint is whole.
+    """
     checkpoints = run / "checkpoints"
     if checkpoint is not None:
         found = checkpoints / f"checkpoint-{checkpoint}"

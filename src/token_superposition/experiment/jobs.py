@@ -64,8 +64,7 @@ def check_jobs(jobs: list[Job], out: Path) -> None:
                 f"{directory} diverged with train.on_nonfinite {there.train.on_nonfinite}; remove it, and it is "
                 f"trained again with {job.config.train.on_nonfinite}"
             )
-        # Older runs do not say what they read.
-        if (path := result_file(directory)) and (read_result(path).data_sha256 or data) != data:
+        if (path := result_file(directory)) and read_result(path).data_sha256 != data:
             raise TokenSuperpositionError(
                 f"{directory} read another text than {job.config.data.path} holds now, so their losses cannot be "
                 "compared; prepare that text again, or choose another --out"
@@ -118,7 +117,7 @@ def check_precision(job: Job, out: Path) -> None:
         return
     wanted = job.config.train.precision
     here = Launch.from_environment().precision(wanted)
-    if (before := read_result(path).precision or here) != here:  # older runs do not say
+    if (before := read_result(path).precision) != here:
         raise TokenSuperpositionError(
             f"{path.parent} was trained in {before}, and train.precision {wanted!r} is {here} on this machine, so that "
             "their losses cannot be compared; go on with a machine like that one, or choose another --out"

@@ -19,8 +19,8 @@ Report = Callable[[list[dict[str, Any]]], None]
 NEWEST = 200  # lines in memory, among which a spike is looked for
 
 
-def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The lines of a metrics file; a last line that was cut off is left out."""
+def read_metrics(path: Path, up_to: int | None = None) -> list[dict[str, Any]]:
+    """The lines of a metrics file, or those up to a step; a last line that was cut off is left out."""
     lines: list[dict[str, Any]] = []
     if path.exists():
         for line in path.read_text(encoding="utf-8").splitlines():
@@ -28,7 +28,14 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
                 lines.append(json.loads(line))
             except ValueError:
                 break
-    return lines
+    return [m for m in lines if up_to is None or m["step"] <= up_to]
+
+
+def write_metrics(path: Path, lines: list[dict[str, Any]]) -> None:
+    """Aside, then renamed: a run that goes on drops the lines after its checkpoint, which it writes again."""
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_text("".join(json.dumps(m) + "\n" for m in lines), encoding="utf-8")
+    partial.rename(path)
 
 
 class MetricsWriter(TrainerCallback):
@@ -61,20 +68,16 @@ class MetricsWriter(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         state.compute_steps(args, state.max_steps)  # a checkpoint has those of its run; they may have been changed
-        self.lines = kept = [m for m in read_metrics(self.path) if m["step"] <= state.global_step]
+        self.lines = kept = read_metrics(self.path, state.global_step)
         if state.is_world_process_zero:
-            partial = self.path.with_name(f".{self.path.name}.partial")
-            partial.write_text("".join(json.dumps(m) + "\n" for m in kept), encoding="utf-8")
-            partial.rename(self.path)
+            write_metrics(self.path, kept)
         del self.lines[1:-NEWEST]
         self.seconds = kept[-1]["seconds"] if kept else 0.0
         self._mark = time.perf_counter()
 
-    def go_on_from(self, seconds: float | None) -> None:
-        """The time up to a checkpoint, of which the newest line before it knows but a part; older ones lack it."""
-        if seconds is not None:
-            self.seconds = seconds
-        self._mark = time.perf_counter()
+    def go_on_from(self, seconds: float) -> None:
+        """The time up to a checkpoint, of which the newest line before it knows but a part."""
+        self.seconds, self._mark = seconds, time.perf_counter()
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         control.should_save |= state.global_step in self.save_at

@@ -60,10 +60,10 @@ class RunResult:
     """Of the finished model."""
     hardware: str
     versions: dict[str, str]
-    data_sha256: str = ""
-    """Of what was read: vocabulary, tokens and documents of both splits; files of older versions lack it."""
-    precision: str = ""
-    """In which it was computed, whatever train.precision auto is elsewhere; files of older versions lack it."""
+    data_sha256: str
+    """Of what was read: vocabulary, tokens and documents of both splits."""
+    precision: str
+    """In which it was computed, whatever train.precision auto is elsewhere."""
 
     @classmethod
     def of(

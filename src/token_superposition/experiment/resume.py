@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from hashlib import sha256
 from pathlib import Path
 from typing import Any, Literal
 
-from token_superposition.data.store import Meta, SplitMeta
+from token_superposition.data.store import Meta, SplitMeta, json_sha256
 from token_superposition.errors import TokenSuperpositionError
 from token_superposition.experiment.checkpoints import (
     checkpoints_in,
@@ -58,7 +57,7 @@ def data_identity(meta: Meta) -> dict[str, Any]:
 
 def data_digest(meta: Meta) -> str:
     """SHA-256 of ``data_identity``."""
-    return sha256(json.dumps(data_identity(meta), sort_keys=True).encode()).hexdigest()
+    return json_sha256(data_identity(meta))
 
 
 def changes(old: Config, new: Config) -> list[str]:
@@ -145,10 +144,8 @@ def check_start(checkpoint: Path, config: Config, meta: Meta, precision: str) ->
         for name in names
         if (before := getattr(getattr(old, section), name)) != (now := getattr(getattr(config, section), name))
     ]
-    known = "precision" in manifest  # else an older version wrote it
-    before, now = (manifest["precision"], precision) if known else (old.train.precision, config.train.precision)
-    if before != now:
-        differences.append(f"train.precision {before!r} -> {now!r}")
+    if manifest["precision"] != precision:
+        differences.append(f"train.precision {manifest['precision']!r} -> {precision!r}")
     a, b = old.schedule, config.schedule
     other = next((i for i in range(step_of(checkpoint)) if _bags(a, i) != _bags(b, i)), None)
     if other is not None:

@@ -88,7 +88,7 @@ def train(
     """
     config.check()
     launch = Launch.from_environment()
-    launch.micro_batch(config)
+    launch.check(config)
     check_trackers(config.train)
     with patch_environment(**launch.variables(config.train), **report_variables(config.train, Path(out))):
         return _train(config, Path(out), launch, Start(Path(out) / "checkpoints", resume, resume_from), report)

@@ -44,7 +44,10 @@ class EqualLoss:
 
 
 def load_runs(out: Path, jobs: Sequence[tuple[str, str]]) -> list[Run]:
-    """Results of (name, directory) pairs under ``out/runs``."""
+    """Results of (name, directory) pairs under ``out/runs``.
+
+    Raises ``TokenSuperpositionError`` for a run that has neither finished nor diverged.
+    """
     runs: list[Run] = []
     for name, directory in jobs:
         if (path := result_file(out / "runs" / directory)) is None:

@@ -80,6 +80,11 @@ class SuperpositionConfig:
         return self.mtp_heads if self.mtp_weight else 0
 
     def schedule(self, steps: int) -> Schedule:
+        """Of a run of so many steps.
+
+        Raises ``TokenSuperpositionError`` for ``steps`` or a bag size that is no whole number of at least 1, a ratio
+        outside [0, 1) and, with ``anneal``, a mixture outside [0, 1] or over more than 10 million steps.
+        """
         if self.anneal:
             annealed = Schedule.annealed(steps, self.anneal, self.ratio).mixed(self.mixture)
             return Schedule(Phase(p.steps, *self._bags(p.input_bag)) for p in annealed.phases)

@@ -131,7 +131,7 @@ class RunTrainer(TSTTrainer):
         self._tr_loss += losses[self.args.process_index] if same else sum(losses) / len(losses)
         self._globalstep_last_logged = int(pending["since"])
         self.guard.skipped[:] = pending["skipped"]
-        self.metrics.go_on_from(pending.get("seconds"))
+        self.metrics.go_on_from(pending["seconds"])
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
         norm = super()._get_grad_norm(model, grad_norm)

@@ -35,6 +35,9 @@ def multi_hot_cross_entropy(
     tokens, minus the log of the probability that the next token is one of them. Distinct, because a token counted twice
     would count its probability twice: the sum could pass 1 and the loss fall below 0. It has no place weights.
     Computed in float32, or float64 for float64 logits, in one pass and without a copy per target.
+    Raises ``TokenSuperpositionError`` for shapes that do not fit, for a ``loss`` or ``reduction`` of another name, for
+    place weights with ``loss="sum-to-one"``, and for negative or infinite ones or nan (where they lie on the CPU and
+    the call is not compiled: else nothing waits for their values).
 
     >>> multi_hot_cross_entropy(torch.zeros(1, 4), torch.tensor([[0, 0, 3]]))  # ln 4
     tensor(1.3863)

@@ -149,17 +149,17 @@ def _(
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     ctx.set_materialize_grads(False)
-    x, weight, bias, rows, _, _ = inputs
+    x, weight, _, rows, _, _ = inputs
     ctx.save_for_backward(x, weight, rows, output[1])
-    ctx.needed = (x.requires_grad, weight.requires_grad, bias is not None and bias.requires_grad)
 
 
 def _backward(ctx: Any, grad: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:
     if grad is None:
         return (None,) * 6
     x, weight, rows, slopes = ctx.saved_tensors
-    grads = weighted_logits_backward(grad, x, weight, rows, slopes, ctx.needed)
-    return (*[g if need else None for g, need in zip(grads, ctx.needed, strict=True)], None, None, None)
+    needed = ctx.needs_input_grad[:3]
+    grads = weighted_logits_backward(grad, x, weight, rows, slopes, needed)
+    return (*[g if need else None for g, need in zip(grads, needed, strict=True)], None, None, None)
 
 
 weighted_logits.register_autograd(_backward, setup_context=_setup_context)

@@ -7,91 +7,116 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import tomli_w
 
 from token_superposition.errors import TokenSuperpositionError
 from token_superposition.experiment.config import without_none
+from token_superposition.report.form import misfit
+
+if TYPE_CHECKING:
+    from token_superposition.experiment.summary import Run
+
+FORM = {
+    "format": Literal[1],
+    "config": dict[str, Any],
+    "data": {
+        "train": {"tokens": int, "documents": int},
+        "validation": {"bytes_per_token": float},
+        "vocab_size": int,
+    },
+    "samples": [{"name": str, "prompt": str, "text": str}],
+    "note": str | None,
+}
+"""Of summary.json, beside the runs; the comparison is made of these again."""
+LINE = {"step": int, "seconds": float, "flops": float, "raw_tokens": float}
+"""Of metrics.jsonl; that of a validation has val_loss, too."""
 
 
 @dataclass(frozen=True)
 class Contents:
     summary: dict[str, Any]
+    runs: list[Run]
+    comparison: dict[str, Any]
     metrics: dict[str, list[dict[str, Any]]]
     """Lines of metrics.jsonl by run directory."""
     config_text: str
 
     @property
-    def runs(self) -> list[dict[str, Any]]:
-        return self.summary["runs"]
-
-    @property
-    def comparison(self) -> dict[str, Any]:
-        return self.summary["comparison"]
-
-    @property
-    def baseline(self) -> dict[str, Any]:
+    def baseline(self) -> Run:
         """The first seed's. It has the steps of every variant that has no length of its own."""
-        return next(r for r in self.runs if r["name"] == "baseline")
+        return next(r for r in self.runs if r.name == "baseline")
 
     @property
     def lengths(self) -> int:
         """In how many lengths the baseline was run."""
-        return len({r["steps"] for r in self.runs if r["name"].startswith("baseline")})
+        return len({r.steps for r in self.runs if r.name.startswith("baseline")})
 
 
 def read(directory: Path) -> Contents:
-    """Raises ``TokenSuperpositionError`` if ``directory`` holds no finished comparison."""
+    """Raises ``TokenSuperpositionError`` if ``directory`` holds no finished comparison, or files of another form."""
+    # Not above: it imports transformers' trainer, for which tst plan does not wait.
+    from token_superposition.experiment.summary import Run, comparison
+
+    path = directory / "summary.json"
     try:
-        summary = json.loads((directory / "summary.json").read_text(encoding="utf-8"))
-        config_text = tomli_w.dumps(without_none(summary["config"]))  # config.toml may already ask for more
-        metrics = {
-            r["directory"]: _metrics(directory / "runs" / r["directory"] / "metrics.jsonl") for r in summary["runs"]
-        }
-        _ = [c["speedup_per_seed"] for c in summary["comparison"]["variants"].values()]  # older ones lack it
-    except TokenSuperpositionError:
-        raise
+        summary: Any = json.loads(path.read_text(encoding="utf-8"))
+        wrong = misfit(summary, FORM | {"runs": [Run]}, path.name)
     except OSError as e:
         raise TokenSuperpositionError(
             f"{directory} holds no finished comparison ({e}); make one with tst compare or tst demo"
         ) from None
-    except (ValueError, KeyError) as e:
+    except (ValueError, RecursionError) as e:
+        summary, wrong = None, str(e)
+    if not wrong and not _paired(summary["runs"]):
+        wrong = f"{path.name}: runs are not all beside a baseline of their seed"
+    if wrong:
         raise TokenSuperpositionError(
-            f"{directory / 'summary.json'} is not that of a finished comparison ({e!r}); give tst compare again, which "
-            "keeps the finished runs"
-        ) from None
-    return Contents(summary, metrics, config_text)
+            f"{path} has not the form that tst compare writes ({wrong}); give tst compare again, which keeps the "
+            "finished runs"
+        )
+    runs = [Run(**r) for r in summary["runs"]]
+    metrics = {r.directory: _metrics(directory / "runs" / r.directory / "metrics.jsonl") for r in runs}
+    config_text = tomli_w.dumps(without_none(summary["config"]))  # config.toml may already ask for more
+    return Contents(summary, runs, comparison(runs), metrics, config_text)
+
+
+def _paired(runs: list[dict[str, Any]]) -> bool:
+    seeds = {r["seed"] for r in runs}
+    return bool(seeds) and seeds == {r["seed"] for r in runs if r["name"] == "baseline"}
 
 
 def _metrics(path: Path) -> list[dict[str, Any]]:
-    drawn = ("step", "val_loss", "flops", "seconds", "raw_tokens")
-    lines: list[dict[str, Any]] = []
     try:
         lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-        whole = all("step" in m and all(isinstance(m.get(key, 0), int | float) for key in drawn) for m in lines)
-    except (AttributeError, TypeError, ValueError):
-        whole = False
-    if not whole:
+        wrong = next((bad for i, m in enumerate(lines, 1) if (bad := _no_metrics(m, f"line {i}"))), None)
+    except (OSError, ValueError, RecursionError) as e:
+        lines, wrong = [], str(e)
+    if wrong:
         raise TokenSuperpositionError(
-            f"{path} has lines that are no metrics of a run; remove {path.parent} and give tst compare again, which "
-            "trains that run anew"
+            f"{path} has lines that are no metrics of a run ({wrong}); remove {path.parent} and give tst compare "
+            "again, which trains that run anew"
         )
     return lines
+
+
+def _no_metrics(line: Any, where: str) -> str | None:
+    return misfit(line, LINE, where) or ("val_loss" in line and misfit(line, {"val_loss": float}, where)) or None
 
 
 def rows(contents: Contents) -> list[tuple[str, ...]]:
     """A row for each run: name, seed, bag, steps, latent tokens, raw tokens, time, loss, bits per byte."""
     return [
         (
-            r["name"],
-            str(r["seed"]),
-            f"{r['bag_size']} x {r['ratio']:.0%}" if r["bag_size"] > 1 else "1",
-            f"{r['steps']:,}",
-            short(r["latent_tokens"]),
-            short(r["raw_tokens"]),
-            duration(r["train_seconds"]),
-            *((f"{r['val_loss']:.4f}", f"{r['val_bpb']:.4f}") if math.isfinite(r["val_loss"]) else ("diverged", "")),
+            r.name,
+            str(r.seed),
+            f"{r.bag_size} x {r.ratio:.0%}" if r.bag_size > 1 else "1",
+            f"{r.steps:,}",
+            short(r.latent_tokens),
+            short(r.raw_tokens),
+            duration(r.train_seconds),
+            *((f"{r.val_loss:.4f}", f"{r.val_bpb:.4f}") if math.isfinite(r.val_loss) else ("diverged", "")),
         )
         for r in contents.runs
     ]
@@ -117,7 +142,7 @@ def interval_table(contents: Contents) -> list[tuple[str, ...]]:
             f"{BOUNDS[s['bound']]}{s['geometric_mean']:.2f}" if (s := c["speedup"]) else "unknown",
             interval((s["low"], s["high"]), ".2f") if s else "none",
             f"{c['equal_time']['ratio']:.2f}",
-            f"{c.get('flops_ratio', 1.0):.2f}",  # older ones lack it
+            f"{c['flops_ratio']:.2f}",
         )
         for name, c in contents.comparison["variants"].items()
     ]
@@ -143,26 +168,26 @@ def verdicts(contents: Contents) -> list[tuple[str, str]]:
     """(accounting, sentence) for each variant: equal FLOPs, loss, data and time, and the cost of a step."""
     result: list[tuple[str, str]] = []
     variants: dict[str, dict[str, Any]] = contents.comparison["variants"]
-    epochs = {r["name"]: r.get("epochs", 0.0) for r in contents.runs}
+    epochs = {r.name: r.epochs for r in contents.runs}
     for name, c in variants.items():
         label = f"{name}: " if len(variants) > 1 else ""
         several = c["speedup"] is not None and len(c["delta_val_loss_per_seed"]) > 1
-        length = c.get("steps_ratio", 1.0)  # reports of older comparisons lack both
-        more = c.get("flops_ratio", 1.0) != 1  # heads for further tokens, or a length of its own
+        length = c["steps_ratio"]
+        more = c["flops_ratio"] != 1  # heads for further tokens, or a length of its own
         equal = f"in {length:.3g} x the steps" if length != 1 else f"equal {'steps' if more else 'FLOPs'}"
         result.append((f"{label}{equal}", equal_steps(name, c)))
         if not math.isfinite(c["delta_val_loss"]):
             continue
         if more:
             result.append((f"{label}equal FLOPs", equal_flops(c)))
-        steps = round(length * contents.baseline["steps"])
+        steps = round(length * contents.baseline.steps)
         result.append(
             (f"{label}equal loss", speedup(c) if several else equal_loss(name, c["equal_loss"], steps, contents))
         )
-        for longer in c.get("longer_baselines", []):  # reports of older comparisons lack them
+        for longer in c["longer_baselines"]:
             other = f"a baseline of {longer['baseline_steps']:,} steps"
             result.append((f"{label}{longer['ratio']:.3g} x the steps", paired(name, other, longer)))
-        if plain := c.get("against_tst"):
+        if plain := c["against_tst"]:
             result.append((f"{label}against tst", paired(name, "tst", plain)))
         result.append((f"{label}equal data", equal_data(c["equal_data"])))
         if epochs[name] > 1:
@@ -235,7 +260,7 @@ def speedup(c: dict[str, Any]) -> str:
 
 
 def equal_loss(name: str, equal: dict[str, Any] | None, steps: int, contents: Contents) -> str:
-    diverged = any(r["name"].startswith("baseline") and not math.isfinite(r["val_loss"]) for r in contents.runs)
+    diverged = any(r.name.startswith("baseline") and not math.isfinite(r.val_loss) for r in contents.runs)
     if equal is None and diverged:
         return "not measured: a baseline of another length diverged"
     if equal is None and contents.lengths > 1:
@@ -285,14 +310,14 @@ def missing(equal: dict[str, Any]) -> str:
     """Why nothing is known of a baseline of another length, and what tells it."""
     if equal["how"] == "diverged":
         return "it diverged with some seed"
-    ratio = math.ceil(100 * equal.get("ratio", 0)) / 100  # not below it, where it would tell nothing
+    ratio = math.ceil(100 * equal["ratio"]) / 100  # not below it, where it would tell nothing
     remedy = f" (--compare.baseline-lengths with {ratio:g} among them tells)" if ratio else ""
     return f"it was not run{remedy}"
 
 
 def paired_difference(equal: dict[str, Any]) -> str:
-    """Reports of older comparisons lack it; of one seed there is no interval."""
-    if not (ends := equal.get("interval")):
+    """Of one seed there is no interval."""
+    if not (ends := equal["interval"]):
         return ""
     return f": {equal['delta_val_loss']:+.4f}, 95% interval {interval(ends, '+.4f')}, {told_from_chance(ends)}"
 

@@ -53,20 +53,20 @@ def pictures(contents: Contents) -> list[Picture]:
 
 def draw(axes: Axes, contents: Contents, key: str, label: str) -> str:
     """Draw every run's curve; returns a sentence with where each ends."""
-    names = list(dict.fromkeys(r["name"] for r in contents.runs))
+    names = list(dict.fromkeys(r.name for r in contents.runs))
     shown: set[str] = set()
     ends: list[str] = []
     tail: list[float] = []
     for run in contents.runs:
-        name = run["name"]
-        lines = contents.metrics[run["directory"]]
+        name = run.name
+        lines = contents.metrics[run.directory]
         seen = list({m["step"]: m for m in lines if "val_loss" in m}.values())  # the last one of a step counts
         if not seen:
             continue
         baseline = name.startswith("baseline")
         colour = COLOURS[0] if baseline else COLOURS[1 + (names.index(name) - 1) % (len(COLOURS) - 1)]
         dash = "--" if baseline and name != "baseline" else "-"
-        x = [m[key] if key in m else m["flops"] for m in seen]
+        x = [m[key] for m in seen]
         y = [m["val_loss"] for m in seen]
         legend, marker = name if name not in shown else None, MARKERS[names.index(name) % len(MARKERS)]
         axes.plot(x, y, dash, color=colour, lw=1.8, alpha=0.9, label=legend, marker=marker, markevery=[-1], ms=5)

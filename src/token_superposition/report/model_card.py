@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import tempfile
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
+import tomli_w
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from token_superposition.data.store import TokenStore, file_sha256
 from token_superposition.errors import TokenSuperpositionError
-from token_superposition.experiment.config import Config, load_config, save_config
+from token_superposition.experiment.config import Config, load_config, without_none
 from token_superposition.experiment.metrics import read_metrics
 from token_superposition.experiment.result import CONFIG, METRICS, RESULT
 
@@ -45,8 +45,7 @@ class Figures:
         result: dict[str, Any] = {}
         if checkpoint is None and (run / RESULT).exists():
             result = json.loads((run / RESULT).read_text(encoding="utf-8"))
-        lines = [m for m in read_metrics(run / METRICS) if checkpoint is None or m["step"] <= checkpoint]
-        last = {k: v for line in lines for k, v in line.items()} | result
+        last = {k: v for line in read_metrics(run / METRICS, checkpoint) for k, v in line.items()} | result
         step = checkpoint if checkpoint is not None else last.get("steps", last.get("step", 0))
         return cls(
             step=step,
@@ -160,7 +159,5 @@ def _config(config: Config | None) -> str | None:
     model = config.model
     if model.path is not None:
         model = dataclasses.replace(model, path=Path(model.path).name)
-    with tempfile.TemporaryDirectory() as directory:
-        path = Path(directory) / CONFIG
-        save_config(dataclasses.replace(config, data=data, model=model), path)
-        return path.read_text(encoding="utf-8").strip()
+    content = dataclasses.asdict(dataclasses.replace(config, data=data, model=model))
+    return tomli_w.dumps(without_none(content)).strip()

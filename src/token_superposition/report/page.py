@@ -46,14 +46,14 @@ def _comparison(directory: Path) -> dict[str, Any]:
         "rows": rows(contents),
         "intervals": interval_table(contents),
         "verdicts": verdicts(contents),
-        "note": contents.summary.get("note"),
-        "samples": contents.summary.get("samples", []),
+        "note": contents.summary["note"],
+        "samples": contents.summary["samples"],
         "config": contents.config_text,
-        "hardware": "; ".join(dict.fromkeys(r["hardware"] for r in contents.runs)),
-        "versions": first["versions"],
-        "parameters": first["parameters"],
+        "hardware": "; ".join(dict.fromkeys(r.hardware for r in contents.runs)),
+        "versions": first.versions,
+        "parameters": first.parameters,
         "data": contents.summary["data"],
-        "flops": first["flops"],
+        "flops": first.flops,
     }
 
 

@@ -8,16 +8,29 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from statistics import mean
-from typing import Any
+from typing import Any, Literal
 
 from token_superposition.errors import TokenSuperpositionError
 from token_superposition.experiment.config import SweepSchedule
 from token_superposition.experiment.grid import Cell
+from token_superposition.experiment.halving import Best
 from token_superposition.experiment.intervals import t_interval
 from token_superposition.experiment.published import Table, nearest_table
 from token_superposition.experiment.sweep import SUMMARY, TABLE, Row, read_rows
 from token_superposition.report.contents import interval, short, told_from_chance
+from token_superposition.report.form import misfit
 from token_superposition.weights import Weighting
+
+FORM = {
+    "format": Literal[1],
+    "command": str,
+    "best": Best,
+    "rounds": [{"cells": int, "seeds": list[int]}],
+    "body_parameters": int,
+    "hardware": list[str],
+    "versions": list[str],
+}
+"""Of sweep.json."""
 
 
 @dataclass(frozen=True)
@@ -83,13 +96,21 @@ class SweepContents:
 def read_sweep(directory: Path) -> SweepContents:
     """Raises ``TokenSuperpositionError`` if ``directory`` holds no finished sweep."""
     try:
-        summary = json.loads((directory / SUMMARY).read_text(encoding="utf-8"))
+        summary: Any = json.loads((directory / SUMMARY).read_text(encoding="utf-8"))
+        wrong = misfit(summary, FORM, SUMMARY)
         rows = read_rows(directory / TABLE)
-        contents = SweepContents(summary, rows, (directory / "config.toml").read_text(encoding="utf-8"))
-        _ = contents.by_cell[contents.best], contents.by_cell[contents.baseline]
-    except (OSError, ValueError, KeyError, TypeError) as e:
-        why = e if isinstance(e, OSError) else f"{SUMMARY} or {TABLE}: {e!r}"
+        config_text = (directory / "config.toml").read_text(encoding="utf-8")
+    except (OSError, ValueError, TypeError, RecursionError) as e:
+        why = e if isinstance(e, OSError) else f"{SUMMARY} or {TABLE}: {e}"
         raise TokenSuperpositionError(f"{directory} holds no finished sweep ({why}); make one with tst sweep") from None
+    contents = SweepContents(summary, rows, config_text)
+    if not wrong and not {contents.best, contents.baseline} <= contents.by_cell.keys():
+        wrong = f"{TABLE} lacks the best setting, or its baseline, that {SUMMARY} names"
+    if wrong:
+        raise TokenSuperpositionError(
+            f"{directory / SUMMARY} has not the form that tst sweep writes ({wrong}); give tst sweep again, which "
+            "keeps the finished runs"
+        )
     return contents
 
 

@@ -27,7 +27,7 @@ def print_table(directory: Path, console: Console) -> None:
 def _print_comparison(directory: Path, console: Console) -> None:
     contents = read(directory)
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    shown = [i for i, h in enumerate(HEADERS) if h != "seed" or len({r["seed"] for r in contents.runs}) > 1]
+    shown = [i for i, h in enumerate(HEADERS) if h != "seed" or len({r.seed for r in contents.runs}) > 1]
     for header in (HEADERS[i].removesuffix(" tokens").removeprefix("val. ") for i in shown):
         table.add_column(header, justify="left" if header == "run" else "right", no_wrap=True)
     for row in rows(contents):
@@ -36,7 +36,7 @@ def _print_comparison(directory: Path, console: Console) -> None:
     headers, *variants = interval_table(contents)
     console.print(_table(headers, variants, "variant"))
     _sentences(verdicts(contents), console)
-    for sample in contents.summary.get("samples", []):
+    for sample in contents.summary["samples"]:
         console.print(f"\n[bold]{escape(sample['name'])}[/bold], prompt and continuation:", highlight=False)
         console.print(sample["prompt"] + sample["text"], highlight=False, markup=False)
 

@@ -16,7 +16,7 @@ from olmo_core.train.callbacks import Callback, EvaluatorCallback
 from token_superposition.data.plan import PlannedDataset, ValidationSet
 from token_superposition.engines.olmo_core.data import PlannedDataLoader, held_out_batches, step_counts
 from token_superposition.engines.olmo_core.module import TSTTrainModule
-from token_superposition.experiment.metrics import read_metrics
+from token_superposition.experiment.metrics import read_metrics, write_metrics
 
 VALIDATION = "eval/validation/CE loss"
 
@@ -50,10 +50,7 @@ class MetricsWriter(Callback):
 
     def pre_train(self) -> None:
         if get_rank() == 0:
-            kept = [m for m in read_metrics(self.path) if m["step"] <= self.step]
-            partial = self.path.with_name(f".{self.path.name}.partial")
-            partial.write_text("".join(json.dumps(m) + "\n" for m in kept), encoding="utf-8")
-            partial.rename(self.path)
+            write_metrics(self.path, read_metrics(self.path, self.step))
 
     def pre_load_batch(self) -> None:
         self._mark = time.perf_counter()
@@ -69,6 +66,7 @@ class MetricsWriter(Callback):
             "step": step,
             "seconds": round(metrics.get("superposition/seconds", self.seconds), 3),
             "flops": self.flops(step),
+            **step_counts(plan_of(self), step),
         }
         if "train/CE loss" in metrics and step % self.log_every == 0:
             losses = {
@@ -76,7 +74,7 @@ class MetricsWriter(Callback):
                 "grad_norm": metrics["optim/total grad norm"],
                 "learning_rate": metrics["optim/LR (group 0)"],
             }
-            self._append(line | losses | step_counts(plan_of(self), step))
+            self._append(line | losses)
         if VALIDATION in metrics:
             loss = metrics[VALIDATION]
             self._append(line | {"val_loss": loss, "val_bpb": loss * self.bits_per_byte})

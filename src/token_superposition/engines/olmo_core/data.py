@@ -67,11 +67,11 @@ class PlannedDataLoader(DataLoaderBase):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Raises ``TokenSuperpositionError`` for the state of another plan or of another kind of loader."""
-        if "step" not in state_dict:
+        if not {"step", "plan"} <= state_dict.keys():
             raise TokenSuperpositionError(
                 f"the checkpoint's data loader is no PlannedDataLoader: its state has no step of a plan; {START_ANEW}"
             )
-        self.plan.check_fingerprint(state_dict.get("plan", {}), START_ANEW)  # older states have none
+        self.plan.check_fingerprint(state_dict["plan"], START_ANEW)
         self.batches_processed = state_dict["step"]
 
     def reshuffle(self, epoch: int | None = None, **kwargs: Any) -> None:
@@ -126,7 +126,7 @@ def collate(samples: list[Sample]) -> dict[str, Tensor]:
 
 def step_counts(plan: PlannedDataset, step: int) -> dict[str, int]:
     """Bag sizes of a step, counted from 1, and the tokens up to its end."""
-    phase, counts = plan.schedule.at(step - 1), (plan.batch_size, plan.sequence_length, step)
+    phase, counts = plan.schedule.at(max(step - 1, 0)), (plan.batch_size, plan.sequence_length, step)
     return {
         "input_bag": phase.input_bag,
         "output_bag": phase.output_bag,

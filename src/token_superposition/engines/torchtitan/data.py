@@ -80,14 +80,12 @@ class PlannedLoader(BaseDataLoader):
             yield list(range(first, first + b))
 
     def state_dict(self) -> dict[str, Any]:
-        # Both under one key, as a checkpoint must have every key of the state that is loaded: older ones have the step.
-        return {"step": (self.micro_batches // self.per_step, self.plan.fingerprint())}
+        return {"step": self.micro_batches // self.per_step, "plan": self.plan.fingerprint()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Raises ``TokenSuperpositionError`` for the state of another plan."""
-        step, plan = state_dict["step"] if isinstance(state_dict["step"], tuple) else (state_dict["step"], {})
-        self.plan.check_fingerprint(plan, START_ANEW)
-        self.micro_batches = step * self.per_step
+        self.plan.check_fingerprint(state_dict["plan"], START_ANEW)
+        self.micro_batches = state_dict["step"] * self.per_step
 
 
 class HeldOutLoader(BaseDataLoader):

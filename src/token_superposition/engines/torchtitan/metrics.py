@@ -15,7 +15,7 @@ from torchtitan.components.metrics import (
 )
 from torchtitan.distributed import ParallelDims
 
-from token_superposition.experiment.metrics import read_metrics
+from token_superposition.experiment.metrics import read_metrics, write_metrics
 from token_superposition.schedule import Schedule
 
 METRICS = "metrics.jsonl"
@@ -58,14 +58,12 @@ class BagMetrics(MetricsProcessor):
         """Lines that a resumed run writes again, after ``step`` and of the last validation, are dropped."""
         self.schedule, self.counts, self.bits_per_byte = schedule, (batch_size, sequence_length), bits_per_byte
         if self.path is not None:
-            kept = [m for m in read_metrics(self.path) if m["step"] <= step]
+            kept = read_metrics(self.path, step)
             if step == schedule.total_steps and kept and "val_loss" in kept[-1]:
                 kept.pop()
             self.seconds = kept[-1]["seconds"] if kept else 0.0
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            partial = self.path.with_name(f".{self.path.name}.partial")
-            partial.write_text("".join(json.dumps(m) + "\n" for m in kept), encoding="utf-8")
-            partial.rename(self.path)
+            write_metrics(self.path, kept)
 
     def step_begins(self) -> None:
         self._mark = time.perf_counter()
@@ -82,27 +80,30 @@ class BagMetrics(MetricsProcessor):
         grad_norm: float,
         extra_metrics: dict[str, Any] | None = None,
     ) -> None:
-        phase = self.schedule.at(step - 1)
-        ours = {
-            "input_bag": phase.input_bag,
-            "output_bag": phase.output_bag,
-            "latent_tokens": self.schedule.latent_tokens(*self.counts, step),
-            "raw_tokens": self.schedule.raw_tokens(*self.counts, step),
-        }
         extra = extra_metrics or {}
-        super().log(step, global_avg_loss, global_max_loss, grad_norm, extra | ours)
+        super().log(step, global_avg_loss, global_max_loss, grad_norm, extra | self._counts(step))
         self.step_ends()
         rates = [v for k, v in extra.items() if k.startswith("lr/")]  # torchtitan has one for each group of parameters
-        self._write(step, {"loss": global_avg_loss, "grad_norm": grad_norm, "learning_rate": rates[0], **ours})
+        self._write(step, {"loss": global_avg_loss, "grad_norm": grad_norm, "learning_rate": rates[0]})
 
     def log_validation(self, loss: float, step: int, extra_metrics: dict[str, Any] | None = None) -> None:
         super().log_validation(loss, step, extra_metrics)
         bits = {} if self.bits_per_byte is None else {"val_bpb": loss * self.bits_per_byte}
         self._write(step, {"val_loss": loss, **bits})
 
+    def _counts(self, step: int) -> dict[str, int]:
+        phase = self.schedule.at(max(step - 1, 0))
+        return {
+            "input_bag": phase.input_bag,
+            "output_bag": phase.output_bag,
+            "latent_tokens": self.schedule.latent_tokens(*self.counts, step),
+            "raw_tokens": self.schedule.raw_tokens(*self.counts, step),
+        }
+
     def _write(self, step: int, values: dict[str, Any]) -> None:
         if self.path is not None:
-            flops = float(self.num_flops_per_token * self.schedule.latent_tokens(*self.counts, step))
-            line = {"step": step, "seconds": round(self.seconds, 3), "flops": flops, **values}
+            counts = self._counts(step)
+            flops = float(self.num_flops_per_token * counts["latent_tokens"])
+            line = {"step": step, "seconds": round(self.seconds, 3), "flops": flops, **values, **counts}
             with self.path.open("a", encoding="utf-8") as f:
                 f.write(json.dumps(line) + "\n")
