@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import shutil
@@ -42,7 +41,7 @@ from token_superposition.experiment.config import Config, save_config
 from token_superposition.experiment.flops import flops_per_sequence
 from token_superposition.experiment.health import Diverged, GradientGuard
 from token_superposition.experiment.launch import Launch
-from token_superposition.experiment.metrics import MetricsWriter, Report, read_metrics
+from token_superposition.experiment.metrics import MetricsWriter, Report, read_metrics, write_metrics
 from token_superposition.experiment.model import build_model, empty_model
 from token_superposition.experiment.preempt import TERMINATED, Preemption
 from token_superposition.experiment.result import (
@@ -160,9 +159,7 @@ def _train(config: Config, out: Path, launch: Launch, start: Start, report: Repo
     if checkpoint is not None:
         check_start(checkpoint, config, store.meta, precision)
         if first and checkpoint.resolve().parent != (out / "checkpoints").resolve():
-            lines = read_metrics(checkpoint.parent.parent / METRICS)
-            before = [m for m in lines if m["step"] <= step_of(checkpoint)]
-            (out / METRICS).write_text("".join(json.dumps(m) + "\n" for m in before), encoding="utf-8")
+            write_metrics(out / METRICS, read_metrics(checkpoint.parent.parent / METRICS, step_of(checkpoint)))
 
     def result(val_loss: float) -> RunResult:
         starts = [0, *schedule.switches[-1:]] if config.superposition.mixture else schedule.starts
