@@ -184,6 +184,15 @@ def test_vocabulary_padded_and_padding_index_rows() -> None:
     torch.testing.assert_close(superpose(embedding, embedding)(ids)[0, 0], embedding.weight[[0, 5, 7]].mean(0))
 
 
+def test_a_greatest_norm_and_sparse_gradients_are_as_in_a_lookup() -> None:
+    ids, lookup = IDS % 12, nn.Embedding(12, 8, max_norm=0.5)
+    table = nn.Embedding(12, 8, max_norm=0.5, _weight=lookup.weight.detach().clone())
+    torch.testing.assert_close(bag_embedding(table, ids), lookup(ids).mean(2))
+    table = nn.Embedding(12, 8, sparse=True)
+    bag_embedding(table, ids).sum().backward()
+    assert table.weight.grad is not None and table.weight.grad.is_sparse
+
+
 def test_tied_weights_stay_tied_through_training() -> None:
     model = superpose(tiny("llama", tie_word_embeddings=True))
     assert model.get_input_embeddings().weight is model.get_output_embeddings().weight

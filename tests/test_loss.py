@@ -224,11 +224,12 @@ def test_extreme_logits(impl: Any) -> None:
     ("impl", "softcap"),  # native's part that is torch's gives NaN
     [("liger", None), *((i, cap) for i in ("reference", "chunked", "triton", "on logits") for cap in (None, 2.0))],
 )
-def test_a_token_that_is_ruled_out(impl: Any, softcap: float | None) -> None:
+@pytest.mark.parametrize("masked", [0, 1])
+def test_a_token_that_is_ruled_out(impl: Any, softcap: float | None, masked: int) -> None:
     """A bias of -inf at id 0, which stands for masked targets inside: the other targets are scored as ever."""
     hidden, head, bias, targets = example(6, 4, 7, 3, 0.0, 6, torch.float32)
     targets = targets.clamp(min=1)
-    targets[:, 1], targets[2] = -100, -100
+    targets[:, masked], targets[2] = -100, -100
     bias.data[0] = -math.inf
 
     def loss(h: Tensor, w: Tensor) -> Tensor:
@@ -239,7 +240,7 @@ def test_a_token_that_is_ruled_out(impl: Any, softcap: float | None) -> None:
 
     logits = hidden.double() @ head.double().T + bias
     logits = logits if softcap is None else softcap * torch.tanh(logits / softcap)
-    expected = sum(F.cross_entropy(logits, targets[:, i]) for i in (0, 2)) / 2
+    expected = sum(F.cross_entropy(logits, targets[:, i]) for i in {0, 1, 2} - {masked}) / 2
     torch.testing.assert_close(loss(hidden, head).double(), expected, rtol=1e-5, atol=1e-5)
     wanted = torch.autograd.grad(expected, (hidden, head))
     for gradient, want in zip(torch.autograd.grad(loss(hidden, head), (hidden, head)), wanted, strict=True):
@@ -331,39 +332,6 @@ def test_untrained_model_starts_at_ln_v() -> None:
     hidden, head = torch.randn(64, 16) * 0.02, torch.randn(500, 16) * 0.02
     for s in (1, 4):
         assert abs(linear(hidden, head, torch.randint(500, (64, s))).item() - math.log(500)) < 0.01
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_low_precision_sums_in_float32(dtype: torch.dtype) -> None:
-    hidden, head, _, targets = example(64, 8, 50, 4, 0.1, 4)
-    expected = reference.multi_hot_cross_entropy((hidden @ head.T), targets)
-    got = linear(hidden.to(dtype), head.to(dtype), targets)
-    assert got.dtype == torch.float32
-    torch.testing.assert_close(got.double(), expected, rtol=2e-2, atol=2e-2)
-
-
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_gradients_of_low_precision_are_scaled_before_they_are_rounded(dtype: torch.dtype) -> None:
-    """Their sum over 16,384 rows is beyond float16, their mean is not."""
-    hidden, head, bias, _ = example(1, 8, 32, 1, 0.0, 4, dtype)
-    rows = (hidden + 6).expand(16384, -1)
-    targets = torch.zeros(16384, dtype=torch.long)
-    linear(rows, head, targets, bias=bias).backward()
-    exact = [t.detach().double().requires_grad_() for t in (rows, head, bias)]
-    wanted = torch.autograd.grad(F.cross_entropy(exact[0] @ exact[1].T + exact[2], targets), exact[1:])
-    for got, want in zip((head.grad, bias.grad), wanted, strict=True):
-        assert got is not None and got.dtype == dtype
-        torch.testing.assert_close(got.double(), want, rtol=0.03, atol=0.03)
-
-
-def test_autocast_keeps_float32_parameters_and_gradients() -> None:
-    hidden, head = torch.randn(8, 4, requires_grad=True), torch.randn(9, 4, requires_grad=True)
-    targets = torch.randint(9, (8, 2))
-    with torch.autocast("cpu", torch.bfloat16):
-        value = linear(hidden, head, targets)
-    value.backward()
-    assert head.grad is not None and head.grad.dtype == torch.float32
-    torch.testing.assert_close(value, linear(hidden, head, targets), rtol=2e-2, atol=2e-2)
 
 
 def test_no_gradient_is_formed_without_need() -> None:

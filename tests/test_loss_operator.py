@@ -98,6 +98,18 @@ def test_registered_as_torch_asks() -> None:
     torch.library.opcheck(bag_mean, (head, rows, 0, 3))
 
 
+@pytest.mark.parametrize("softcap", [0.0, 2.0])
+def test_gradcheck_of_the_weighted_logits(softcap: float) -> None:
+    g = torch.Generator().manual_seed(0)
+    x, weight, bias = (torch.randn(*shape, generator=g).double().requires_grad_() for shape in ((5, 3), (7, 3), (7,)))
+    rows, coefficients = torch.randint(7, (5, 4), generator=g), torch.randn(5, 4, generator=g).double()
+
+    def total(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        return weighted_logits(x, weight, bias, rows, coefficients, softcap)[0]
+
+    assert torch.autograd.gradcheck(total, (x, weight, bias))
+
+
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_under_activation_checkpointing(reentrant: bool) -> None:
     hidden, head, targets = example()
@@ -238,6 +250,14 @@ def test_one_chunk_of_logits_and_one_gradient_are_held(n: int, d: int, chunk: in
     peak = peak_bytes(lambda: linear(hidden, head, targets, impl="chunked").backward())
     gradients = 4 * (hidden.numel() + head.numel())
     assert 0 < peak - gradients < 1.1 * 4 * chunk * 20_000
+
+
+def test_a_chunk_has_no_more_rows_than_its_bytes_hold(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("token_superposition.loss.chunked.CHUNK_BYTES", 32 * 4 * 20_000)
+    hidden, head = torch.randn(240, 4, requires_grad=True), torch.randn(20_000, 4, requires_grad=True)
+    targets = torch.randint(20_000, (240, 4))
+    peak = peak_bytes(lambda: linear(hidden, head, targets, impl="chunked").backward())
+    assert 0 < peak < 2 * 4 * 32 * 20_000
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

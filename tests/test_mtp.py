@@ -121,6 +121,26 @@ def test_accumulation_does_not_change_the_loss(counted: bool, prepared: Path, tm
     assert found[0][0] == pytest.approx(found[1][0], rel=1e-5) and found[0] == pytest.approx(found[1], rel=2e-3)
 
 
+def test_masked_rows_count_for_no_head(prepared: Path, tmp_path: Path) -> None:
+    """Whoever divides by the rows that have a target, trainer or loss: the mean is the same."""
+
+    class Masked(PlannedDataset):
+        def __getitem__(self, index: int) -> dict[str, Tensor]:
+            sample = super().__getitem__(index)
+            sample["shift_labels"][5:] = -100
+            return sample
+
+    found: list[float] = []
+    for counted in (True, False):
+        model = tiny("llama")
+        plan = Masked(TokenStore(prepared), Schedule.two_phase(2, 4, 0.5), 16, 4)
+        trainer = TSTTrainer(model, arguments(tmp_path, max_steps=1), train_dataset=plan, mtp=with_heads(model))
+        trainer.model_accepts_loss_kwargs = counted
+        trainer.train()
+        found += losses(trainer)
+    assert found[0] == pytest.approx(found[1], rel=1e-5)
+
+
 def test_without_heads_or_weight_it_is_the_plain_method(write_config: Callable[..., Path], tmp_path: Path) -> None:
     config = load_config(write_config())
     expected = lines_of(config, tmp_path / "plain")

@@ -29,6 +29,10 @@ PHASES = st.lists(
 )
 
 
+def starts(plan: PlannedDataset) -> list[int]:
+    return [plan.start_of(i) for i in range(len(plan))]
+
+
 @given(st.integers(1, 400), st.integers(0, 2**40), st.integers(-3, 3))
 def test_permute_is_a_permutation(n: int, a: int, b: int) -> None:
     assert sorted(permute(i, n, (a, b)) for i in range(n)) == list(range(n))
@@ -41,6 +45,16 @@ def test_permute_mixes() -> None:
     assert abs(np.corrcoef(order, np.arange(5000))[0, 1]) < 0.05
     assert abs(np.corrcoef(order, other)[0, 1]) < 0.05
     assert np.abs(np.diff(order)).mean() > 1000
+
+
+def test_the_order_is_that_of_every_version() -> None:
+    """A checkpoint goes on with the same samples in a later version: these numbers may not change."""
+    assert [permute(i, 10, (1, 2)) for i in range(10)] == [1, 0, 7, 9, 5, 4, 3, 2, 6, 8]
+    plan = PlannedDataset(np.arange(2000), Schedule([Phase(3, 4, 4), Phase(9)]), 4, 2, seed=3, shift=True)
+    assert starts(plan) == [
+        625, 1969, 1200, 1634, 1090, 1522, 1732, 288, 300, 1772, 1412, 1808,
+        364, 1416, 276, 404, 712, 1816, 360, 1120, 1168, 412, 1740, 408,
+    ]  # fmt: skip
 
 
 @settings(deadline=None)
@@ -131,6 +145,23 @@ def test_seed_changes_the_order_and_nothing_else_does() -> None:
     assert {i: a.start_of(i) for i in order} == {i: b.start_of(i) for i in range(80)}
 
 
+def test_seed_changes_the_blocks_of_a_window_and_the_shifts_too() -> None:
+    tokens, first_window, schedule = np.arange(50_000), Schedule([Phase(1, 4, 4)]), Schedule([Phase(20, 4, 4)])
+    read, offsets = [], []
+    for seed in (1, 2):
+        read.append({*starts(PlannedDataset(tokens, first_window, 16, 4, seed))})
+        plain, shifted = (PlannedDataset(tokens, schedule, 16, 4, seed, shift=shift) for shift in (False, True))
+        offsets.append(np.subtract(starts(shifted), starts(plain)).tolist())
+    assert read[0] != read[1] and offsets[0] != offsets[1]
+
+
+def test_windows_are_shuffled_each_in_its_own_way() -> None:
+    plan = PlannedDataset(np.arange(2**18), Schedule([Phase(1024)]), 4, 4, common_bag=16)
+    window = MIXED_BATCHES * 4 * 16  # samples; a block has 16
+    places = [start // 4 % 16 for start in starts(plan)[: 2 * window]]
+    assert places[:window] != places[window:]
+
+
 def test_fingerprint_tells_plans_apart() -> None:
     def plan(phases: tuple[Phase, ...], **options: Any) -> PlannedDataset:
         values = {"tokens": np.arange(5000), "sequence_length": 8, "batch_size": 4} | options
@@ -155,6 +186,18 @@ def test_fingerprint_tells_plans_apart() -> None:
             plan(schedule, **options).check_fingerprint(saved, "begin again")
     for same in (plan(phases), plan(phases, common_bag=2), plan((Phase(3, 4, 4), Phase(20)))):
         same.check_fingerprint(saved, "begin again")
+
+
+def test_fingerprint_tells_both_tables_of_boundaries_apart() -> None:
+    def plan(before: int, after: int) -> PlannedDataset:
+        boundaries = Boundaries(*(np.arange(5000) % n == 0 for n in (before, after)))
+        return PlannedDataset(np.arange(5000), Schedule([Phase(3, 4, 4)]), 8, 4, boundaries=boundaries)
+
+    saved = plan(5, 7).fingerprint()
+    plan(5, 7).check_fingerprint(saved, "begin again")
+    for other in (plan(5, 8), plan(6, 7)):
+        with pytest.raises(TokenSuperpositionError, match="samples: boundaries"):
+            other.check_fingerprint(saved, "begin again")
 
 
 def test_a_label_that_is_masked_in_place_is_still_read() -> None:
@@ -187,9 +230,22 @@ def test_too_little_text() -> None:
         ValidationSet(np.arange(16), 16)
 
 
+def test_text_that_is_just_long_enough_for_wide_targets() -> None:
+    for more in range(5):
+        plan = PlannedDataset(np.arange(10 * 8 + more), Schedule([Phase(9, 1, 4)]), 8, 1)
+        assert all(plan[i]["shift_labels"].shape == (8, 4) for i in range(9))
+
+
+def test_there_are_no_samples_outside_a_plan() -> None:
+    plan = PlannedDataset(np.arange(5000), Schedule.two_phase(6, 4, 0.5), 8, 4)
+    for i in (-1, len(plan)):
+        with pytest.raises(IndexError, match=f"sample {i} of 24"):
+            plan[i]
+
+
 def test_validation_is_ordinary_and_consecutive() -> None:
     held_out = ValidationSet(torch.arange(100), 8, max_tokens=40)
-    assert len(held_out) == 5
+    assert len(held_out) == 5 and len(ValidationSet(torch.arange(100), 8, max_tokens=3)) == 1
     assert held_out[1]["input_ids"].tolist() == list(range(8, 16))
     assert held_out[1]["shift_labels"].tolist() == list(range(9, 17))
 

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import shutil
 import sys
 from collections import Counter
 from collections.abc import Iterator
@@ -13,7 +14,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast, Qwen2Config
 
 from tests.conftest import VOCAB, text, tst
@@ -138,15 +139,53 @@ def test_the_tokenizer_is_trained_on_text_from_everywhere(tmp_path: Path) -> Non
             prepare([str(source)], tmp_path / "data", PrepareOptions(tokenizer_bytes=9))
 
 
-def test_an_existing_tokenizer_and_wide_vocabulary(prepared: Path, tmp_path: Path) -> None:
+def test_an_existing_tokenizer(prepared: Path, tmp_path: Path) -> None:
     options = PrepareOptions(tokenizer=str(prepared / "tokenizer"), validation_share=0.1)
     meta = prepare([str(prepared.parent / "text")], tmp_path / "data", options)
     assert meta.tokenizer_sha256 == TokenStore(prepared).meta.tokenizer_sha256
+
+
+@pytest.mark.parametrize(("largest", "dtype"), [(2**16 - 1, "uint16"), (2**16, "uint32")])
+def test_two_bytes_hold_65536_ids(largest: int, dtype: str, prepared: Path, tmp_path: Path) -> None:
+    """A vocabulary whose ids have a gap before the last one."""
+    file = shutil.copytree(prepared / "tokenizer", tmp_path / "tokenizer") / "tokenizer.json"
+    content = json.loads(file.read_text())
+    content["model"]["vocab"]["QQ"] = largest
+    content["model"]["merges"].append(["Q", "Q"])
+    file.write_text(json.dumps(content))
+    options = PrepareOptions(tokenizer=str(file.parent), validation_share=0.3)
+    texts = [f"QQ {i}" for i in range(20)]
+    meta = prepare((), tmp_path / "data", options, documents=lambda _: iter(texts))
+    assert (meta.vocab_size, meta.dtype) == (largest + 1, dtype)
+    assert all(store[:].max() == largest for store in stores_of(tmp_path / "data"))
+
+
+def test_the_seed_chooses_what_is_held_out(prepared: Path, tmp_path: Path) -> None:
+    held_out: list[set[str]] = []
+    for seed in (0, 1):
+        options = PrepareOptions(tokenizer=str(prepared / "tokenizer"), validation_share=0.3, seed=seed)
+        prepare((), tmp_path / f"{seed}", options, documents=lambda _: (f"document {i}" for i in range(40)))
+        held_out.append(set(documents_of(TokenStore(tmp_path / f"{seed}", "validation"))))
+    assert held_out[0] != held_out[1]
+
+
+def test_no_document_is_begun_after_the_last_byte(prepared: Path, tmp_path: Path) -> None:
+    options = PrepareOptions(tokenizer=str(prepared / "tokenizer"), validation_share=0.3, max_bytes=110)
+    meta = prepare((), tmp_path / "data", options, documents=lambda _: (f"document {i}" for i in range(10, 90)))
+    assert meta.train.documents + meta.validation.documents == 10 and meta.train.bytes + meta.validation.bytes == 110
+
+
+def test_a_token_that_a_tokenizer_puts_before_every_text_is_left_out(prepared: Path, tmp_path: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(prepared / "tokenizer")
-    tokenizer.add_tokens([f"<extra{i}>" for i in range(2**16)])
-    tokenizer.save_pretrained(tmp_path / "wide")
-    wide = PrepareOptions(tokenizer=str(tmp_path / "wide"), validation_share=0.1)
-    assert prepare([str(prepared.parent / "text")], tmp_path / "wide-data", wide).dtype == "uint32"
+    tokenizer.add_tokens(["<begin>"])
+    begin: Any = [("<begin>", tokenizer.convert_tokens_to_ids("<begin>"))]
+    template = processors.TemplateProcessing(single="<begin> $A", special_tokens=begin)
+    tokenizer.backend_tokenizer.post_processor = template
+    tokenizer.save_pretrained(tmp_path / "tokenizer")
+    options = PrepareOptions(tokenizer=str(tmp_path / "tokenizer"), validation_share=0.3)
+    texts = [f"document {i}" for i in range(20)]
+    prepare((), tmp_path / "data", options, documents=lambda _: iter(texts))
+    assert sorted(t for store in stores_of(tmp_path / "data") for t in documents_of(store)) == sorted(texts)
 
 
 def tokenizer_of(kind: str, folder: Path) -> Any:

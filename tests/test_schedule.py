@@ -33,6 +33,17 @@ def test_two_phases(steps: int, bag: int, ratio: float) -> None:
     assert schedule.raw_tokens(3, 5, steps // 2) == sum(schedule.at(i).input_bag for i in range(steps // 2)) * 15
 
 
+@pytest.mark.parametrize(("steps", "ratio"), [(1, 0.9), (10, 0.99), (500, 0.999)])
+def test_the_last_step_is_ordinary_whatever_the_ratio(steps: int, ratio: float) -> None:
+    assert Schedule.two_phase(steps, 4, ratio).phases[-1] == Phase(1)
+
+
+def test_there_are_no_tokens_past_the_last_step() -> None:
+    schedule = Schedule.two_phase(10, 4, 0.5)
+    assert schedule.latent_tokens(3, 5, 99) == schedule.latent_tokens(3, 5) == 150
+    assert schedule.raw_tokens(3, 5, 99) == schedule.raw_tokens(3, 5)
+
+
 def test_annealed_and_one_sided() -> None:
     annealed = Schedule.annealed(100, (16, 8, 4, 2, 1), 0.4)
     assert [(p.steps, p.input_bag) for p in annealed.phases] == [(10, 16), (10, 8), (10, 4), (10, 2), (60, 1)]

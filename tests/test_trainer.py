@@ -90,6 +90,20 @@ def test_first_step_on_bags_is_the_reference(architecture: str, weighting: str, 
             torch.testing.assert_close(spy.grads[name].double(), p.grad, rtol=2e-3, atol=2e-6, msg=name)
 
 
+def test_every_bag_size_has_place_weights_of_its_own(prepared: Path, tmp_path: Path) -> None:
+    plan = PlannedDataset(TokenStore(prepared), Schedule.annealed(6, (4, 2), 0.7), 16, 4)
+    trainer = TSTTrainer(tiny("llama"), arguments(tmp_path), train_dataset=plan, weighting="power")
+    trainer.train()
+    assert len(losses(trainer)) == 6 and all(abs(x - math.log(VOCAB)) < 1 for x in losses(trainer))
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_the_mode_of_the_model_stays(training: bool, prepared: Path, tmp_path: Path) -> None:
+    model = tiny("llama").train(training)
+    TSTTrainer(model, arguments(tmp_path), train_dataset=plan_of(prepared))
+    assert all(m.training == training for m in model.modules())
+
+
 @pytest.mark.parametrize(
     ("architecture", "head"),
     [(a, Head()) for a in ("llama", "qwen3_moe", "gpt2", "mamba", "gemma3_text")]
@@ -161,6 +175,18 @@ def test_accumulation_does_not_change_the_loss(
     parts.train()
     assert losses(parts) == pytest.approx(losses(whole), rel=2e-3)
     assert losses(parts)[0] == pytest.approx(losses(whole)[0], rel=1e-5)
+
+
+def test_the_auxiliary_loss_is_a_mean_over_micro_batches(prepared: Path, tmp_path: Path) -> None:
+    """Which is nearly that of the whole batch."""
+    found: list[float] = []
+    for n in (1, 2):
+        args = arguments(tmp_path, max_steps=1, per_device_train_batch_size=4 // n, gradient_accumulation_steps=n)
+        model = tiny("qwen3_moe", router_aux_loss_coef=1.0)
+        trainer = TSTTrainer(model, args, train_dataset=plan_of(prepared))
+        trainer.train()
+        found += losses(trainer)
+    assert found[1] == pytest.approx(found[0], rel=0.02)
 
 
 def test_masked_targets_count_rows(prepared: Path, tmp_path: Path) -> None:

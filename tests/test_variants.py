@@ -18,7 +18,7 @@ from tests.test_trainer import arguments, losses, plan_of
 from token_superposition import WSD, TokenSuperpositionError
 from token_superposition.engines.transformers import TSTTrainer
 from token_superposition.engines.transformers.muon import MuonAdamW, split_parameters
-from token_superposition.engines.transformers.switch import AtSwitch
+from token_superposition.engines.transformers.switch import AtSwitch, initialise_embeddings
 from token_superposition.experiment.config import Config, load_config
 from token_superposition.experiment.launch import Launch
 from token_superposition.experiment.metrics import read_metrics
@@ -151,8 +151,17 @@ def test_the_warm_up_comes_once_more() -> None:
     again, once = WSD(20, 4, 0.2, restart=8), WSD(20, 4, 0.2)
     assert [again(i) for i in range(8, 13)] == [0.25, 0.5, 0.75, 1.0, 1.0]
     assert [again(i) for i in (*range(8), *range(12, 20))] == [once(i) for i in (*range(8), *range(12, 20))]
+    in_decay = WSD(20, 4, 0.2, restart=15)  # both at once: their product
+    assert [in_decay(i) for i in range(15, 20)] == pytest.approx([0.25, 0.5, 0.75**2, 0.5, 0.25])
     config = changed(Config(), {"reset_optimizer": True}, steps=100, warmup_steps=10)
     assert config.wsd.restart == 30 and changed(config, {"bag_size": 1}).wsd.restart is None
+
+
+def test_the_padding_row_of_new_embeddings_is_empty() -> None:
+    model = tiny("llama", pad_token_id=5)
+    initialise_embeddings(model, 1)
+    rows: Any = model.get_input_embeddings().weight
+    assert not rows[5].any() and rows[4].all()
 
 
 def parameters(*shapes: tuple[int, ...]) -> list[torch.Tensor]:

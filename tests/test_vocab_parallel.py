@@ -128,6 +128,22 @@ def check_dtensors(rank: int) -> None:
     close(torch.autograd.grad(got.square().sum(), table.weight)[0], want_marked)
 
 
+def check_sequence_parallel(rank: int) -> None:
+    """Hidden states that are sharded by rows; the mesh of the head must have one dimension."""
+    hidden, head, bias, targets = example()
+    mesh = init_device_mesh("cpu", (2,))
+    expected = linear(hidden, head, targets, bias=bias)
+    state, weight = (distribute_tensor(t.detach(), mesh, [Shard(0)]).requires_grad_() for t in (hidden, head))
+    got = linear(state, weight, targets, bias=bias.detach())
+    close(got, expected)
+    want = torch.autograd.grad(expected, (hidden, head))
+    for g, w in zip(torch.autograd.grad(got, (state, weight)), want, strict=True):
+        close(g, w)
+    grid = init_device_mesh("cpu", (2, 1))
+    with pytest.raises(TokenSuperpositionError, match=r"Shard\(0\) on a mesh of one dimension"):
+        linear(hidden, distribute_tensor(head.detach(), grid, [Shard(0), Replicate()]), targets)
+
+
 def check_fsdp(rank: int) -> None:
     """Processes with rows of their own: a head that FSDP2 sharded is refused, and gathered it gives each its loss."""
     hidden, whole, bias, targets = example()
@@ -149,7 +165,7 @@ def check_fsdp(rank: int) -> None:
     assert isinstance(table, FSDPModule)
 
 
-CHECKS = (check_loss_on_local_rows, check_number_of_collectives, check_dtensors, check_fsdp)
+CHECKS = (check_loss_on_local_rows, check_number_of_collectives, check_dtensors, check_sequence_parallel, check_fsdp)
 
 
 def worker(rank: int, rendezvous: str) -> None:

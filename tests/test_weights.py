@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 
@@ -20,6 +22,11 @@ def test_weights_sum_to_one_and_never_rise(weighting: str) -> None:
 def test_fitted_weights_are_the_papers_power_law() -> None:
     raw = torch.tensor([3.63 + 1.35 * i**-1.25 for i in (1, 2, 3)])
     torch.testing.assert_close(place_weights("fitted", 3), raw / raw.sum())
+
+
+def test_exponential_weights_fall_by_e() -> None:
+    raw = torch.tensor([math.exp(-i) for i in (1, 2, 3)])
+    torch.testing.assert_close(place_weights("exponential", 3), raw / raw.sum())
 
 
 def test_the_reference_is_mapped_over_weights() -> None:

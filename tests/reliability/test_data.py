@@ -142,6 +142,20 @@ def test_ids_and_places_of_documents_are_held_to_what_meta_says(data: Path) -> N
         assert "train-00000.documents.npy does not hold rising places" in line
 
 
+def test_the_first_id_past_the_vocabulary_is_refused(data: Path) -> None:
+    largest = int(TokenStore(data)[:].max())
+    resave(data, lambda meta: dataclasses.replace(meta, vocab_size=largest))
+    with pytest.raises(TokenSuperpositionError, match=f"holds token {largest}, the vocabulary has {largest}"):
+        TokenStore(data)[:]
+
+
+def test_a_shard_with_more_bytes_than_meta_says_is_refused(data: Path) -> None:
+    with (data / "train-00000.npy").open("ab") as f:
+        f.write(b"\0\0")
+    with pytest.raises(TokenSuperpositionError, match=r"train-00000\.npy has \d+ bytes where meta\.json says"):
+        TokenStore(data)
+
+
 @pytest.mark.parametrize(
     "content",
     [
