@@ -21,7 +21,7 @@ from token_superposition.experiment import jobs as jobs_module
 from token_superposition.experiment.compare import checked_jobs, jobs_of, samples
 from token_superposition.experiment.config import CompareConfig, Config, Variant, load_config
 from token_superposition.experiment.dry_run import START_SECONDS, cost_of_job, dry_run, makespan
-from token_superposition.experiment.jobs import run_jobs, share, unfinished
+from token_superposition.experiment.jobs import run_jobs, share, slots, unfinished
 from token_superposition.experiment.speed import time_steps
 
 
@@ -105,6 +105,34 @@ def test_each_run_has_one_of_the_gpus_that_are_ours(
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", mask)
     given = [share(slot, 4)["CUDA_VISIBLE_DEVICES"] for slot in range(4)]
     assert given == [*expected, *expected]
+
+
+def test_a_run_without_a_gpu_has_its_share_of_the_cores(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And huge pages, unless something else is asked of glibc."""
+    monkeypatch.setattr(jobs_module, "gpus", lambda: 0)
+    monkeypatch.setattr(jobs_module, "cores", lambda: 7)
+    monkeypatch.delenv("GLIBC_TUNABLES", raising=False)
+    assert [share(0, n)["OMP_NUM_THREADS"] for n in (1, 3, 7, 8)] == ["7", "2", "1", "1"]
+    assert share(1, 2) == {"OMP_NUM_THREADS": "3", "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
+    monkeypatch.setenv("GLIBC_TUNABLES", "glibc.malloc.arena_max=1")
+    assert share(1, 2) == {"OMP_NUM_THREADS": "3"}
+
+
+def test_as_many_runs_go_at_a_time_as_can_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Unless a number is given, a branch that waits for its trunk takes no core."""
+    monkeypatch.setattr("token_superposition.experiment.speed.gpus", lambda: 0)
+    monkeypatch.setattr("token_superposition.experiment.speed.cores", lambda: 64)
+    jobs = jobs_of(replace(Config(), compare=CompareConfig(baseline_lengths=(1.0, 2.0), seeds=(0, 1))))
+    assert [slots(n, jobs, tmp_path) for n in (0, 3, 16)] == [4, 3, 6]
+
+
+def test_a_baseline_that_decays_from_its_start_branches_off_nothing() -> None:
+    config = replace(Config(), compare=CompareConfig(baseline_lengths=(1.0, 2.0)))
+    config = replace(config, train=replace(config.train, steps=100, warmup_steps=0, decay_ratio=1.0))
+    jobs = jobs_of(config)
+    assert [j.config.train.save_at for j in jobs] == [()] * 3 and jobs[-1].branch_step == 0
+    for job in jobs:
+        job.config.check()
 
 
 def test_a_comparison_of_two_seeds_has_its_intervals(two_seeds: tuple[Path, Path, str]) -> None:
