@@ -95,7 +95,9 @@ def test_runs_of_another_precision_are_not_gone_on_with(
     assert {p: p.read_bytes() for p in out.rglob("*.json*")} == before
 
 
-@pytest.mark.parametrize(("mask", "expected"), [(None, "01"), ("2,5", "25"), ("GPU-a,GPU-b", ["GPU-a", "GPU-b"])])
+@pytest.mark.parametrize(
+    ("mask", "expected"), [(None, "01"), ("2,5", "25"), ("2,5,-1", "25"), ("GPU-a,GPU-b", ["GPU-a", "GPU-b"])]
+)
 def test_each_run_has_one_of_the_gpus_that_are_ours(
     mask: str | None, expected: Sequence[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -230,6 +232,34 @@ def test_a_sample_fits_into_the_positions_of_the_model(
     (sample,) = samples(longer, tmp_path, [made], prompt_tokens=100)
     assert "<|endoftext|>" in sample["prompt"]  # it reaches over several documents
     assert not sample["text"].startswith(sample["prompt"].partition("<|endoftext|>")[0])
+
+
+def test_a_sample_of_bytes_that_are_no_text_has_a_token(
+    write_config: Callable[..., Path], prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each is a character of three bytes in the prompt, which is then longer than a sequence; one seed has samples."""
+    config, tokenizer = load_config(write_config()), load_tokenizer(str(prepared / "tokenizer"))
+    (byte,) = tokenizer.convert_tokens_to_ids(["Ģ"])  # 0x80
+    runs = [run("tst", seed, 1, 3.0) for seed in (3, 4)]
+    for made in runs:
+        directory = tmp_path / "runs" / made.directory / "model"
+        tiny("llama").save_pretrained(directory)
+        tokenizer.save_pretrained(directory)
+    monkeypatch.setattr(
+        "token_superposition.experiment.compare.TokenStore", lambda *_: torch.full((100,), byte).numpy()
+    )
+    (sample,) = samples(config, tmp_path, runs)
+    assert sample["prompt"] == "\ufffd" * (config.data.sequence_length // 2)
+
+
+def test_all_runs_read_blocks_into_which_every_bag_fits() -> None:
+    """4 for TST, 6 for the variant, and what the data are asked to be shared with."""
+    base = replace(Config(), superposition=replace(Config().superposition, bag_size=4))
+    six = Variant("six", replace(base.superposition, bag_size=6))
+    base = replace(base, compare=CompareConfig(variants=(six,)))
+    for common_bag, expected in ((1, 12), (5, 60)):
+        jobs = jobs_of(replace(base, data=replace(base.data, common_bag=common_bag)))
+        assert [j.config.data.common_bag for j in jobs] == [expected] * 3
 
 
 def test_further_seeds_leave_the_runs_of_the_first_where_they_are() -> None:
