@@ -17,7 +17,7 @@ from token_superposition import TokenSuperpositionError
 from token_superposition.experiment.compare import jobs_of
 from token_superposition.experiment.config import CompareConfig, Config, Variant
 from token_superposition.experiment.intervals import t_interval
-from token_superposition.experiment.summary import Run, comparison
+from token_superposition.experiment.summary import EqualLoss, Run, comparison, equal_loss
 from token_superposition.report import print_table, write_report
 from token_superposition.report.contents import interval_table, read
 
@@ -66,6 +66,26 @@ def test_a_comparison_over_seeds() -> None:
     cut = comparison(experiment(longest=2))["speedup"]
     assert (cut["bound"], cut["measured"], cut["high"]) == ("at least", 2, None)
     assert cut["geometric_mean"] < result["speedup"]["geometric_mean"]
+
+
+def test_a_superposed_step_is_timed_against_an_ordinary_one() -> None:
+    """The mean over the seeds of which both phases were timed."""
+    times: list[list[float | None]] = [[3.0, 2.0], [5.0, 2.0], [None, 2.0], [7.0, None], [9.0]]
+    runs = [run(name, seed, 1000, 3.0) for name in ("baseline", "tst") for seed in range(len(times))]
+    runs = [replace(r, phase_step_seconds=times[r.seed]) if r.name == "tst" else r for r in runs]
+    assert comparison(runs)["phase_step_time_ratio"] == 2.0
+    assert comparison([r for r in runs if r.seed == 4])["phase_step_time_ratio"] is None
+
+
+def test_runs_too_short_to_be_timed_have_no_equal_time() -> None:
+    found = comparison([replace(r, train_seconds=0.0) for r in experiment()])["equal_time"]
+    assert math.isnan(found["ratio"]) and found["baseline_val_loss"] is None and found["how"] == "not run"
+
+
+def test_a_loss_beyond_the_baselines_or_on_a_flat_line() -> None:
+    """The line through the two longest is followed up to 4 x the steps; a flat one says nothing."""
+    assert equal_loss([(500, 3.4), (1000, 3.2)], 2.0, 1000) == EqualLoss(4000, 4.0, "at least, extrapolated")
+    assert equal_loss([(500, 3.2), (1000, 3.2)], 3.2, 1000) is None
 
 
 def test_with_bounds_alone_the_longest_baseline_that_is_beaten_is_the_lower_end() -> None:

@@ -179,6 +179,7 @@ def test_memory_of_weights_gradients_and_optimizer_is_what_they_hold() -> None:
     assert memory.weights == sum(p.nbytes for p in parameters)
     assert memory.gradients == sum(p.grad.nbytes for p in parameters if p.grad is not None)
     assert memory.optimizer == sum(t.nbytes for t in states)
+    assert memory.loss == 2 * 8 * VOCAB + 4 * VOCAB * 32  # no chunk has more rows than there are
     shared = memory_of(shape_of(config_of("llama"), VOCAB), gpus=4, tokens=8)
     assert shared.weights + shared.gradients + shared.optimizer == 4 * sum(p.numel() for p in parameters)
     assert shared.activations == memory.activations > memory.activations_checkpointed

@@ -21,7 +21,7 @@ from token_superposition.experiment import jobs as jobs_module
 from token_superposition.experiment.compare import checked_jobs, jobs_of, samples
 from token_superposition.experiment.config import CompareConfig, Config, Variant, load_config
 from token_superposition.experiment.dry_run import START_SECONDS, cost_of_job, dry_run, makespan
-from token_superposition.experiment.jobs import run_jobs, share, unfinished
+from token_superposition.experiment.jobs import run_jobs, share, slots, unfinished
 from token_superposition.experiment.speed import time_steps
 
 
@@ -95,7 +95,9 @@ def test_runs_of_another_precision_are_not_gone_on_with(
     assert {p: p.read_bytes() for p in out.rglob("*.json*")} == before
 
 
-@pytest.mark.parametrize(("mask", "expected"), [(None, "01"), ("2,5", "25"), ("GPU-a,GPU-b", ["GPU-a", "GPU-b"])])
+@pytest.mark.parametrize(
+    ("mask", "expected"), [(None, "01"), ("2,5", "25"), ("2,5,-1", "25"), ("GPU-a,GPU-b", ["GPU-a", "GPU-b"])]
+)
 def test_each_run_has_one_of_the_gpus_that_are_ours(
     mask: str | None, expected: Sequence[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -105,6 +107,34 @@ def test_each_run_has_one_of_the_gpus_that_are_ours(
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", mask)
     given = [share(slot, 4)["CUDA_VISIBLE_DEVICES"] for slot in range(4)]
     assert given == [*expected, *expected]
+
+
+def test_a_run_without_a_gpu_has_its_share_of_the_cores(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And huge pages, unless something else is asked of glibc."""
+    monkeypatch.setattr(jobs_module, "gpus", lambda: 0)
+    monkeypatch.setattr(jobs_module, "cores", lambda: 7)
+    monkeypatch.delenv("GLIBC_TUNABLES", raising=False)
+    assert [share(0, n)["OMP_NUM_THREADS"] for n in (1, 3, 7, 8)] == ["7", "2", "1", "1"]
+    assert share(1, 2) == {"OMP_NUM_THREADS": "3", "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
+    monkeypatch.setenv("GLIBC_TUNABLES", "glibc.malloc.arena_max=1")
+    assert share(1, 2) == {"OMP_NUM_THREADS": "3"}
+
+
+def test_as_many_runs_go_at_a_time_as_can_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Unless a number is given, a branch that waits for its trunk takes no core."""
+    monkeypatch.setattr("token_superposition.experiment.speed.gpus", lambda: 0)
+    monkeypatch.setattr("token_superposition.experiment.speed.cores", lambda: 64)
+    jobs = jobs_of(replace(Config(), compare=CompareConfig(baseline_lengths=(1.0, 2.0), seeds=(0, 1))))
+    assert [slots(n, jobs, tmp_path) for n in (0, 3, 16)] == [4, 3, 6]
+
+
+def test_a_baseline_that_decays_from_its_start_branches_off_nothing() -> None:
+    config = replace(Config(), compare=CompareConfig(baseline_lengths=(1.0, 2.0)))
+    config = replace(config, train=replace(config.train, steps=100, warmup_steps=0, decay_ratio=1.0))
+    jobs = jobs_of(config)
+    assert [j.config.train.save_at for j in jobs] == [()] * 3 and jobs[-1].branch_step == 0
+    for job in jobs:
+        job.config.check()
 
 
 def test_a_comparison_of_two_seeds_has_its_intervals(two_seeds: tuple[Path, Path, str]) -> None:
@@ -202,6 +232,34 @@ def test_a_sample_fits_into_the_positions_of_the_model(
     (sample,) = samples(longer, tmp_path, [made], prompt_tokens=100)
     assert "<|endoftext|>" in sample["prompt"]  # it reaches over several documents
     assert not sample["text"].startswith(sample["prompt"].partition("<|endoftext|>")[0])
+
+
+def test_a_sample_of_bytes_that_are_no_text_has_a_token(
+    write_config: Callable[..., Path], prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each is a character of three bytes in the prompt, which is then longer than a sequence; one seed has samples."""
+    config, tokenizer = load_config(write_config()), load_tokenizer(str(prepared / "tokenizer"))
+    (byte,) = tokenizer.convert_tokens_to_ids(["Ģ"])  # 0x80
+    runs = [run("tst", seed, 1, 3.0) for seed in (3, 4)]
+    for made in runs:
+        directory = tmp_path / "runs" / made.directory / "model"
+        tiny("llama").save_pretrained(directory)
+        tokenizer.save_pretrained(directory)
+    monkeypatch.setattr(
+        "token_superposition.experiment.compare.TokenStore", lambda *_: torch.full((100,), byte).numpy()
+    )
+    (sample,) = samples(config, tmp_path, runs)
+    assert sample["prompt"] == "\ufffd" * (config.data.sequence_length // 2)
+
+
+def test_all_runs_read_blocks_into_which_every_bag_fits() -> None:
+    """4 for TST, 6 for the variant, and what the data are asked to be shared with."""
+    base = replace(Config(), superposition=replace(Config().superposition, bag_size=4))
+    six = Variant("six", replace(base.superposition, bag_size=6))
+    base = replace(base, compare=CompareConfig(variants=(six,)))
+    for common_bag, expected in ((1, 12), (5, 60)):
+        jobs = jobs_of(replace(base, data=replace(base.data, common_bag=common_bag)))
+        assert [j.config.data.common_bag for j in jobs] == [expected] * 3
 
 
 def test_further_seeds_leave_the_runs_of_the_first_where_they_are() -> None:

@@ -20,7 +20,7 @@ from tests.conftest import tiny
 from tests.processes import TIMEOUT
 from token_superposition.cli import main
 from token_superposition.data.prepare import PrepareOptions, prepare
-from token_superposition.experiment.evaluate import evaluate_text, length_of, total_loss
+from token_superposition.experiment.evaluate import Loss, StridedText, evaluate_text, length_of, total_loss
 from token_superposition.experiment.generate import load_model
 
 TEXT = "The river carries boats to the sea; naïve façades, Ünicode 🎒 and tabs\t are text as well.\n" * 2
@@ -85,6 +85,52 @@ def test_any_head(architecture: str) -> None:
     )
     assert tokens == (targets != -100).sum()
     assert length_of(model, None) == 64 and length_of(model, 48) == 48
+
+
+@pytest.mark.parametrize("stride", [1, 4, 5, 8])
+def test_every_token_is_predicted_once_and_no_window_predicts_nothing(stride: int) -> None:
+    for n in range(1, 30):
+        text = StridedText(torch.arange(n + 1), 8, stride)
+        predicted = [[t for t in text[i]["shift_labels"].tolist() if t != -100] for i in range(len(text))]
+        assert all(predicted) and [t for window in predicted for t in window] == list(range(1, n + 1))
+
+
+def test_a_model_that_was_left_in_training_is_evaluated_without_dropout() -> None:
+    model = tiny("gpt2", embd_pdrop=0.5, resid_pdrop=0.5)
+    samples: Any = [{"input_ids": torch.arange(16), "shift_labels": torch.arange(1, 17)}]
+    expected = total_loss(model.eval(), samples, 1)
+    assert total_loss(model.train(), samples, 1) == expected
+
+
+def test_without_a_length_it_is_that_of_the_model_up_to_4096() -> None:
+    for positions, length in ((4096, 4096), (100_000, 4096)):
+        assert length_of(tiny("llama", max_position_embeddings=positions), None) == length
+    model = tiny("mamba")
+    del model.config.max_position_embeddings  # as it is of a recurrence
+    assert length_of(model, None) == 1024
+
+
+def test_a_loss_whose_perplexity_is_no_float_is_told() -> None:
+    loss = Loss.of("a text", 8000.0, 10, 40.0, 16, 16)
+    assert loss.loss == 800 and loss.perplexity == math.exp(700)
+
+
+def test_a_text_begins_with_the_token_that_begins_one(finished_run: Path, tmp_path: Path) -> None:
+    """Where the tokenizer has none, with the one that ends a text."""
+    model, tokenizer = load_model(finished_run / "model")
+    (tmp_path / "a.txt").write_text("short")
+
+    def nats(first: int) -> float:
+        ids = torch.tensor([first, *tokenizer("short", add_special_tokens=False)["input_ids"]])  # pyright: ignore
+        with torch.no_grad():
+            return cross_entropy(model(ids[None, :-1]).logits[0], ids[1:]).item()
+
+    tokenizer.bos_token, other = "e", tokenizer.convert_tokens_to_ids("e")
+    assert other != tokenizer.eos_token_id
+    assert evaluate_text(model, tokenizer, [tmp_path / "a.txt"]).loss == pytest.approx(nats(other), rel=1e-5)
+    tokenizer.bos_token = None
+    ended = evaluate_text(model, tokenizer, [tmp_path / "a.txt"]).loss
+    assert ended == pytest.approx(nats(tokenizer.eos_token_id), rel=1e-5) != pytest.approx(nats(other), rel=1e-5)
 
 
 def test_a_special_token_that_a_text_spells_is_text(finished_run: Path, tmp_path: Path) -> None:

@@ -114,6 +114,13 @@ def test_a_batch_that_does_not_divide() -> None:
     assert not follow(warning, "600m", gpus=256).warnings
 
 
+def test_more_gpus_than_sequences() -> None:
+    config = load_preset("600m")
+    result = plan(replace(config, train=replace(config.train, batch_size=16, micro_batch_size=None)), gpus=64)
+    assert result.micro_batch == 1
+    assert any("not a multiple of 64 GPUs x micro-batch 1; use 16 GPUs" in w for w in result.warnings)
+
+
 def test_checkpoints_are_counted_without_going_through_them() -> None:
     """Of ten, every second step and the kept ones, 1 and 3; a run of any length is answered at once."""
     config = load_preset("600m")

@@ -83,6 +83,25 @@ def test_what_is_no_checkpoint_is_no_checkpoint(tmp_path: Path) -> None:
     assert newest_whole(tmp_path) == tmp_path / "checkpoint-100"
 
 
+def test_a_checkpoint_of_another_name_is_of_another_step(tmp_path: Path) -> None:
+    make(tmp_path, 8).rename(tmp_path / "checkpoint-12")
+    assert "manifest.json was altered" in (damage(tmp_path / "checkpoint-12") or "")
+
+
+def test_all_of_a_checkpoint_is_on_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every file as long as it then is, and every directory that names one, the one of the checkpoints as well."""
+    synced: dict[int, int] = {}
+
+    def fsync(descriptor: int) -> None:
+        synced[os.fstat(descriptor).st_ino] = os.fstat(descriptor).st_size
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    written = make(tmp_path, 4)
+    for path in (tmp_path, written, *written.rglob("*")):
+        assert path.stat().st_ino in synced, path
+        assert path.is_dir() or synced[path.stat().st_ino] == path.stat().st_size, path
+
+
 def test_a_damaged_checkpoint_is_written_again(tmp_path: Path) -> None:
     make(tmp_path, 4)
     os.truncate(tmp_path / "checkpoint-4/a.bin", 1)

@@ -36,7 +36,7 @@ from token_superposition.experiment.checkpoints import (
 )
 from token_superposition.experiment.config import load_config
 from token_superposition.experiment.export import SHARDS, export
-from token_superposition.experiment.resume import check_start
+from token_superposition.experiment.resume import check_start, data_digest
 from token_superposition.experiment.run import train
 from token_superposition.experiment.shards import check_shards
 
@@ -145,6 +145,8 @@ def test_a_checkpoint_later_than_the_run_is_refused(
     [
         (["--superposition.bag-size", "2"], "bag sizes of step 1 (4, 4) -> (2, 2)"),
         (["--superposition.ratio", "0.25"], "bag sizes of step 4 (4, 4) -> (1, 1)"),
+        (["--superposition.ratio", "0.42"], "bag sizes of step 6 (4, 4) -> (1, 1)"),
+        (["--superposition.shift"], "superposition.shift False -> True"),
         (["--data.sequence-length", "8"], "data.sequence_length 16 -> 8"),
         (["--train.seed", "3"], "train.seed 0 -> 3"),
         (["--train.precision", "bfloat16"], "train.precision 'float32' -> 'bfloat16'"),
@@ -156,6 +158,20 @@ def test_another_plan_is_refused_with_the_difference(
     config, checkpoint = finished.parent / "config.toml", finished / "checkpoints/checkpoint-6"
     error = refused(capsys, config, *flags, "--out", tmp_path / "new", "--branch-from", checkpoint)
     assert difference in error and not (tmp_path / "new").exists()
+
+
+def test_the_last_checkpoint_is_of_the_run(finished: Path) -> None:
+    config = load_config(finished.parent / "config.toml")
+    check_start(finished / "checkpoints/checkpoint-12", config, Meta.load(Path(config.data.path)), "float32")
+
+
+@pytest.mark.parametrize("changed", ["sha256", "documents_sha256"])
+@pytest.mark.parametrize("split", ["train", "validation"])
+def test_data_are_the_same_by_their_tokens_and_by_their_documents(changed: str, split: str, prepared: Path) -> None:
+    meta = Meta.load(prepared)
+    part = getattr(meta, split)
+    other = replace(part, shards=[*part.shards[:-1], replace(part.shards[-1], **{changed: "0" * 64})])
+    assert data_digest(replace(meta, **{split: other})) != data_digest(meta) == data_digest(Meta.load(prepared))
 
 
 def test_a_checkpoint_of_another_precision_is_refused(finished: Path, tmp_path: Path) -> None:
