@@ -36,7 +36,7 @@ from token_superposition.experiment.checkpoints import (
 )
 from token_superposition.experiment.config import load_config
 from token_superposition.experiment.export import SHARDS, export
-from token_superposition.experiment.resume import check_start, data_digest
+from token_superposition.experiment.resume import Start, check_start, data_digest
 from token_superposition.experiment.run import train
 from token_superposition.experiment.shards import check_shards
 
@@ -102,6 +102,12 @@ def test_resume_never_and_resume_path(finished: Path, tmp_path: Path, capsys: py
     for option in ("--resume", "--branch-from"):
         error = refused(capsys, config, "--out", tmp_path / "other", option, checkpoint)
         assert "checkpoint-10/optimizer.pt has 5 of" in error
+
+
+def test_older_checkpoints_are_not_in_the_way_of_one_that_is_named(finished: Path) -> None:
+    directory = finished / "checkpoints"
+    assert len(checkpoints_in(directory)) > 1
+    assert Start(directory, directory / "checkpoint-12").find() == directory / "checkpoint-12"
 
 
 def test_other_data_is_refused_with_the_difference(
