@@ -18,7 +18,7 @@ from tests.test_accountings import run
 from token_superposition import TokenSuperpositionError
 from token_superposition.data.tokenizer import load_tokenizer
 from token_superposition.experiment import jobs as jobs_module
-from token_superposition.experiment.compare import checked_jobs, jobs_of, samples
+from token_superposition.experiment.compare import checked_jobs, jobs_of, prompt_of, samples
 from token_superposition.experiment.config import CompareConfig, Config, Variant, load_config
 from token_superposition.experiment.dry_run import START_SECONDS, cost_of_job, dry_run, makespan
 from token_superposition.experiment.jobs import run_jobs, share, slots, unfinished
@@ -260,6 +260,15 @@ def test_all_runs_read_blocks_into_which_every_bag_fits() -> None:
     for common_bag, expected in ((1, 12), (5, 60)):
         jobs = jobs_of(replace(base, data=replace(base.data, common_bag=common_bag)))
         assert [j.config.data.common_bag for j in jobs] == [expected] * 3
+
+
+def test_a_prompt_that_has_more_tokens_when_it_is_read_again_is_shortened(prepared: Path) -> None:
+    """Bytes that are no characters."""
+    tokenizer = load_tokenizer(str(prepared / "tokenizer"))
+    byte = tokenizer.convert_tokens_to_ids("\u0122")  # 0x80 in the alphabet of a byte-level BPE
+    prompt, read = prompt_of([byte] * 8, tokenizer, 16)
+    assert len(tokenizer.encode(prompt * 2)) > 16 > len(tokenizer.encode(prompt)) == read > 0
+    assert prompt_of([byte], tokenizer, 2) == ("", 1)
 
 
 def test_further_seeds_leave_the_runs_of_the_first_where_they_are() -> None:

@@ -115,9 +115,20 @@ def samples(config: Config, out: Path, runs: list[Run], prompt_tokens: int = 24)
         there = (out / "runs" / run.directory / MODEL).is_dir()  # else it diverged, or was removed
         if there and run.seed == runs[0].seed and not run.name.startswith("baseline-"):
             model, tokenizer = load_model(out / "runs" / run.directory / MODEL)
-            prompt = str(tokenizer.decode(prompt_ids))
-            again: Any = tokenizer(prompt, add_special_tokens=False)  # not always the same tokens, nor as many
-            room = max(min(64, length - len(again["input_ids"])), 1)
-            text = generate(model, tokenizer, prompt, max_new_tokens=room)
+            prompt, read = prompt_of(prompt_ids, tokenizer, length)
+            text = generate(model, tokenizer, prompt, max_new_tokens=max(min(64, length - read), 1))
             result.append({"name": run.name, "prompt": prompt, "text": text})
     return result
+
+
+def prompt_of(ids: list[int], tokenizer: Any, length: int) -> tuple[str, int]:
+    """The text of ``ids``, or of their beginning, and the number of its tokens, less than ``length``.
+
+    Read again, a text has not always the same tokens, nor as many: a byte that is no character becomes a longer one.
+    """
+    while ids:
+        text = str(tokenizer.decode(ids))
+        if (read := len(tokenizer(text, add_special_tokens=False)["input_ids"])) < length:
+            return text, read
+        ids = ids[: len(ids) // 2]
+    return "", 1  # the token that begins a document
