@@ -234,22 +234,23 @@ def test_a_sample_fits_into_the_positions_of_the_model(
     assert not sample["text"].startswith(sample["prompt"].partition("<|endoftext|>")[0])
 
 
-def test_a_sample_of_bytes_that_are_no_text_has_a_token(
+def test_a_sample_of_bytes_that_are_no_text_fits_into_a_sequence(
     write_config: Callable[..., Path], prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Each is a character of three bytes in the prompt, which is then longer than a sequence; one seed has samples."""
-    config, tokenizer = load_config(write_config()), load_tokenizer(str(prepared / "tokenizer"))
+    """Each is a character of three bytes in the prompt, so that 8 are more than 16 tokens; one seed has samples."""
+    config, tokenizer = load_config(write_config("gpt2")), load_tokenizer(str(prepared / "tokenizer"))
     (byte,) = tokenizer.convert_tokens_to_ids(["Ģ"])  # 0x80
     runs = [run("tst", seed, 1, 3.0) for seed in (3, 4)]
     for made in runs:
         directory = tmp_path / "runs" / made.directory / "model"
-        tiny("llama").save_pretrained(directory)
+        tiny("gpt2", max_position_embeddings=config.data.sequence_length).save_pretrained(directory)
         tokenizer.save_pretrained(directory)
     monkeypatch.setattr(
         "token_superposition.experiment.compare.TokenStore", lambda *_: torch.full((100,), byte).numpy()
     )
     (sample,) = samples(config, tmp_path, runs)
-    assert sample["prompt"] == "\ufffd" * (config.data.sequence_length // 2)
+    assert sample["prompt"] == "\ufffd" * 4
+    assert prompt_of([byte], tokenizer, 2) == ("", 1)  # it begins a document
 
 
 def test_all_runs_read_blocks_into_which_every_bag_fits() -> None:
@@ -260,15 +261,6 @@ def test_all_runs_read_blocks_into_which_every_bag_fits() -> None:
     for common_bag, expected in ((1, 12), (5, 60)):
         jobs = jobs_of(replace(base, data=replace(base.data, common_bag=common_bag)))
         assert [j.config.data.common_bag for j in jobs] == [expected] * 3
-
-
-def test_a_prompt_that_has_more_tokens_when_it_is_read_again_is_shortened(prepared: Path) -> None:
-    """Bytes that are no characters."""
-    tokenizer = load_tokenizer(str(prepared / "tokenizer"))
-    byte = tokenizer.convert_tokens_to_ids("\u0122")  # 0x80 in the alphabet of a byte-level BPE
-    prompt, read = prompt_of([byte] * 8, tokenizer, 16)
-    assert len(tokenizer.encode(prompt * 2)) > 16 > len(tokenizer.encode(prompt)) == read > 0
-    assert prompt_of([byte], tokenizer, 2) == ("", 1)
 
 
 def test_further_seeds_leave_the_runs_of_the_first_where_they_are() -> None:
