@@ -41,11 +41,11 @@ def losses(directory: Path, data: ValidationSet) -> dict[str, tuple[int, float]]
     model, _ = load_model(directory)
     counts, sums = torch.zeros(2, dtype=torch.long), torch.zeros(2, dtype=torch.float64)
     for batch in DataLoader(data, batch_size=32):
-        ids, targets = batch["input_ids"], batch["shift_labels"]
+        ids, targets = (batch[k].to(model.device) for k in ("input_ids", "shift_labels"))
         loss = F.cross_entropy(model(input_ids=ids).logits.flatten(0, 1), targets.flatten(), reduction="none")
         kind = repeated_pairs(ids, targets).flatten().long()
-        counts += kind.bincount(minlength=2)
-        sums.index_add_(0, kind, loss.double())
+        counts += kind.bincount(minlength=2).cpu()
+        sums += kind.bincount(loss.double(), minlength=2).cpu()
     return {k: (int(n), float(s) / max(int(n), 1)) for k, n, s in zip(KINDS, counts, sums, strict=True)}
 
 

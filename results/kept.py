@@ -35,7 +35,7 @@ class Result:
     @cached_property
     def variants(self) -> dict[str, dict[str, Any]]:
         """What the comparison says of each variant, by its runs."""
-        since_added = {"data_sha256": "", "precision": ""}  # which the runs kept before do not have
+        since_added = {"data_sha256": "", "precision": "", "steady_seconds": 0.0}  # the runs kept before lack them
         return comparison([Run(**since_added | r) for r in self.summary["runs"]])["variants"]
 
     @property

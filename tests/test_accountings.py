@@ -17,6 +17,8 @@ from token_superposition import TokenSuperpositionError
 from token_superposition.experiment.compare import jobs_of
 from token_superposition.experiment.config import CompareConfig, Config, Variant
 from token_superposition.experiment.intervals import t_interval
+from token_superposition.experiment.metrics import write_metrics
+from token_superposition.experiment.result import METRICS, StepTimes
 from token_superposition.experiment.summary import EqualLoss, Run, comparison, equal_loss
 from token_superposition.report import print_table, write_report
 from token_superposition.report.contents import interval_table, read
@@ -27,8 +29,8 @@ DELTAS = [-0.2766, -0.1645, -0.1132]
 def run(name: str, seed: int, steps: int, loss: float, seconds: float = 1.0) -> Run:
     return Run(
         seed=seed, bag_size=4, ratio=0.3, steps=steps, latent_tokens=steps, raw_tokens=steps * (1 + (name == "tst")),
-        epochs=0.1, flops=1e9 * steps, train_seconds=seconds, phase_step_seconds=[1.0], val_loss=loss,
-        val_bpb=loss, parameters=1000, hardware="none", versions={"torch": "0"}, data_sha256="",
+        epochs=0.1, flops=1e9 * steps, train_seconds=seconds + 60, steady_seconds=seconds, phase_step_seconds=[1.0],
+        val_loss=loss, val_bpb=loss, parameters=1000, hardware="none", versions={"torch": "0"}, data_sha256="",
         precision="float32", name=name, directory=f"{name}-seed{seed}",
     )  # fmt: skip
 
@@ -54,7 +56,7 @@ def test_a_comparison_over_seeds() -> None:
     assert result["speedup"]["geometric_mean"] == pytest.approx(stats.gmean(per_seed))
     assert result["speedup"]["bound"] == "measured" and result["variants"]["tst"]["speedup"] == result["speedup"]
     equal_time = result["equal_time"]
-    assert (equal_time["train_seconds"], equal_time["baseline_train_seconds"]) == (180.0, 150.0)
+    assert (equal_time["seconds"], equal_time["baseline_seconds"]) == (180.0, 150.0)
     assert equal_time["ratio"] == 1.2 and equal_time["baseline_steps"] == 1200
     assert equal_time["baseline_val_loss"] == pytest.approx(3.0 - 0.2 * math.log2(1.2))
     assert equal_time["how"] == "interpolated"
@@ -77,8 +79,19 @@ def test_a_superposed_step_is_timed_against_an_ordinary_one() -> None:
     assert comparison([r for r in runs if r.seed == 4])["phase_step_time_ratio"] is None
 
 
+def test_what_is_done_once_is_in_no_pace(tmp_path: Path) -> None:
+    """The first run compiles for all, a branch is loaded midway: neither says what a step costs."""
+    seconds = {10: 30.0, 20: 50.0, 30: 70.0, 40: 91.0, 50: 101.0, 60: 140.0, 70: 150.0, 80: 160.0}
+    lines = [{"step": n, "seconds": s, "loss": 3.0} for n, s in seconds.items()]
+    lines.insert(3, {"step": 30, "seconds": 70.0, "val_loss": 3.0})
+    write_metrics(tmp_path / METRICS, lines)
+    times = StepTimes.of(tmp_path, [0, 30], 85)
+    assert times == StepTimes(by_phase=[2.0, 1.0], steady=30 * 2.0 + 55 * 1.0)
+    assert StepTimes.of(tmp_path, [0, 70], 85) == StepTimes(by_phase=[2.0, None], steady=None)
+
+
 def test_runs_too_short_to_be_timed_have_no_equal_time() -> None:
-    found = comparison([replace(r, train_seconds=0.0) for r in experiment()])["equal_time"]
+    found = comparison([replace(r, steady_seconds=0.0) for r in experiment()])["equal_time"]
     assert math.isnan(found["ratio"]) and found["baseline_val_loss"] is None and found["how"] == "not run"
 
 

@@ -34,8 +34,9 @@ def made_up(out: Path, config: Config, loss: Callable[[Cell, int], float]) -> Gr
     found = {
         (c, seed): RunResult(
             seed=seed, bag_size=c.bag_size, ratio=c.ratio, steps=1000, latent_tokens=1000, raw_tokens=2000, epochs=0.5,
-            flops=1e9, train_seconds=60.0, phase_step_seconds=[1.0], val_loss=loss(c, seed), val_bpb=1.0,
-            parameters=1000, hardware="none", versions={"torch": "0"}, data_sha256="", precision="float32",
+            flops=1e9, train_seconds=60.0, steady_seconds=60.0, phase_step_seconds=[1.0],
+            val_loss=loss(c, seed), val_bpb=1.0, parameters=1000, hardware="none",
+            versions={"torch": "0"}, data_sha256="", precision="float32",
         )
         for c in (*grid.baselines, *grid.candidates)
         for seed in grid.seeds

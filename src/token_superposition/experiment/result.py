@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
-import math
 import os
 import platform
 from dataclasses import dataclass
 from importlib.metadata import version
+from itertools import pairwise
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import torch
@@ -47,8 +48,10 @@ class RunResult:
     """
     train_seconds: float
     """Time in training steps, without validation and saving."""
+    steady_seconds: float
+    """The same at the pace of each phase, without what is done once, such as compiling."""
     phase_step_seconds: list[float | None]
-    """Mean time of a step in each phase; where bag sizes are mixed, in all the steps on bags and in the rest.
+    """Median time of a step in each phase; where bag sizes are mixed, in all the steps on bags and in the rest.
 
     None for a phase with fewer than two logged steps.
     """
@@ -73,7 +76,7 @@ class RunResult:
         *,
         flops: float,
         train_seconds: float,
-        phase_step_seconds: list[float | None],
+        times: StepTimes,
         val_loss: float,
         bits_per_byte: float,
         parameters: int,
@@ -96,7 +99,8 @@ class RunResult:
             epochs=plan.epochs,
             flops=flops,
             train_seconds=train_seconds,
-            phase_step_seconds=phase_step_seconds,
+            steady_seconds=train_seconds if times.steady is None else times.steady,
+            phase_step_seconds=times.by_phase,
             val_loss=val_loss,
             val_bpb=val_loss * bits_per_byte,
             parameters=parameters,
@@ -107,18 +111,27 @@ class RunResult:
         )
 
 
-def phase_step_seconds(out: Path, starts: list[int]) -> list[float | None]:
-    """Mean seconds of a step in each phase, from the logged steps after the phase's first."""
-    lines = [m for m in read_metrics(out / METRICS) if "loss" in m]
-    result: list[float | None] = []
-    for start, end in zip(starts, [*starts[1:], math.inf], strict=True):
-        inside = [m for m in lines if start < m["step"] <= end]
-        if len(inside) < 2:
-            result.append(None)
-        else:
-            steps = inside[-1]["step"] - inside[0]["step"]
-            result.append((inside[-1]["seconds"] - inside[0]["seconds"]) / steps)
-    return result
+@dataclass(frozen=True)
+class StepTimes:
+    """Of a run, in seconds, from its logged steps: a phase's first has what is done once in it, such as compiling."""
+
+    by_phase: list[float | None]
+    """Median time of a step in each phase; None where fewer than two were logged."""
+    steady: float | None
+    """Of all steps at that pace; None where a phase has none."""
+
+    @classmethod
+    def of(cls, out: Path, starts: list[int], total_steps: int) -> StepTimes:
+        """Of the run in ``out``, whose phases begin after the steps ``starts``."""
+        lines = [m for m in read_metrics(out / METRICS) if "loss" in m]
+        by_phase: list[float | None] = []
+        steady: float | None = 0.0
+        for start, end in zip(starts, [*starts[1:], total_steps], strict=True):
+            inside = [m for m in lines if start < m["step"] <= end]
+            paces = [(b["seconds"] - a["seconds"]) / (b["step"] - a["step"]) for a, b in pairwise(inside)]
+            by_phase.append(median(paces) if paces else None)
+            steady = steady + (end - start) * median(paces) if paces and steady is not None else None
+        return cls(by_phase, steady)
 
 
 def result_file(directory: Path) -> Path | None:

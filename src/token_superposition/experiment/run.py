@@ -51,7 +51,7 @@ from token_superposition.experiment.result import (
     MODEL,
     RESULT,
     RunResult,
-    phase_step_seconds,
+    StepTimes,
     write_json,
 )
 from token_superposition.experiment.resume import Resume, Start, changes, check_start, facts
@@ -168,7 +168,7 @@ def _train(config: Config, out: Path, launch: Launch, start: Start, report: Repo
             plan,
             flops=step_flops * schedule.total_steps,
             train_seconds=metrics.seconds,
-            phase_step_seconds=phase_step_seconds(out, starts),
+            times=StepTimes.of(out, starts, schedule.total_steps),
             val_loss=val_loss,
             bits_per_byte=bits_per_byte,
             parameters=parameters,

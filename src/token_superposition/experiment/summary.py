@@ -156,12 +156,15 @@ def paired(ours: dict[int, Run], others: dict[int, Run]) -> dict[str, Any] | Non
 
 
 def equal_time(runs: Sequence[Run], ours: dict[int, Run], baseline: dict[int, Run]) -> dict[str, Any]:
-    """Seconds in training steps, medians over seeds, and where the baseline is after the variant's seconds."""
-    seconds, baseline_seconds = (median(r.train_seconds for r in x.values()) for x in (ours, baseline))
+    """Seconds of the steps, medians over seeds, and where the baseline is after the variant's seconds.
+
+    Without what a run does once: the first one compiles for all, and a baseline that branched off was loaded midway.
+    """
+    seconds, baseline_seconds = (median(r.steady_seconds for r in x.values()) for x in (ours, baseline))
     # Of a few steps nothing was logged that has a time.
     ratio = seconds / baseline_seconds if baseline_seconds else math.nan
     found = baseline_of(ratio, runs, ours, baseline)
-    return {"train_seconds": seconds, "baseline_train_seconds": baseline_seconds, **found}
+    return {"seconds": seconds, "baseline_seconds": baseline_seconds, **found}
 
 
 def baseline_curve(runs: Sequence[Run], seed: int | None = None) -> list[tuple[int, float]]:

@@ -65,7 +65,7 @@ def linear_multi_hot_cross_entropy(
     - ``triton``: ``chunked``, with the work between the matrix products in one kernel of ours (CUDA).
     - ``auto``: ``triton`` on CUDA where it is installed, the loss is multi-hot and the head is not sharded; else
       ``chunked``. Each was the fastest at every size measured (benchmarks/results.csv): on two CPU cores, and on an
-      H200 with 16,384 rows, V 128,256 and d 576 to 4,096, where ``chunked`` took 1.3 to 2.8 times as long.
+      H100 with 16,384 rows, V 128,256 and d 576 to 4,096, where ``chunked`` took 1.3 to 3.0 times as long.
 
     A head that is sharded over the vocabulary needs the same hidden states and targets on every process of its mesh or
     group. A DTensor says so by a ``hidden`` that is a DTensor, too; under FSDP2, where processes have different rows,

@@ -287,8 +287,8 @@ def equal_time(equal: dict[str, Any]) -> str:
     if not math.isfinite(equal["ratio"]):
         return "not measured: no step of the baseline was timed"
     text = (
-        f"{duration(equal['train_seconds'])} of training against {duration(equal['baseline_train_seconds'])} (medians "
-        f"over seeds), {equal['ratio']:.2f} x; in that time the baseline takes "
+        f"{duration(equal['seconds'])} of steps against {duration(equal['baseline_seconds'])} (medians over seeds, "
+        f"without compiling), {equal['ratio']:.2f} x; in that time the baseline takes "
     )
     return text + against(equal)
 

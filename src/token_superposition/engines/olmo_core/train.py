@@ -44,7 +44,7 @@ from token_superposition.errors import TokenSuperpositionError, require_int
 from token_superposition.experiment.config import Config
 from token_superposition.experiment.launch import Launch
 from token_superposition.experiment.model import build_model
-from token_superposition.experiment.result import METRICS, MODEL, RESULT, RunResult, phase_step_seconds, write_json
+from token_superposition.experiment.result import METRICS, MODEL, RESULT, RunResult, StepTimes, write_json
 from token_superposition.experiment.run import prepare_directory
 
 
@@ -154,7 +154,7 @@ def train(
         plan,
         flops=metrics.flops(plan.schedule.total_steps),
         train_seconds=metrics.seconds,
-        phase_step_seconds=phase_step_seconds(out, plan.schedule.starts),
+        times=StepTimes.of(out, plan.schedule.starts, plan.schedule.total_steps),
         val_loss=evaluation.final_loss,
         bits_per_byte=bits_per_byte,
         parameters=module.model.num_params,
