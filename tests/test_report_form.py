@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -43,6 +44,23 @@ def test_a_report_of_files_of_another_form_has_one_line(
     error = capsys.readouterr().err
     assert error.startswith("tst: error: ") and error.count("\n") == 1 and "; " in error, error
     assert message in error and file in error and "tst compare again" in error, error
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [({"precision": None}, "precision is None"), (None, "has no"), ({"lr": 1}, "lr, which is unknown")],
+)
+def test_a_run_of_another_version_is_not_taken_up(
+    content: Any, message: str, two_seeds: tuple[Path, Path, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config, finished, _ = two_seeds
+    shutil.copytree(finished, tmp_path / "out")
+    path = tmp_path / "out/runs/tst-seed3/run.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | content if content else {}))
+    assert main(["compare", str(config), "--out", str(tmp_path / "out")]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("tst: error: ") and error.count("\n") == 1 and str(path) in error, error
+    assert message in error and f"remove {path.parent}" in error, error
 
 
 def test_a_bug_of_the_report_is_not_told_as_a_fault_of_its_files(

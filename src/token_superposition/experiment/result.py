@@ -15,7 +15,9 @@ from typing import Any
 import torch
 
 from token_superposition.data.plan import PlannedDataset
+from token_superposition.errors import TokenSuperpositionError
 from token_superposition.experiment.config import Config
+from token_superposition.experiment.form import misfit
 from token_superposition.experiment.metrics import read_metrics
 from token_superposition.experiment.resume import data_digest
 
@@ -140,7 +142,18 @@ def result_file(directory: Path) -> Path | None:
 
 
 def read_result(path: Path) -> RunResult:
-    return RunResult(**json.loads(path.read_text(encoding="utf-8")))
+    """Raises ``TokenSuperpositionError`` for a file of another form, such as one of an earlier version."""
+    try:
+        content: Any = json.loads(path.read_text(encoding="utf-8"))
+        wrong = misfit(content, RunResult, path.name)
+    except (ValueError, RecursionError) as e:
+        content, wrong = None, str(e)
+    if wrong:
+        raise TokenSuperpositionError(
+            f"{path} has not the form that a run of this version writes ({wrong}); remove {path.parent}, and it is "
+            "trained again, or take the version that wrote it"
+        )
+    return RunResult(**content)
 
 
 def write_json(path: Path, content: Any) -> None:

@@ -13,7 +13,7 @@ import tomli_w
 
 from token_superposition.errors import TokenSuperpositionError
 from token_superposition.experiment.config import without_none
-from token_superposition.report.form import misfit
+from token_superposition.experiment.form import misfit
 
 if TYPE_CHECKING:
     from token_superposition.experiment.summary import Run

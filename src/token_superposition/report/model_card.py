@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import json
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,7 @@ from token_superposition.data.store import TokenStore, file_sha256
 from token_superposition.errors import TokenSuperpositionError
 from token_superposition.experiment.config import Config, load_config, without_none
 from token_superposition.experiment.metrics import read_metrics
-from token_superposition.experiment.result import CONFIG, METRICS, RESULT
+from token_superposition.experiment.result import CONFIG, METRICS, RESULT, read_result
 
 TEMPLATE = files("token_superposition") / "report" / "model_card.md.j2"
 
@@ -44,7 +43,7 @@ class Figures:
         config = load_config(run / CONFIG) if (run / CONFIG).exists() else None
         result: dict[str, Any] = {}
         if checkpoint is None and (run / RESULT).exists():
-            result = json.loads((run / RESULT).read_text(encoding="utf-8"))
+            result = asdict(read_result(run / RESULT))
         last = {k: v for line in read_metrics(run / METRICS, checkpoint) for k, v in line.items()} | result
         step = checkpoint if checkpoint is not None else last.get("steps", last.get("step", 0))
         return cls(

@@ -12,13 +12,13 @@ from typing import Any, Literal
 
 from token_superposition.errors import TokenSuperpositionError
 from token_superposition.experiment.config import SweepSchedule
+from token_superposition.experiment.form import misfit
 from token_superposition.experiment.grid import Cell
 from token_superposition.experiment.halving import Best
 from token_superposition.experiment.intervals import t_interval
 from token_superposition.experiment.published import Table, nearest_table
 from token_superposition.experiment.sweep import SUMMARY, TABLE, Row, read_rows
 from token_superposition.report.contents import interval, short, told_from_chance
-from token_superposition.report.form import misfit
 from token_superposition.weights import Weighting
 
 FORM = {
