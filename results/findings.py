@@ -166,12 +166,12 @@ HEAD = """\
 # Findings
 
 Made by `python -m results.findings` from the folders in [results](../results), each of which holds the configuration,
-the seeds, the hardware and the versions; no number of a table is typed in by hand. Small models on two CPU cores: they
-say what TST does there, not what it does at 3B. Loss is next-token cross-entropy on held-out text in nats per token; an
-interval is Student's t over paired seeds ([how to read a comparison](compare.md)). The texts come from
-`python -m results.corpora`. Sections of one seed or two say so, whatever their intervals are; further leads, and what
-was tried and left, are in the [log](../LOG.md). Parameters are counted with embedding and head, 0.26M of the 0.59M here
-and 0.13M of the 0.21M.
+the seeds, the hardware and the versions; no number of a table is typed in by hand. Small models on two CPU cores, and
+one of 110M parameters on a GPU: they say what TST does there, not what it does at 3B. Loss is next-token cross-entropy
+on held-out text in nats per token; an interval is Student's t over paired seeds
+([how to read a comparison](compare.md)). The texts come from `python -m results.corpora`. Sections of one seed or two
+say so, whatever their intervals are; further leads, and what was tried and left, are in the [log](../LOG.md).
+Parameters are counted with embedding and head, 0.26M of the 0.59M here and 0.13M of the 0.21M.
 
 ![Differences of all comparisons with their intervals](findings_forest.svg)
 
