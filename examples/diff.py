@@ -24,7 +24,14 @@ NAMES = {
 REMARKS = {
     "nanogpt": "Four things: bags are folded, the embedding averages them, the loss takes them, and the schedule says "
     "which step has which bag size. `--ratio 0` gives the losses of the plain script. A model that unpacks the shape "
-    "of its ids, as nanoGPT's `b, t = idx.size()`, asks for `b, t = idx.shape[:2]`.",
+    "of its ids, as nanoGPT's `b, t = idx.size()`, asks for `b, t = idx.shape[:2]`.\n\n"
+    "- nanoGPT itself fetches a batch ahead, inside the loop of its micro-steps: ask the schedule for the step that "
+    "the batch is *for*, or the first one after the switch is still of bags.\n"
+    "- Targets of -1, which nanoGPT leaves out of the loss, need `ignore_index=-1`.\n"
+    '- Weights of the targets go to the loss: `place_weights("exponential", targets.shape[-1])` while '
+    '`targets.dim() == 3`. Those of what is read go to `superpose(model, model.wte, input_weighting="power")`.\n'
+    "- For every token read once, and for several processes (`torchrun`), take the batches from a "
+    "[`PlannedDataset`](reference.md#data): the reference shows the three lines that share out each step.",
     "hf_trainer": "The `Trainer` is one line. The other change is that samples of bags are longer than the blocks of "
     "`group_texts`, so `StreamedPlan` cuts the stream instead; the held-out text still goes through `group_texts` and "
     "is evaluated the stock way. For text on this disk, `PlannedDataset` reads faster and needs no reading "

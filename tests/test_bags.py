@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from hypothesis import given
@@ -32,7 +34,7 @@ def test_labels_mask_targets_and_leave_inputs() -> None:
 @pytest.mark.parametrize("shape", [(2, 9), (2, 7), (8,)])
 def test_labels_of_another_shape(shape: tuple[int, ...]) -> None:
     with pytest.raises(TokenSuperpositionError, match="one label for each token"):
-        fold(torch.zeros(2, 8), labels=torch.zeros(shape))
+        fold(torch.zeros(2, 8, dtype=torch.long), labels=torch.zeros(shape))
 
 
 @pytest.mark.parametrize(("n", "a", "b"), [(9, 2, 2), (3, 4, 4), (0, 1, 1), (1, 1, 1)])
@@ -54,5 +56,18 @@ def test_tokens_of_any_whole_type_are_folded_to_one_that_models_take(dtype: torc
         assert folded.dtype == (dtype if dtype == torch.int32 else torch.int64) and torch.equal(folded.long(), expected)
     with pytest.raises(TokenSuperpositionError, match=r"tokens are torch.float32; give ids, which are whole"):
         fold(torch.zeros(20), 4, 4)
+    with pytest.raises(TokenSuperpositionError, match=r"tokens are of type ndarray; give .* torch.from_numpy"):
+        fold(torch.arange(20).numpy(), 4, 4)  # pyright: ignore[reportArgumentType]
     with pytest.raises(TokenSuperpositionError, match=r"tokens are torch.float32; give ids, which are whole"):
         ragged_fold(torch.zeros(20), torch.zeros(20), 4, 4)
+
+
+@pytest.mark.parametrize("shape", [(12,), (1, 12), (3, 12)])
+@pytest.mark.parametrize(("a", "b"), [(1, 1), (2, 2), (4, 4), (2, 1), (1, 3)])
+def test_targets_can_be_masked_in_place(shape: tuple[int, ...], a: int, b: int) -> None:
+    n = 12 - (12 - b) % a
+    tokens = torch.arange(36).view(3, 12)[: math.prod(shape) // 12].reshape(shape)[..., :n]
+    ids, targets = fold(tokens, a, b)
+    read = ids.clone()
+    targets.view(-1).fill_(-100)
+    assert torch.equal(ids, read) and int(tokens.min()) >= 0

@@ -156,6 +156,23 @@ def test_a_model_in_a_wrapper(wrap: Callable[[nn.Module], Any], named: bool) -> 
     assert not any(m._forward_pre_hooks for m in model.modules())
 
 
+def test_what_cannot_be_the_embedding_is_refused() -> None:
+    model, other = tiny("llama"), tiny("llama")
+    table = model.get_input_embeddings()
+    for wrong, said in (
+        (model.get_output_embeddings(), "embedding is a Linear"),
+        (table.weight, "embedding is of type Parameter"),
+        ("model.embed_tokens", "embedding is of type str"),
+        (model.model.layers, "embedding is the container ModuleList"),
+        (other.get_input_embeddings(), "embedding is one .Embedding. that is not in the LlamaForCausalLM"),
+    ):
+        with pytest.raises(TokenSuperpositionError, match=f"{said}; give the module of the model that maps ids"):
+            superpose(model, wrong)
+    assert type(table) is type(other.get_input_embeddings()) and model(torch.zeros(1, 4, dtype=torch.long))
+    with pytest.raises(TokenSuperpositionError, match=r"ids are torch.uint16; give int64 or int32"):
+        superpose(model)(torch.zeros(1, 4, 2, dtype=torch.uint16))
+
+
 def test_gradients_are_those_of_the_mean() -> None:
     weight = torch.randn(7, 4, dtype=torch.float64, requires_grad=True)
     embedding = nn.Embedding(7, 4, dtype=torch.float64)
@@ -213,7 +230,7 @@ def test_a_copied_model_uses_its_own_embedding() -> None:
 
 @pytest.mark.parametrize("architecture", ["llama", "gemma3_text"])
 def test_a_superposed_model_can_be_pickled(architecture: str) -> None:
-    model = superpose(tiny(architecture), weighting="power").eval()
+    model = superpose(tiny(architecture), input_weighting="power").eval()
     file = io.BytesIO()
     torch.save(model, file)
     file.seek(0)

@@ -72,7 +72,7 @@ def test_bags_are_read_with_their_places(architecture: str, signal: float, weigh
         model(inputs_embeds=rows.mean(2)).logits,
     )
     ordinary, names = model(IDS[..., 0]).logits, list(model.state_dict())
-    superpose(model, place_signal=signal, weighting=weighting)
+    superpose(model, place_signal=signal, input_weighting=weighting)
     torch.testing.assert_close(model(input_ids=IDS).logits, expected)
     assert not torch.allclose(expected, plain)
     assert not torch.allclose(model(input_ids=IDS.flip(2)).logits, expected)  # order is seen
@@ -82,7 +82,7 @@ def test_bags_are_read_with_their_places(architecture: str, signal: float, weigh
 
 
 def test_without_signal_and_weights_it_is_the_plain_embedding() -> None:
-    model = superpose(tiny("llama"), place_signal=0.0, weighting="uniform").eval()
+    model = superpose(tiny("llama"), place_signal=0.0, input_weighting="uniform").eval()
     plain = superpose(tiny("llama")).eval()
     assert torch.equal(model(input_ids=IDS).logits, plain(input_ids=IDS).logits)
     table = nn.Embedding(9, 4, padding_idx=2)
@@ -119,7 +119,7 @@ def test_a_model_reads_bags_in_one_way() -> None:
     with pytest.raises(TokenSuperpositionError, match=r"place_signal 0.5 already, not 0.0; unsuperpose it first"):
         superpose(model)
     with pytest.raises(TokenSuperpositionError, match=r"weighting uniform already, not power; unsuperpose it first"):
-        superpose(model, place_signal=SIGNAL, weighting="power")
+        superpose(model, place_signal=SIGNAL, input_weighting="power")
     assert type(unsuperpose(model).get_input_embeddings()) is nn.Embedding
     assert not hasattr(model.get_input_embeddings(), "place_signal")
     assert not hasattr(model.get_input_embeddings(), "weighting")
@@ -221,7 +221,7 @@ def test_weights_are_made_once() -> None:
 @readings
 def test_it_compiles_whole(signal: float, weighting: Weighting) -> None:
     table = nn.Embedding(10, 8)
-    superpose(table, table, place_signal=signal, weighting=weighting)
+    superpose(table, table, place_signal=signal, input_weighting=weighting)
     torch._dynamo.reset()
     compiled = torch.compile(table, backend="aot_eager", fullgraph=True)
     torch.testing.assert_close(compiled(IDS % 10), by_hand(table.weight[IDS % 10].double(), signal, weighting).float())
@@ -268,4 +268,4 @@ def test_refusals() -> None:
     with pytest.raises(TokenSuperpositionError, match=r"input_weighting is 'power'; the other engine does not"):
         replace(SuperpositionConfig(), input_weighting="power").refuse_variants("other")
     with pytest.raises(TokenSuperpositionError, match=r"weighting is 'last'; choose one of uniform, power"):
-        superpose(tiny("llama"), weighting="last")  # pyright: ignore
+        superpose(tiny("llama"), input_weighting="last")  # pyright: ignore

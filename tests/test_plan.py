@@ -14,6 +14,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils.data import DataLoader, DistributedSampler, Subset
 
 from tests.processes import server
 from token_superposition import Phase, Schedule, TokenSuperpositionError
@@ -207,6 +208,39 @@ def test_a_label_that_is_masked_in_place_is_still_read() -> None:
         read = sample["input_ids"].clone()
         sample["shift_labels"][:] = -100
         assert torch.equal(sample["input_ids"], read)
+
+
+@pytest.mark.parametrize(("processes", "accumulate", "first_step"), [(1, 1, 0), (2, 2, 0), (2, 1, 7), (4, 2, 13)])
+def test_processes_of_a_loop_share_out_each_step(processes: int, accumulate: int, first_step: int) -> None:
+    """As the docstring of the plan says."""
+    plan = PlannedDataset(np.arange(20_000), Schedule.two_phase(20, 4, 0.5), 8, 16)
+    left = Subset(plan, range(first_step * plan.batch_size, len(plan)))
+    loaders = [
+        iter(DataLoader(left, 16 // (processes * accumulate), sampler=DistributedSampler(left, processes, r, False)))
+        for r in range(processes)
+    ]
+    for step in range(first_step, 20):
+        batches = [next(loader)["input_ids"] for loader in loaders for _ in range(accumulate)]
+        wanted = [plan[i]["input_ids"].tolist() for i in range(step * 16, (step + 1) * 16)]
+        assert sorted(torch.cat(batches).tolist()) == sorted(wanted)
+    assert not any(list(loader) for loader in loaders)
+
+
+def test_numbers_of_numpy_do_as_well() -> None:
+    schedule, tokens = Schedule.two_phase(30, 4, 0.5), np.arange(20_000)
+    plan = PlannedDataset(tokens, schedule, 32, 4)
+    other = PlannedDataset(tokens, schedule, np.int64(32), np.int32(4))  # pyright: ignore
+    for i in np.arange(0, len(plan), 7):
+        assert torch.equal(plan[i]["input_ids"], other[int(i)]["input_ids"])
+    assert other.fingerprint() == plan.fingerprint() and type(other.fingerprint()["batch_size"]) is int
+
+
+def test_text_of_several_axes_is_refused() -> None:
+    rows = np.arange(4000).reshape(40, 100)
+    with pytest.raises(TokenSuperpositionError, match=r"have shape \(40, 100\); give one stream of ids"):
+        PlannedDataset(rows, Schedule.two_phase(3, 2, 0.5), 8, 2)
+    with pytest.raises(TokenSuperpositionError, match=r"have shape \(40, 100\); give one stream of ids"):
+        ValidationSet(torch.from_numpy(rows), 8)
 
 
 def test_waste_at_a_switch_is_less_than_one_window() -> None:

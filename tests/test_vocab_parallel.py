@@ -122,7 +122,7 @@ def check_dtensors(rank: int) -> None:
     close(everywhere, reference.bag_embedding(replicated.to_local(), ids))
     with pytest.raises(TokenSuperpositionError, match=r"bias has shape \(12,\) beside a head of shape \(11, 4\)"):
         linear(state, weight, targets, bias=torch.zeros(V + 1))  # on both processes, though 6 of them fit the first
-    superpose(unsuperpose(model), table, place_signal=0.5, weighting="power")
+    superpose(unsuperpose(model), table, place_signal=0.5, input_weighting="power")
     got = table(ids)
     close(got, marked)
     close(torch.autograd.grad(got.square().sum(), table.weight)[0], want_marked)

@@ -30,11 +30,11 @@ def fold(
     (``a = input_bag``, ``b = output_bag``). ``a = b = s`` is token superposition, ``a = s, b = 1`` input-only,
     ``a = 1, b = s`` output-only superposition, ``a = b = 1`` ordinary next-token training (arXiv 2605.06546).
     A bag size of 1 adds no axis: the rank of the tensors carries the phase. The ids are a view of the tokens (of an
-    int64 copy, unless they are int32 or int64); the targets are contiguous, as models that flatten them by ``view``
-    want them.
+    int64 copy, unless they are int32 or int64); the targets are a copy, so that masking some leaves the ids alone, and
+    contiguous, as models that flatten them by ``view`` want them.
 
     Raises ``TokenSuperpositionError`` unless the length of ``tokens`` is ``L * a + b`` for a whole ``L >= 1``, for
-    tokens that are no whole numbers, and for labels of another shape.
+    tokens that are no tensor of whole numbers, and for labels of another shape.
 
     >>> import torch
     >>> ids, targets = fold(torch.arange(8), 2, 2)
@@ -45,20 +45,22 @@ def fold(
     ([0, 1, 2], [1, 2, 3])
     """
     a, b = require_int("input_bag", input_bag, 1), require_int("output_bag", output_bag, 1)
+    tokens = _whole_numbers(tokens)
     length = _positions(tokens.shape[-1], a, b)
     if labels is not None and labels.shape != tokens.shape:
         raise TokenSuperpositionError(
             f"labels have shape {tuple(labels.shape)}, tokens {tuple(tokens.shape)}; give one label for each token, "
             "the token itself or -100"
         )
-    tokens = _whole_numbers(tokens)
     ids = tokens[..., : length * a]
     targets = (tokens if labels is None else labels)[..., a:]
     if a > 1:
         ids = ids.unflatten(-1, (length, a))
     if b > 1 or a > 1:
         targets = targets.unfold(-1, b, a)
-    return ids, (targets if b > 1 else targets.reshape(ids.shape[: tokens.dim()])).contiguous()
+    if b == 1:
+        targets = targets.reshape(ids.shape[: tokens.dim()])
+    return ids, targets.clone(memory_format=torch.contiguous_format)
 
 
 def ragged_fold(
@@ -76,7 +78,7 @@ def ragged_fold(
     there is room for, so the last tokens may go unread. Without boundaries it is ``fold``.
 
     Raises ``TokenSuperpositionError`` unless the length of ``tokens`` is ``L * a + b`` for a whole ``L >= 1``, and for
-    tokens that are no whole numbers.
+    tokens that are no tensor of whole numbers.
 
     >>> begins = torch.tensor([0, 0, 0, 1, 0, 1, 0, 0], dtype=torch.bool)
     >>> ids, targets = ragged_fold(torch.arange(8), begins, 2, 2)
@@ -84,6 +86,7 @@ def ragged_fold(
     ([[0, 1], [2, -1], [3, 4]], [[2, -100], [3, 4], [5, 6]])
     """
     a, b = require_int("input_bag", input_bag, 1), require_int("output_bag", output_bag, 1)
+    tokens = _whole_numbers(tokens).long()  # a type that has -1
     n = tokens.shape[-1]
     length = _positions(n, a, b)
     place = torch.arange(n, device=tokens.device)
@@ -94,7 +97,6 @@ def ragged_fold(
     starts = torch.searchsorted(bags_so_far, wanted.contiguous())  # (..., L + 1)
     first, following = starts[..., :-1, None], starts[..., 1:, None]
     read, predicted = first + place[:a], following + place[:b]
-    tokens = _whole_numbers(tokens).long()  # a type that has -1
     ids = _take(tokens, read).where(read < following, -1)
     segment = begins.cumsum(-1)
     targets = _take(tokens, predicted).where(_take(segment, predicted) == _take(segment, following), -100)
@@ -103,6 +105,10 @@ def ragged_fold(
 
 def _whole_numbers(tokens: Tensor) -> Tensor:
     """Of a type that embeddings and losses take: int64, unless it is int32."""
+    if not isinstance(tokens, Tensor):  # pyright: ignore  # what a memory-mapped file is read as
+        raise TokenSuperpositionError(
+            f"tokens are of type {type(tokens).__name__}; give a tensor of ids, such as torch.from_numpy(array)"
+        )
     if tokens.is_floating_point() or tokens.is_complex():
         raise TokenSuperpositionError(f"tokens are {tokens.dtype}; give ids, which are whole numbers")
     return tokens if tokens.dtype == torch.int32 else tokens.long()

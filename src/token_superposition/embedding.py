@@ -19,21 +19,25 @@ M = TypeVar("M", bound=nn.Module)
 
 
 def bag_embedding(  # (..., s) -> (..., d)
-    embedding: nn.Module, ids: Tensor, place_signal: float = 0.0, weighting: Weighting = "uniform"
+    embedding: nn.Module, ids: Tensor, place_signal: float = 0.0, input_weighting: Weighting = "uniform"
 ) -> Tensor:
     """Mean over the last axis of what ``embedding`` gives for each id, accumulated in float32.
 
     A place whose id is below 0 is not there: the mean is over the others, and 0 where there are none. Another
-    ``weighting`` than uniform makes it a weighted mean: the last token counts by the first weight of
-    ``place_weights(weighting, s)``, the one before by the second. With a ``place_signal`` e, the embedding of the token
-    at place i is first multiplied by ``1 + e * p_i``, where p_i is a fixed vector of +1 and -1.
+    ``input_weighting`` than uniform makes it a weighted mean: the last token counts by the first weight of
+    ``place_weights(input_weighting, s)``, the one before by the second. With a ``place_signal`` e, the embedding of the
+    token at place i is first multiplied by ``1 + e * p_i``, where p_i is a fixed vector of +1 and -1.
 
     An ``nn.Embedding``, also one with a padding row, an ``embed_scale`` (Gemma) or a DTensor weight sharded over the
     vocabulary or replicated, never holds (..., s, d), forward or backward. Any other one (quantised, adapted) is asked
     for the s rows and these are averaged. From a sharded weight comes a DTensor with the placement ``Partial``, as
     from ``nn.Embedding`` itself.
+
+    Raises ``TokenSuperpositionError`` for ids that are neither int64 nor int32.
     """
-    e = cast(Any, embedding)
+    if ids.dtype not in (torch.int64, torch.int32):
+        raise TokenSuperpositionError(f"ids are {ids.dtype}; give int64 or int32, as fold does")
+    e, weighting = cast(Any, embedding), input_weighting
     base = _stock_class(type(embedding))
     if not isinstance(embedding, nn.Embedding) or e.max_norm is not None or e.sparse or e.scale_grad_by_freq:
         return _mean_of_rows(base, e, ids, place_signal, weighting)
@@ -197,7 +201,7 @@ def _dtensor_bag_mean(weight: Any, ids: Tensor, padding_idx: int, place_signal: 
 
 
 def superpose(
-    model: M, embedding: nn.Module | None = None, *, place_signal: float = 0.0, weighting: Weighting = "uniform"
+    model: M, embedding: nn.Module | None = None, *, place_signal: float = 0.0, input_weighting: Weighting = "uniform"
 ) -> M:
     """Make ``model`` accept ids of shape (B, L, s) beside (B, L); returns the same object.
 
@@ -209,20 +213,26 @@ def superpose(
     untouched, and ordinary ids take the path they took before. Doing it twice changes nothing; ``unsuperpose`` undoes
     it. A model whose embedding is replaced or wrapped afterwards (adapters) raises at the next bags: superpose it then.
 
-    ``weighting`` weighs the tokens of a bag that is read, and ``place_signal``, in [0, 1], lets it tell their places
-    (see ``bag_embedding``); they mean nothing for ordinary ids and are not in the state dict.
+    ``input_weighting`` weighs the tokens of a bag that is read, and ``place_signal``, in [0, 1], lets it tell their
+    places (see ``bag_embedding``); they mean nothing for ordinary ids and are not in the state dict. The weights of the
+    *targets* are an argument of the loss.
 
-    Raises ``TokenSuperpositionError`` if the input embedding cannot be found, reads bags in another way already, or has
-    a forward of its own that hides its class's (accelerate's hooks): attach such hooks to a superposed model.
+    Raises ``TokenSuperpositionError`` if the input embedding cannot be found, is no module of the model that maps ids
+    to vectors, reads bags in another way already, or has a forward of its own that hides its class's (accelerate's
+    hooks): attach such hooks to a superposed model.
     """
     check_signal("place_signal", place_signal)
-    place_weights(weighting, 1)
-    embedding = cast(nn.Module, _uncompiled(embedding if embedding is not None else find_embedding(model)))
+    place_weights(input_weighting, 1)
+    if embedding is None:
+        embedding = find_embedding(model)
+    else:
+        _check_embedding(model, embedding)
+    embedding = cast(nn.Module, _uncompiled(embedding))
     if not is_superposed(embedding):
         _forget_own_forward(embedding)
-        embedding.__class__ = _bag_class(type(embedding), place_signal, weighting)
+        embedding.__class__ = _bag_class(type(embedding), place_signal, input_weighting)
     else:
-        for name, wanted in (("place_signal", place_signal), ("weighting", weighting)):
+        for name, wanted in (("place_signal", place_signal), ("input_weighting", input_weighting)):
             if (present := getattr(embedding, name)) != wanted:
                 raise TokenSuperpositionError(
                     f"the model reads bags with {name} {present} already, not {wanted}; unsuperpose it first"
@@ -281,6 +291,21 @@ def find_embedding(model: nn.Module) -> nn.Module:
     return next(iter(found.values()))
 
 
+def _check_embedding(model: nn.Module, embedding: object) -> None:
+    """That it can be the one: a head that shares the weight, or the weight itself, would go unnoticed or fail later."""
+    if not isinstance(embedding, nn.Module):
+        what = f"of type {type(embedding).__name__}"
+    elif isinstance(embedding, (nn.Linear, nn.ModuleDict, nn.ModuleList)):
+        what = f"{'a' if isinstance(embedding, nn.Linear) else 'the container'} {type(embedding).__name__}"
+    elif not any(_uncompiled(m) is _uncompiled(embedding) for m in model.modules()):
+        what = f"one ({type(embedding).__name__}) that is not in the {type(model).__name__}"
+    else:
+        return
+    raise TokenSuperpositionError(
+        f"embedding is {what}; give the module of the model that maps ids to vectors: superpose(model, model.wte)"
+    )
+
+
 def _own_embedding(module: nn.Module) -> nn.Module | None:
     """What ``get_input_embeddings`` gives, where there is one."""
     try:
@@ -309,12 +334,12 @@ class _BagMixin:
     """Mixed into the class of an embedding: ids of rank 3 are bags."""
 
     place_signal: float
-    weighting: Weighting
+    input_weighting: Weighting
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         ids = args[0] if args else next(iter(kwargs.values()))
         if ids.dim() == 3:
-            return bag_embedding(cast(nn.Module, self), ids, self.place_signal, self.weighting)
+            return bag_embedding(cast(nn.Module, self), ids, self.place_signal, self.input_weighting)
         return super().forward(*args, **kwargs)  # pyright: ignore  # of the stock class, next in line
 
     def __reduce_ex__(self, protocol: Any) -> Any:
@@ -322,16 +347,16 @@ class _BagMixin:
         made_of, stock = type(self).__mro__[1:3]
         if made_of is not _BagMixin:  # a wrapper made a class of its own of it
             return super().__reduce_ex__(protocol)
-        return _unpickle, (stock, self.place_signal, self.weighting), cast(Any, self).__getstate__()
+        return _unpickle, (stock, self.place_signal, self.input_weighting), cast(Any, self).__getstate__()
 
 
-def _bag_class(stock: type, place_signal: float, weighting: Weighting) -> type:
-    members = {"__module__": __name__, "place_signal": place_signal, "weighting": weighting}
+def _bag_class(stock: type, place_signal: float, input_weighting: Weighting) -> type:
+    members = {"__module__": __name__, "place_signal": place_signal, "input_weighting": input_weighting}
     return type(f"Bag{stock.__name__}", (_BagMixin, stock), members)
 
 
-def _unpickle(stock: type, place_signal: float, weighting: Weighting) -> Any:
-    made: Any = _bag_class(stock, place_signal, weighting)
+def _unpickle(stock: type, place_signal: float, input_weighting: Weighting) -> Any:
+    made: Any = _bag_class(stock, place_signal, input_weighting)
     return made.__new__(made)
 
 

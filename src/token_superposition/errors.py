@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+import reprlib
 from typing import SupportsIndex, cast
 
 
@@ -32,5 +33,6 @@ def require_int(name: str, value: object, minimum: int) -> int:
     except TypeError:
         number = minimum - 1
     if number < minimum:
-        raise TokenSuperpositionError(f"{name} is {value!r}; give a whole number of at least {minimum}")
+        shown = " ".join(reprlib.repr(value).split())  # of a tensor that was given in its place: one line
+        raise TokenSuperpositionError(f"{name} is {shown}; give a whole number of at least {minimum}")
     return number

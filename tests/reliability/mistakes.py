@@ -1,4 +1,4 @@
-"""The likely mistakes and what ``tst`` answers to each, as docs/mistakes.md shows them.
+"""The likely mistakes and what ``tst`` and the library answer to each, as docs/mistakes.md shows them.
 
     python -m tests.reliability.mistakes > docs/mistakes.md
 
@@ -20,11 +20,17 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+import torch
+from torch import nn
 
+import token_superposition
 from tests.conftest import CONFIG, TINY, prepare_text, tiny, toml
 from token_superposition.cli import main
+from token_superposition.data.plan import PlannedDataset
+from token_superposition.errors import TokenSuperpositionError
 
 PAGE = Path(__file__).parents[2] / "docs/mistakes.md"
 
@@ -204,6 +210,53 @@ MISTAKES: dict[str, list[Mistake]] = {
 }  # fmt: skip
 
 
+LIBRARY = [
+    "fold(np.arange(20), 4, 4)",
+    "fold(tokens[:30], 4, 4)",
+    "fold(tokens, schedule.at(0))",
+    "superpose(model)",
+    "superpose(model, model.lm_head)",
+    "superpose(model, model.wte.weight)",
+    "superpose(model, model.wte, input_weighting='linear')",
+    "bag_embedding(model.wte, bags.to(torch.uint16))",
+    "linear_multi_hot_cross_entropy(hidden, model.lm_head, bags)",
+    "linear_multi_hot_cross_entropy(hidden, model.lm_head.weight, bags.flatten(1))",
+    "linear_multi_hot_cross_entropy(hidden, model.lm_head.weight, bags, 'exponential')",
+    "linear_multi_hot_cross_entropy(hidden, model.lm_head.weight, bags, place_weights('exponential', 2))",
+    "multi_hot_cross_entropy(model.lm_head(hidden), bags.to(torch.uint16))",
+    "Schedule.two_phase(100, 4, 30)",
+    "PlannedDataset(tokens, 8, 4, schedule)",
+    "PlannedDataset(tokens.view(8, -1), schedule, 8, 4)",
+    "PlannedDataset(tokens[:30], schedule, 8, 4)",
+]
+"""Typed where the other names are what they should be."""
+
+
+def library_answers() -> Iterator[tuple[str, str]]:
+    """Each of ``LIBRARY`` with the message of the error."""
+    layers = {"wte": nn.Embedding(50, 8), "wpe": nn.Embedding(8, 8), "lm_head": nn.Linear(8, 50, bias=False)}
+    model = nn.Module()
+    for name, layer in layers.items():
+        model.add_module(name, layer)
+    known = {name: getattr(token_superposition, name) for name in token_superposition.__all__} | {
+        "np": np,
+        "torch": torch,
+        "PlannedDataset": PlannedDataset,
+        "tokens": torch.arange(1000) % 50,
+        "schedule": token_superposition.Schedule.two_phase(100, 4, 0.3),
+        "bags": torch.zeros(2, 8, 4, dtype=torch.long),
+        "hidden": torch.zeros(2, 8, 8),
+        "model": model,
+    }
+    for code in LIBRARY:
+        try:
+            eval(code, dict(known))
+        except TokenSuperpositionError as e:
+            yield code, str(e)
+        else:
+            raise AssertionError(f"{code} raised no error")
+
+
 def answers(data: Path) -> Iterator[tuple[str, Mistake, str, int]]:
     """Group, mistake, all that was printed on stderr, and the exit status; ``data`` is prepared text."""
     options = "\n".join(f"{k} = {toml(v)}" for k, v in TINY["llama"].items())
@@ -256,14 +309,14 @@ def changed(content: str, written: str) -> str:
     return content + written + "\n"
 
 
-def page(found: list[tuple[str, Mistake, str, int]]) -> str:
+def page(found: list[tuple[str, Mistake, str, int]], library: list[tuple[str, str]]) -> str:
     """docs/mistakes.md"""
     lines = [
-        "# What goes wrong, and what `tst` says",
+        "# What goes wrong, and what is said",
         "",
-        f"The {len(found)} likeliest mistakes. Each is answered in one line that names the value, the limit and the",
-        "way out, with exit status 2, before anything is computed or written. `python -m tests.reliability.mistakes`",
-        "makes the mistakes and writes this page, and a test holds the page to what the program says.",
+        f"The {len(found)} likeliest mistakes with `tst`. Each is answered in one line that names the value, the limit",
+        "and the way out, with exit status 2, before anything is computed or written. A test holds this page, which",
+        "`python -m tests.reliability.mistakes` writes, to what the program says.",
     ]
     group = ""
     for name, mistake, error, _ in found:
@@ -272,6 +325,19 @@ def page(found: list[tuple[str, Mistake, str, int]]) -> str:
             group = name
         said = error.strip().removeprefix("tst: error: ").replace("|", "\\|")
         lines.append(f"| {cell(mistake)} | {re.sub(r'[(].*[)]', '(...)', said) if mistake.others else said} |")
+    lines += [
+        "",
+        "## In a training loop of your own",
+        "",
+        "The library raises `TokenSuperpositionError`, a `ValueError`. `tokens` is a stream of ids, `schedule` has",
+        "100 steps, 30 of them with bags of 4, `bags` has shape (B, L, 4), `hidden` (B, L, d), and `model` has the",
+        "modules `wte`, `wpe` and `lm_head`. Two things the library cannot see: a model that was never given to",
+        "`superpose` fails in torch at its first bags, and one that still gets bags after the switch trains on them.",
+        "",
+        "| mistake | answer |",
+        "|---|---|",
+        *(f"| `{code}` | {said} |" for code, said in library),
+    ]
     return "\n".join(lines) + "\n"
 
 
@@ -285,4 +351,4 @@ def cell(mistake: Mistake) -> str:
 if __name__ == "__main__":
     with tempfile.TemporaryDirectory() as folder:
         prepare_text(Path(folder))
-        print(page(list(answers(Path(folder) / "data"))), end="")
+        print(page(list(answers(Path(folder) / "data")), list(library_answers())), end="")

@@ -12,6 +12,7 @@ Resuming needs the step and nothing else.
 
 from __future__ import annotations
 
+import operator
 import reprlib
 import warnings
 import zlib
@@ -54,6 +55,15 @@ class _PhasePlan:
         return self.window_blocks * self.per_block // batch_size
 
 
+def _one_axis(tokens: Any) -> Any:
+    if (shape := tuple(getattr(tokens, "shape", (len(tokens),)))) != (len(tokens),):
+        raise TokenSuperpositionError(
+            f"the tokens have shape {shape}; give one stream of ids, such as tokens.reshape(-1), whose documents end "
+            "with a token of their own"
+        )
+    return tokens
+
+
 class PlannedDataset(Dataset[Sample]):
     """Map-style dataset of a whole run: ``total_steps * batch_size`` samples, to be read in order.
 
@@ -72,8 +82,15 @@ class PlannedDataset(Dataset[Sample]):
     input_ids, -100 in shift_labels). A sample begins where it would begin without them and has the same tokens at its
     disposal; those that its L ragged bags do not come to are passed over. For bags of one token it changes nothing.
 
-    Raises ``TokenSuperpositionError`` if the stream is shorter than one block; warns if it is read more than once, or
-    part of it is: a phase that ends inside a window leaves some of its blocks unread.
+    The ``Trainer`` and accelerate share out a step among processes. In a loop of your own, this gives every process its
+    samples of every step, from ``first_step`` on (``shuffle=False``: another order mixes the phases)::
+
+        left = Subset(plan, range(first_step * plan.batch_size, len(plan)))
+        sampler = DistributedSampler(left, world_size, rank, shuffle=False)
+        loader = DataLoader(left, plan.batch_size // (world_size * accumulate), sampler=sampler)
+
+    Raises ``TokenSuperpositionError`` if the stream is shorter than one block or has several axes; warns if it is read
+    more than once, or part of it is: a phase that ends inside a window leaves some of its blocks unread.
     """
 
     def __init__(
@@ -89,10 +106,10 @@ class PlannedDataset(Dataset[Sample]):
     ):
         self.boundaries = boundaries
         self.shift = shift
-        self.tokens = tokens
+        self.tokens = _one_axis(tokens)
         self.schedule = schedule
-        self.sequence_length = require_int("sequence_length", sequence_length, 1)
-        self.batch_size = require_int("batch_size", batch_size, 1)
+        self.sequence_length = sequence_length = require_int("sequence_length", sequence_length, 1)
+        self.batch_size = batch_size = require_int("batch_size", batch_size, 1)
         self.seed = require_int("seed", seed, 0)
         self.block_bags = lcm(schedule.common_bag, require_int("common_bag", common_bag, 1))
         self.block_tokens = sequence_length * self.block_bags
@@ -177,8 +194,7 @@ class PlannedDataset(Dataset[Sample]):
             ids, targets = fold(tokens, a, b)
         else:
             ids, targets = ragged_fold(tokens, torch.from_numpy(self.boundaries.begins(raw)), a, b)
-        # Memory of their own: where a label is masked in place, the input stays.
-        return {"input_ids": ids, "shift_labels": targets.clone()}
+        return {"input_ids": ids, "shift_labels": targets}
 
     def tokens_per_bag(self, step: int) -> float:
         """Mean number of tokens in an input bag of a step (0-based), less than the bag size where bags are ragged.
@@ -198,6 +214,7 @@ class PlannedDataset(Dataset[Sample]):
         return self._locate(index)[1]
 
     def _locate(self, index: int) -> tuple[_PhasePlan, int]:
+        index = operator.index(index)  # numpy's are too short for what is computed with them
         if not 0 <= index < len(self):
             raise IndexError(f"sample {index} of {len(self)}")
         step, place = divmod(index, self.batch_size)
@@ -234,8 +251,8 @@ class ValidationSet(Dataset[Sample]):
     """
 
     def __init__(self, tokens: Any, sequence_length: int, max_tokens: int | None = None):
-        self.tokens = tokens
-        self.sequence_length = require_int("sequence_length", sequence_length, 1)
+        self.tokens = _one_axis(tokens)
+        self.sequence_length = sequence_length = require_int("sequence_length", sequence_length, 1)
         available = (len(tokens) - 1) // sequence_length
         self.samples = available if max_tokens is None else min(available, max(max_tokens // sequence_length, 1))
         if self.samples < 1:
@@ -253,4 +270,4 @@ class ValidationSet(Dataset[Sample]):
         start = index * self.sequence_length
         raw = np.asarray(self.tokens[start : start + self.sequence_length + 1])
         ids, targets = fold(torch.from_numpy(raw.astype(np.int64)))
-        return {"input_ids": ids, "shift_labels": targets.clone()}  # as in PlannedDataset
+        return {"input_ids": ids, "shift_labels": targets}

@@ -63,8 +63,7 @@ class StreamedPlan(IterableDataset[Sample]):
                     waiting = np.concatenate((waiting, *_take(documents, missing)))
                 ids, targets = fold(torch.tensor(waiting[:wanted]), a, b)
                 waiting = waiting[self.sequence_length * a :]
-                # Memory of their own: where a label is masked in place, the input stays.
-                yield {"input_ids": ids, "shift_labels": targets.clone()}
+                yield {"input_ids": ids, "shift_labels": targets}
 
     def _forever(self) -> Iterator[Sequence[int]]:
         epoch = 0

@@ -79,6 +79,10 @@ def linear_multi_hot_cross_entropy(
     >>> linear_multi_hot_cross_entropy(torch.zeros(1, 2), torch.ones(4, 2), torch.tensor([[0, 0, 3]]))  # ln 4
     tensor(1.3863)
     """
+    if not isinstance(weight, Tensor):  # pyright: ignore  # the head itself
+        raise TokenSuperpositionError(
+            f"weight is a {type(weight).__name__}; give the tensor (V, d) of the head, such as model.lm_head.weight"
+        )
     if bias is not None and bias.shape != weight.shape[:1]:  # of a DTensor the whole shape, on every process the same
         raise TokenSuperpositionError(
             f"bias has shape {tuple(bias.shape)} beside a head of shape {tuple(weight.shape)}; give one number for "

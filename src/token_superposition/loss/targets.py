@@ -17,13 +17,16 @@ BagLoss = Literal["multi-hot", "sum-to-one"]
 
 def as_rows(x: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:  # (N, d), (N, s)
     """Flatten (..., d) and (..., s) or (...) to rows. Raises ``TokenSuperpositionError`` if they do not fit."""
+    if targets.dtype not in (torch.int64, torch.int32):
+        raise TokenSuperpositionError(f"targets are {targets.dtype}; give int64 or int32, as fold does")
     if not x.dim() or not x.shape[-1]:
         raise TokenSuperpositionError(f"rows have shape {tuple(x.shape)}; give at least one value in each: (..., d)")
+    given = tuple(targets.shape)
     if targets.dim() == x.dim() - 1:
         targets = targets.unsqueeze(-1)
     if targets.dim() != x.dim() or targets.shape[:-1] != x.shape[:-1] or not targets.shape[-1]:
         raise TokenSuperpositionError(
-            f"targets of shape {tuple(targets.shape)} do not fit rows of shape {tuple(x.shape)}; "
+            f"targets of shape {given} do not fit rows of shape {tuple(x.shape)}; "
             f"give {tuple(x.shape[:-1])} for ordinary targets or {(*x.shape[:-1], 's')} for bags"
         )
     return x.reshape(-1, x.shape[-1]), targets.reshape(-1, targets.shape[-1])
@@ -47,6 +50,11 @@ def target_weights(
 
 def _check_weights(place_weights: Tensor, bag_size: int) -> None:
     """Values are read where they lie on the CPU: else the step would wait for them, or a compiled graph would break."""
+    if not isinstance(place_weights, Tensor):  # pyright: ignore  # a name, a list
+        raise TokenSuperpositionError(
+            f"place_weights is {place_weights!r}; give a tensor ({bag_size},), such as "
+            f"place_weights('exponential', {bag_size})"
+        )
     if place_weights.shape != (bag_size,):
         raise TokenSuperpositionError(
             f"place_weights has shape {tuple(place_weights.shape)} for bags of {bag_size}; give one weight per place"

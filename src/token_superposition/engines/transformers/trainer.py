@@ -74,7 +74,7 @@ class TSTTrainer(Trainer):
         figures: Callable[[int, int, int], Mapping[str, float]] | None = None,
         **kwargs: Any,
     ):
-        superpose(model, place_signal=place_signal, weighting=input_weighting)
+        superpose(model, place_signal=place_signal, input_weighting=input_weighting)
         with torch.compiler.set_stance("force_eager"):  # nothing is compiled for 4 ids
             head = read_head(model)
         if mtp is not None:
