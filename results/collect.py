@@ -20,7 +20,8 @@ from typing import Any
 
 import tomli_w
 
-from token_superposition.experiment.sweep import SUMMARY, TABLE
+from token_superposition.experiment.result import SWEEP
+from token_superposition.experiment.sweep import TABLE
 from token_superposition.report.page import is_sweep
 
 HERE = Path(__file__).parent
@@ -33,7 +34,7 @@ def collect(directory: Path, name: str, question: str, text: str, into: Path = H
     partial.mkdir()
     shutil.copyfile(directory / "config.toml", partial / "config.toml")
     if is_sweep(directory):
-        for file in (SUMMARY, TABLE):
+        for file in (SWEEP, TABLE):
             shutil.copyfile(directory / file, partial / file)
     else:
         summary: dict[str, Any] = json.loads((directory / "summary.json").read_text())

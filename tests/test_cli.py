@@ -110,6 +110,8 @@ def test_compiling_without_a_compiler_has_one_line(
         ("[train\n", "is not a TOML file"),
         ("[[compare.variants]]\nname = 'tst'\n", "give each its own plain name"),
         ("[[compare.variants]]\nname = 'baseline-ema'\n", "does not begin with baseline"),
+        ("[[compare.variants]]\nname = '_hidden'\n", "give each its own plain name"),
+        (f"[[compare.variants]]\nname = '{'long' * 16}'\n", "at most 60 letters"),
         ("[compare]\nbaseline_lengths = [0]\n", "baseline_lengths are (0.0,); give numbers above 0"),
         ("[compare]\nbaseline_lengths = [inf]\n", "baseline_lengths are (inf,); give numbers above 0"),
         ("[compare]\nbaseline_lengths = [1.0, 0.04]\n", "has 0.04, of 12 steps not one; give at least 0.0833"),

@@ -277,11 +277,21 @@ def test_there_are_no_samples_outside_a_plan() -> None:
             plan[i]
 
 
-def test_validation_is_ordinary_and_consecutive() -> None:
-    held_out = ValidationSet(torch.arange(100), 8, max_tokens=40)
-    assert len(held_out) == 5 and len(ValidationSet(torch.arange(100), 8, max_tokens=3)) == 1
-    assert held_out[1]["input_ids"].tolist() == list(range(8, 16))
-    assert held_out[1]["shift_labels"].tolist() == list(range(9, 17))
+@given(length=st.integers(1, 9), tokens=st.integers(10, 300), wanted=st.none() | st.integers(1, 400))
+def test_validation_is_ordinary_and_spread_over_the_text(length: int, tokens: int, wanted: int | None) -> None:
+    held_out = ValidationSet(torch.arange(tokens), length, wanted)
+    room = (tokens - 1) // length
+    assert len(held_out) == (room if wanted is None else min(room, max(wanted // length, 1)))
+    starts: list[int] = []
+    for i in np.arange(len(held_out)):
+        start = int(held_out[i]["input_ids"][0])
+        assert held_out[i]["input_ids"].tolist() == list(range(start, start + length))
+        assert held_out[i]["shift_labels"].tolist() == list(range(start + 1, start + length + 1))
+        starts.append(start)
+    places = np.array([*starts, room * length]) // length
+    gaps = np.diff(places)
+    assert starts[0] == 0 and all(start % length == 0 for start in starts)
+    assert gaps.min() >= 1 and gaps.max() - gaps.min() <= 1  # each part of the text counts as much
 
 
 def test_reads_a_store_across_workers(prepared: Path) -> None:

@@ -18,7 +18,10 @@ from transformers import AutoModelForCausalLM
 from tests.conftest import VOCAB, tst
 from tests.processes import command, launch
 from tests.test_trainer import FOUR
+from token_superposition.errors import TokenSuperpositionError
+from token_superposition.experiment.config import load_config
 from token_superposition.experiment.metrics import read_metrics
+from token_superposition.experiment.run import train
 
 
 def train_command(processes: int, *args: str | Path) -> None:
@@ -68,6 +71,22 @@ def test_resume_across_the_switch_is_bit_equal(write_config: Callable[..., Path]
         assert (resumed / weights).read_bytes() == (first / weights).read_bytes()
         losses.append([m["loss"] for m in whole if "loss" in m])
     assert losses[1] == pytest.approx(losses[0], rel=1e-4)
+
+
+def test_two_runs_do_not_write_one_directory(write_config: Callable[..., Path], tmp_path: Path) -> None:
+    """The parent of a run may be killed, which goes on; whoever starts it again is told."""
+    path, out = write_config(), tmp_path / "run"
+    out.mkdir()
+    script = (
+        f"from filelock import FileLock as F; x = F({str(out / '.lock')!r}); x.acquire(); print(1, flush=True); input()"
+    )
+    with subprocess.Popen([sys.executable, "-c", script], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
+        assert other.stdout is not None and other.stdout.readline()
+        with pytest.raises(TokenSuperpositionError, match=r"another tst train is writing .*run; wait for it, stop it"):
+            train(load_config(path), out)
+        other.kill()
+    result = train(load_config(path), out)
+    assert result.steps == 12 and not (out / ".lock").exists()
 
 
 def test_tst_train_ends_with_stock_models(write_config: Callable[..., Path], tmp_path: Path) -> None:

@@ -56,6 +56,8 @@ def _one_line(box: str) -> str:
 PLAINER = {
     r"Error parsing ([^:]*): invalid literal for int\(\) with base 10: (.*)": r"\1 is \2; give a whole number",
     r"Error parsing ([^:]*): could not convert string to float: (.*)": r"\1 is \2; give a number",
+    r"Error parsing ([^:]*): Could not find valid parse for arguments: \[(.*)\]": r"\1 is \2; give values of its kind "
+    "with spaces between them",
     r"invalid choice (.*) for argument '(.*)'. Expected one of \((.*)\)": r"\2 is \1; give one of \3",
 }
 

@@ -236,15 +236,16 @@ class PlannedDataset(Dataset[Sample]):
 
 
 class ValidationSet(Dataset[Sample]):
-    """Ordinary next-token samples of consecutive held-out text: always bag size 1, whatever the phase.
+    """Ordinary next-token samples of held-out text: always bag size 1, whatever the phase.
 
     ``tokens`` is a ``TokenStore`` or any 1-D array of token ids. A sample is
 
         input_ids     (L,) int64
         shift_labels  (L,) int64, already shifted: position j's target is at index j
 
-    Sample i begins at token ``i * L``. There are as many as the text has room for, or as ``max_tokens`` targets make,
-    but at least one.
+    There are as many as the text has room for, or as ``max_tokens`` targets make, but at least one. Fewer than there is
+    room for are spread evenly over the text, which may lie in an order (of its files' names, say). Sample i begins at a
+    multiple of L, at token ``i * L`` where all are read.
 
     Raises ``TokenSuperpositionError`` for a ``sequence_length`` that is no whole number of at least 1, and if the text
     is shorter than one sequence and the token after it.
@@ -253,8 +254,9 @@ class ValidationSet(Dataset[Sample]):
     def __init__(self, tokens: Any, sequence_length: int, max_tokens: int | None = None):
         self.tokens = _one_axis(tokens)
         self.sequence_length = sequence_length = require_int("sequence_length", sequence_length, 1)
-        available = (len(tokens) - 1) // sequence_length
-        self.samples = available if max_tokens is None else min(available, max(max_tokens // sequence_length, 1))
+        self.available = self.samples = (len(tokens) - 1) // sequence_length
+        if max_tokens is not None:
+            self.samples = min(self.available, max(max_tokens // sequence_length, 1))
         if self.samples < 1:
             raise TokenSuperpositionError(
                 f"the validation text has {len(tokens)} tokens, one sequence needs {sequence_length + 1}; "
@@ -265,9 +267,10 @@ class ValidationSet(Dataset[Sample]):
         return self.samples
 
     def __getitem__(self, index: int) -> Sample:
+        index = operator.index(index)
         if not 0 <= index < self.samples:
             raise IndexError(f"sample {index} of {self.samples}")
-        start = index * self.sequence_length
+        start = index * self.available // self.samples * self.sequence_length
         raw = np.asarray(self.tokens[start : start + self.sequence_length + 1])
         ids, targets = fold(torch.from_numpy(raw.astype(np.int64)))
         return {"input_ids": ids, "shift_labels": targets}

@@ -14,18 +14,20 @@ from typing import Any
 from rich.console import Console
 
 from token_superposition.data.store import Meta, TokenStore
-from token_superposition.experiment.config import Config, Variant, save_config
+from token_superposition.errors import TokenSuperpositionError
+from token_superposition.experiment.config import Config, Variant, load_config, save_config
 from token_superposition.experiment.generate import generate, load_model
 from token_superposition.experiment.jobs import Job, alone, check_jobs, run_jobs
-from token_superposition.experiment.result import CONFIG, MODEL, write_json
+from token_superposition.experiment.result import CONFIG, MODEL, SUMMARY, SWEEP, write_json
 from token_superposition.experiment.summary import Run, comparison, load_runs
 from token_superposition.experiment.superposition import BASELINE
 
-SUMMARY = "summary.json"
 
+def jobs_of(config: Config, out: Path | None = None) -> list[Job]:
+    """The runs of a comparison, those that others branch off first.
 
-def jobs_of(config: Config) -> list[Job]:
-    """The runs of a comparison, those that others branch off first."""
+    Without seeds a run has a directory without one, which stays its own when ``out`` is later given seeds.
+    """
     wanted = config.compare
     variants = (Variant("tst", config.superposition), *wanted.variants)
     bags = [v.superposition.schedule(v.steps(config.train.steps)).common_bag for v in variants]
@@ -34,29 +36,46 @@ def jobs_of(config: Config) -> list[Job]:
     lengths = sorted({1.0, *wanted.baseline_lengths}, reverse=True)
     jobs: list[Job] = []
     for seed in wanted.seeds or (config.train.seed,):
-        ending = f"-seed{seed}" if wanted.seeds else ""
+
+        def place(name: str, seed: int = seed) -> str:
+            known = not wanted.seeds or (out is not None and _seed_of(out / "runs" / name / CONFIG) == seed)
+            return name if known else f"{name}-seed{seed}"
+
         seeded = replace(config, train=replace(config.train, seed=seed))
         baselines: list[Job] = []
         for length in lengths:
             steps = round(length * config.train.steps)
             name = "baseline" if length == 1 else f"baseline-x{length:g}"
             run = replace(seeded, superposition=BASELINE, train=replace(seeded.train, steps=steps))
-            baselines.append(Job(name, name + ending, run, baselines[0].directory if baselines else None))
+            baselines.append(Job(name, place(name), run, baselines[0].directory if baselines else None))
         save_at = tuple(b.branch_step for b in baselines[1:] if b.branch_step)
         longest = baselines[0]
         trunk = replace(longest.config, train=replace(longest.config.train, save_at=save_at))
         jobs += [replace(longest, config=trunk), *baselines[1:]]
         for v in variants:
             of_variant = replace(seeded.train, steps=v.steps(config.train.steps))
-            jobs.append(Job(v.name, v.name + ending, replace(seeded, superposition=v.superposition, train=of_variant)))
+            jobs.append(Job(v.name, place(v.name), replace(seeded, superposition=v.superposition, train=of_variant)))
     return sorted(jobs, key=lambda j: j.trunk is not None)
+
+
+def _seed_of(path: Path) -> int | None:
+    return load_config(path).train.seed if path.exists() else None
 
 
 def checked_jobs(config: Config, out: Path) -> list[Job]:
     """Raises ``TokenSuperpositionError`` for what cannot be trained, or not into ``out``."""
     config.check()
     Meta.load(Path(config.data.path))
-    jobs = jobs_of(config)
+    if (out / SWEEP).exists():
+        raise TokenSuperpositionError(f"{out} holds a sweep; choose another --out for the comparison")
+    for v in (Variant("tst", config.superposition), *config.compare.variants):
+        s, steps = v.superposition, v.steps(config.train.steps)
+        if v.length == 1 and not any(p.is_superposed for p in s.schedule(steps).phases) and not s.trained_heads:
+            raise TokenSuperpositionError(
+                f"{v.name} superposes none of its {steps} steps (bag_size {s.bag_size}, ratio {s.ratio:g}): it would "
+                "be the baseline again; give a bag_size of at least 2 and a ratio of at least one step"
+            )
+    jobs = jobs_of(config, out)
     check_jobs(jobs, out)
     return jobs
 

@@ -50,9 +50,9 @@ class DataConfig:
     common_bag: int = 1
     """A multiple of this bag size fits each block of text that is shuffled; equal in runs that are compared."""
     eval_tokens: int = 65_536
-    """Held-out tokens of each validation during training."""
+    """Held-out tokens of each validation during training, spread over the held-out text; all if it has fewer."""
     final_eval_tokens: int = 524_288
-    """Held-out tokens of the last validation."""
+    """Held-out tokens of the last validation, likewise."""
 
 
 _PRESETS = files("token_superposition") / "presets"
@@ -268,11 +268,12 @@ class Config:
                 f"compare.baseline_lengths are {lengths}, of {t.steps} steps; give lengths that differ by a step"
             )
         names = ["tst", *(v.name for v in self.compare.variants)]
-        plain = re.compile(r"(?!baseline)[^./\\\s][^/\\]*")  # the names of baselines are told by how they begin
+        # For directories and legends; the names of baselines are told by how they begin.
+        plain = re.compile(r"(?!baseline|_)\w[\w .,+=()-]{,59}(?<! )")
         if len(set(names)) < len(names) or not all(map(plain.fullmatch, names)):
             raise TokenSuperpositionError(
-                f"compare.variants are named {', '.join(names[1:])}; give each its own plain name, which is not tst "
-                "and does not begin with baseline"
+                f"compare.variants are named {', '.join(names[1:])}; give each its own plain name of at most 60 "
+                "letters, digits and spaces or any of _.,+=()-, which is not tst and does not begin with baseline"
             )
         for v in self.compare.variants:
             if not 0 < v.length < math.inf or not v.steps(t.steps):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -66,7 +67,8 @@ def dry_run(config: Config, out: str | Path) -> DryRun:
 
 def cost_of_rounds(config: Config, rounds: list[list[Job]], out: Path) -> DryRun:
     """Of runs with the model and batch of ``config``; a round begins when the one before is done."""
-    shape = shape_of(config, Meta.load(Path(config.data.path)).vocab_size)
+    meta = Meta.load(Path(config.data.path))
+    shape, held_out = shape_of(config, meta.vocab_size), meta.validation.tokens
     length = config.data.sequence_length
     plain = float(shape.flops_per_token(length))
     waiting = [unfinished(jobs, out) for jobs in rounds]
@@ -80,19 +82,23 @@ def cost_of_rounds(config: Config, rounds: list[list[Job]], out: Path) -> DryRun
         names = {j.directory for j in unfinished_jobs}
         left = [_left(j, out, j.trunk in names) if j.directory in names else 0 for j in jobs]
         flops = [float(shape.flops_per_token(length, j.config.superposition.trained_heads)) for j in jobs]
-        costs.append([cost_of_job(j, steps, f, f / plain) for j, steps, f in zip(jobs, left, flops, strict=True)])
+        costs.append([cost_of_job(j, n, f, f / plain, held_out) for j, n, f in zip(jobs, left, flops, strict=True)])
         seconds += makespan([c for c in costs[-1] if c.directory in names], parallel, step)
     return DryRun(costs, shape.parameters, step, parallel, seconds)
 
 
-def cost_of_job(job: Job, steps: int, flops_per_token: float, step: float = 1.0) -> JobCost:
-    """Of the last ``steps`` steps of a run, each of which takes the time of ``step`` ordinary ones."""
+def cost_of_job(job: Job, steps: int, flops_per_token: float, step: float = 1.0, held_out: float = math.inf) -> JobCost:
+    """Of the last ``steps`` steps of a run, each of which takes the time of ``step`` ordinary ones.
+
+    ``held_out`` tokens can be validated on.
+    """
     config, schedule = job.config, job.config.schedule
     total, batch, length = config.train.steps, config.train.batch_size, config.data.sequence_length
     before = total - steps
     latent = steps * batch * length
     validations = total // config.train.eval_every - before // config.train.eval_every
-    validated = validations * config.data.eval_tokens + config.data.final_eval_tokens if steps else 0
+    each, last = min(config.data.eval_tokens, held_out), min(config.data.final_eval_tokens, held_out)
+    validated = validations * each + last if steps else 0
     return JobCost(
         name=job.name,
         directory=job.directory,

@@ -27,6 +27,9 @@ DIVERGED = "diverged.json"
 CONFIG = "config.toml"
 METRICS = "metrics.jsonl"
 MODEL = "model"
+SUMMARY = "summary.json"
+"""Of a comparison."""
+SWEEP = "sweep.json"
 
 
 @dataclass(frozen=True)
@@ -60,7 +63,7 @@ class RunResult:
     val_loss: float
     """Next-token loss on held-out text, nats per token."""
     val_bpb: float
-    """The same in bits per byte of text."""
+    """The same in bits per byte of text, by the bytes per token of the whole held-out text."""
     parameters: int
     """Of the finished model."""
     hardware: str

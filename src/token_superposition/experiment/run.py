@@ -9,7 +9,7 @@ import sys
 import traceback
 import warnings
 from collections.abc import Generator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -19,6 +19,7 @@ from typing import Any, cast
 import torch
 import torch.distributed as dist
 from accelerate.utils import patch_environment, purge_accelerate_environment
+from filelock import FileLock, Timeout
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import (
@@ -89,11 +90,12 @@ def train(
     launch = Launch.from_environment()
     launch.check(config)
     check_trackers(config.train)
-    with patch_environment(**launch.variables(config.train), **report_variables(config.train, Path(out))):
-        return _train(config, Path(out), launch, Start(Path(out) / "checkpoints", resume, resume_from), report)
+    variables = launch.variables(config.train) | report_variables(config.train, Path(out))
+    with patch_environment(**variables), ExitStack() as held:
+        return _train(config, Path(out), launch, Start(Path(out) / "checkpoints", resume, resume_from), report, held)
 
 
-def _train(config: Config, out: Path, launch: Launch, start: Start, report: Report) -> RunResult:
+def _train(config: Config, out: Path, launch: Launch, start: Start, report: Report, held: ExitStack) -> RunResult:
     store = TokenStore(config.data.path)
     validation = TokenStore(config.data.path, "validation")
     schedule, precision = config.schedule, launch.precision(config.train.precision)
@@ -116,6 +118,8 @@ def _train(config: Config, out: Path, launch: Launch, start: Start, report: Repo
     final = ValidationSet(validation, config.data.sequence_length, config.data.final_eval_tokens)
     bits_per_byte = 1 / math.log(2) / validation.split.bytes_per_token
     prepare_directory(config, out)
+    if int(os.environ.get("RANK", 0)) == 0:
+        held.enter_context(_alone_in(out))
     start.checkpoints.mkdir(exist_ok=True)
     args = training_arguments(config, out, launch)  # starts the process group
     if launch.sharded:  # FSDP moves the model to the device part by part; the FLOPs are counted without computing
@@ -290,10 +294,32 @@ def training_arguments(config: Config, out: Path, launch: Launch) -> TrainingArg
     return args
 
 
+@contextmanager
+def _alone_in(out: Path) -> Generator[None]:
+    """Raises ``TokenSuperpositionError`` where another process trains into ``out``, such as one whose parent died."""
+    lock = FileLock(out / ".lock", timeout=0)
+    try:
+        lock.acquire()
+    except Timeout:
+        raise TokenSuperpositionError(
+            f"another tst train is writing {out}; wait for it, stop it, or choose another --out"
+        ) from None
+    except NotImplementedError:  # a file system without locks
+        yield
+        return
+    try:
+        yield
+    finally:
+        (out / ".lock").unlink(missing_ok=True)
+        lock.release()
+
+
 def prepare_directory(config: Config, out: Path) -> None:
     """Make ``out``; refuse one that holds a run of another configuration."""
     from token_superposition.experiment.config import load_config
 
+    if (out / "runs").is_dir():
+        raise TokenSuperpositionError(f"{out} holds a comparison or a sweep; choose another --out for the run")
     if (out / RESULT).exists():
         raise TokenSuperpositionError(f"{out} holds a finished run; choose another --out or remove it")
     if (out / CONFIG).exists() and (differences := changes(load_config(out / CONFIG), config)):

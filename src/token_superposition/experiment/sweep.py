@@ -20,10 +20,18 @@ from token_superposition.experiment.grid import Cell, Grid, directory, grid_of
 from token_superposition.experiment.halving import Best, Design, Round
 from token_superposition.experiment.intervals import CONFIDENCE
 from token_superposition.experiment.jobs import Job, check_jobs, run_jobs, unfinished
-from token_superposition.experiment.result import CONFIG, MODEL, RunResult, read_result, result_file, write_json
+from token_superposition.experiment.result import (
+    CONFIG,
+    MODEL,
+    SUMMARY,
+    SWEEP,
+    RunResult,
+    read_result,
+    result_file,
+    write_json,
+)
 from token_superposition.weights import Weighting
 
-SUMMARY = "sweep.json"
 TABLE = "sweep.csv"
 Results = dict[tuple[Cell, int], RunResult]
 
@@ -99,7 +107,7 @@ def write_sweep(out: Path, grid: Grid, design: Design, found: Results, body_para
     best = Best.of(design, grid.candidates, grid.baselines, losses)
     write_rows(out / TABLE, rows)
     write_json(
-        out / SUMMARY,
+        out / SWEEP,
         {
             "format": 1,
             "command": command,
@@ -118,6 +126,8 @@ def write_sweep(out: Path, grid: Grid, design: Design, found: Results, body_para
 def checked(config: Config, out: Path) -> tuple[Grid, Design]:
     """Raises ``TokenSuperpositionError`` for what cannot be swept, or not into ``out``."""
     config.check()
+    if (out / SUMMARY).exists():
+        raise TokenSuperpositionError(f"{out} holds a comparison; choose another --out for the sweep")
     grid = grid_of(config)
     meta = Meta.load(Path(config.data.path))
     common = grid.config.data.common_bag

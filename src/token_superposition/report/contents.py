@@ -288,7 +288,8 @@ def equal_time(equal: dict[str, Any]) -> str:
         return "not measured: no step of the baseline was timed"
     text = (
         f"{duration(equal['seconds'])} of steps against {duration(equal['baseline_seconds'])} (medians over seeds, "
-        f"without compiling), {equal['ratio']:.2f} x; in that time the baseline takes "
+        f"without compiling), {equal['ratio']:.2f} x; if these times are "
+        "exact, the baseline takes in the variant's "
     )
     return text + against(equal)
 

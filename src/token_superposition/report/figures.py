@@ -60,7 +60,8 @@ def draw(axes: Axes, contents: Contents, key: str, label: str) -> str:
     for run in contents.runs:
         name = run.name
         lines = contents.metrics[run.directory]
-        seen = list({m["step"]: m for m in lines if "val_loss" in m}.values())  # the last one of a step counts
+        validated = [m for m in lines if "val_loss" in m]
+        seen = list({m["step"]: m for m in reversed(validated)}.values())[::-1]  # of a last step not the longer one
         if not seen:
             continue
         baseline = name.startswith("baseline")
@@ -70,15 +71,12 @@ def draw(axes: Axes, contents: Contents, key: str, label: str) -> str:
         y = [m["val_loss"] for m in seen]
         legend, marker = name if name not in shown else None, MARKERS[names.index(name) % len(MARKERS)]
         axes.plot(x, y, dash, color=colour, lw=1.8, alpha=0.9, label=legend, marker=marker, markevery=[-1], ms=5)
-        switches = [a for a, b in pairwise(lines) if bag(a) != bag(b)]
-        for i, at in enumerate(switches if len(switches) < 8 else switches[-1:]):  # mixed bag sizes: the last one
-            axes.axvline(
-                at[key], color=colour, lw=1, ls=":", label="switch" if not i and "switch" not in shown else None
-            )
+        for at in [a for a, b in pairwise(lines) if bag(a) != bag(b)][-1:]:  # of several, to ordinary training
+            axes.axvline(at[key], color=colour, lw=1, ls=":", label=None if "switch" in shown else "switch")
             shown.add("switch")
         shown.add(name)
         tail += y[len(y) // 4 :]
-        ends.append(f"{name} ends at {y[-1]:.3f}" if math.isfinite(y[-1]) else f"{name} diverges")
+        ends.append(f"{name} ends at {run.val_loss:.3f}" if math.isfinite(run.val_loss) else f"{name} diverges")
     if tail := list(filter(math.isfinite, tail)):  # a run that diverged at once has nothing to show
         low, high = min(tail), max(tail)
         axes.set_ylim(low - 0.06 * (high - low), high + 0.06 * (high - low))

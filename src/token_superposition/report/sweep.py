@@ -17,7 +17,8 @@ from token_superposition.experiment.grid import Cell
 from token_superposition.experiment.halving import Best
 from token_superposition.experiment.intervals import t_interval
 from token_superposition.experiment.published import Table, nearest_table
-from token_superposition.experiment.sweep import SUMMARY, TABLE, Row, read_rows
+from token_superposition.experiment.result import SWEEP
+from token_superposition.experiment.sweep import TABLE, Row, read_rows
 from token_superposition.report.contents import interval, short, told_from_chance
 from token_superposition.weights import Weighting
 
@@ -96,19 +97,19 @@ class SweepContents:
 def read_sweep(directory: Path) -> SweepContents:
     """Raises ``TokenSuperpositionError`` if ``directory`` holds no finished sweep."""
     try:
-        summary: Any = json.loads((directory / SUMMARY).read_text(encoding="utf-8"))
-        wrong = misfit(summary, FORM, SUMMARY)
+        summary: Any = json.loads((directory / SWEEP).read_text(encoding="utf-8"))
+        wrong = misfit(summary, FORM, SWEEP)
         rows = read_rows(directory / TABLE)
         config_text = (directory / "config.toml").read_text(encoding="utf-8")
     except (OSError, ValueError, TypeError, RecursionError) as e:
-        why = e if isinstance(e, OSError) else f"{SUMMARY} or {TABLE}: {e}"
+        why = e if isinstance(e, OSError) else f"{SWEEP} or {TABLE}: {e}"
         raise TokenSuperpositionError(f"{directory} holds no finished sweep ({why}); make one with tst sweep") from None
     contents = SweepContents(summary, rows, config_text)
     if not wrong and not {contents.best, contents.baseline} <= contents.by_cell.keys():
-        wrong = f"{TABLE} lacks the best setting, or its baseline, that {SUMMARY} names"
+        wrong = f"{TABLE} lacks the best setting, or its baseline, that {SWEEP} names"
     if wrong:
         raise TokenSuperpositionError(
-            f"{directory / SUMMARY} has not the form that tst sweep writes ({wrong}); give tst sweep again, which "
+            f"{directory / SWEEP} has not the form that tst sweep writes ({wrong}); give tst sweep again, which "
             "keeps the finished runs"
         )
     return contents
