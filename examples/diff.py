@@ -35,7 +35,8 @@ REMARKS = {
     "hf_trainer": "The `Trainer` is one line. The other change is that samples of bags are longer than the blocks of "
     "`group_texts`, so `StreamedPlan` cuts the stream instead; the held-out text still goes through `group_texts` and "
     "is evaluated the stock way. For text on this disk, `PlannedDataset` reads faster and needs no reading "
-    "up to the step where a run goes on.",
+    "up to the step where a run goes on. Where the validation loss stops a run early, give `eval_delay`, one step more "
+    "than the switch: before it the loss is that of a model that trains on something else.",
     "lightning_example": "The sampler is there for resuming, as Lightning starts a data loader from its beginning and "
     "the plan goes on where the step is; and for several processes, each of which reads its part of every step.",
     "litgpt_pretrain": "LitGPT's GPT gives logits, so this takes the loss of logits. LitGPT 0.5.13 requires a "

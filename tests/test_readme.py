@@ -33,6 +33,7 @@ def test_python_blocks_train(tmp_path: Path) -> None:
         "length": 8,
         "next_tokens": lambda n: torch.randint(VOCAB, (2, n), generator=generator),
         "tokens": np.arange(20_000) % VOCAB,
+        "validation_tokens": np.arange(100) % VOCAB,
         "sequence_length": 8,
         "batch_size": 8,
         "training_arguments": TrainingArguments(

@@ -174,6 +174,11 @@ class Schedule:
         return min(self.total_steps, self.total_steps if steps is None else steps) * batch_size * sequence_length
 
     @property
+    def changes(self) -> list[list[int]]:
+        """First step, input bag and output bag of each phase: a schedule with a longer last phase has the same."""
+        return [[first, p.input_bag, p.output_bag] for first, p in zip(self.starts, self.phases, strict=True)]
+
+    @property
     def common_bag(self) -> int:
         """Least common multiple of the input bag sizes."""
         return math.lcm(*(p.input_bag for p in self.phases))

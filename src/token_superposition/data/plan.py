@@ -56,12 +56,34 @@ class _PhasePlan:
 
 
 def _one_axis(tokens: Any) -> Any:
-    if (shape := tuple(getattr(tokens, "shape", (len(tokens),)))) != (len(tokens),):
+    shape: tuple[int, ...] = tuple(getattr(tokens, "shape", ())) or (len(tokens),)
+    if len(tokens) and len(shape) == 1 and np.ndim(tokens[0]):  # a list of documents
+        shape = (len(tokens), len(tokens[0]))
+    if len(shape) > 1:
         raise TokenSuperpositionError(
-            f"the tokens have shape {shape}; give one stream of ids, such as tokens.reshape(-1), whose documents end "
-            "with a token of their own"
+            f"the tokens have shape {shape}; give one stream of ids, such as np.concatenate(tokens), whose documents "
+            "end with a token of their own"
         )
     return tokens
+
+
+def _ids_at(tokens: Any, start: int, stop: int) -> np.ndarray:
+    raw = np.asarray(tokens[start:stop])
+    if raw.size and raw.min() < 0:
+        raise TokenSuperpositionError(
+            f"the text has the id {raw.min()} at token {start + int(raw.argmin())}; give ids from 0 up: a plan has no "
+            "padding and no masked tokens"
+        )
+    return raw
+
+
+def check_fingerprint(here: Mapping[str, Any], saved: Mapping[str, Any], remedy: str) -> None:
+    """Raise ``TokenSuperpositionError`` if ``saved`` is the fingerprint of other samples; it says what differs."""
+    if differ := [k for k in here if saved.get(k) != here[k]]:
+        values = ", ".join(f"{k} {reprlib.repr(saved.get(k))} there, {reprlib.repr(here[k])} here" for k in differ)
+        raise TokenSuperpositionError(
+            f"the checkpoint is of another plan of the samples: {values}; give the checkpoint's values, or {remedy}"
+        )
 
 
 class PlannedDataset(Dataset[Sample]):
@@ -89,8 +111,9 @@ class PlannedDataset(Dataset[Sample]):
         sampler = DistributedSampler(left, world_size, rank, shuffle=False)
         loader = DataLoader(left, plan.batch_size // (world_size * accumulate), sampler=sampler)
 
-    Raises ``TokenSuperpositionError`` if the stream is shorter than one block or has several axes; warns if it is read
-    more than once, or part of it is: a phase that ends inside a window leaves some of its blocks unread.
+    Raises ``TokenSuperpositionError`` if the stream is shorter than one block or has several axes, and for a sample
+    with an id below 0; warns if it is read more than once, or part of it is: a phase that ends inside a window leaves
+    some of its blocks unread.
     """
 
     def __init__(
@@ -162,10 +185,9 @@ class PlannedDataset(Dataset[Sample]):
         A phase is its first step, input bag and output bag. The last one may become longer: a longer plan begins like a
         shorter one. Of the text it has the length, not the content.
         """
-        phases = zip(self.schedule.starts, self.schedule.phases, strict=True)
         tables = self.boundaries and self.boundaries.before.tobytes() + self.boundaries.after.tobytes()
         return {
-            "phases": [[first_step, p.input_bag, p.output_bag] for first_step, p in phases],
+            "phases": self.schedule.changes,
             "sequence_length": self.sequence_length,
             "batch_size": self.batch_size,
             "seed": self.seed,
@@ -177,18 +199,12 @@ class PlannedDataset(Dataset[Sample]):
 
     def check_fingerprint(self, saved: Mapping[str, Any], remedy: str) -> None:
         """Raise ``TokenSuperpositionError`` if ``saved`` is the fingerprint of other samples; it says what differs."""
-        here = self.fingerprint()
-        differ = [k for k in here if saved.get(k) != here[k]]
-        if differ:
-            values = ", ".join(f"{k} {reprlib.repr(saved.get(k))} there, {reprlib.repr(here[k])} here" for k in differ)
-            raise TokenSuperpositionError(
-                f"the checkpoint is of another plan of the samples: {values}; give the checkpoint's values, or {remedy}"
-            )
+        check_fingerprint(self.fingerprint(), saved, remedy)
 
     def __getitem__(self, index: int) -> Sample:
         plan, start = self._locate(index)
         a, b = plan.phase.input_bag, plan.phase.output_bag
-        raw = np.asarray(self.tokens[start : start + span(self.sequence_length, a, b)])
+        raw = _ids_at(self.tokens, start, start + span(self.sequence_length, a, b))
         tokens = torch.from_numpy(raw.astype(np.int64))
         if self.boundaries is None or not plan.phase.is_superposed:
             ids, targets = fold(tokens, a, b)
@@ -271,6 +287,6 @@ class ValidationSet(Dataset[Sample]):
         if not 0 <= index < self.samples:
             raise IndexError(f"sample {index} of {self.samples}")
         start = index * self.available // self.samples * self.sequence_length
-        raw = np.asarray(self.tokens[start : start + self.sequence_length + 1])
+        raw = _ids_at(self.tokens, start, start + self.sequence_length + 1)
         ids, targets = fold(torch.from_numpy(raw.astype(np.int64)))
         return {"input_ids": ids, "shift_labels": targets}

@@ -11,7 +11,7 @@ import torch
 from torch.utils.data import IterableDataset, get_worker_info
 
 from token_superposition.bags import fold, span
-from token_superposition.data.plan import Sample
+from token_superposition.data.plan import Sample, check_fingerprint
 from token_superposition.errors import TokenSuperpositionError, require_int
 from token_superposition.schedule import Schedule
 
@@ -28,8 +28,9 @@ class StreamedPlan(IterableDataset[Sample]):
     The order is the stream's: shuffle ``documents`` (``shuffle(seed=..., buffer_size=...)``). A stream has no index, so
     going on at a step means reading up to it again, which is what ``Trainer`` and accelerate do.
 
-    Raises ``TokenSuperpositionError`` while iterating for an empty stream, for a document without ``input_ids`` and for
-    more than one loader worker, which would each read the whole of it; warns where the stream ends and is read again.
+    Raises ``TokenSuperpositionError`` while iterating for an empty stream, for a document without ``input_ids``, with
+    padding or with ids below 0, and for more than one loader worker, which would each read the whole of it; warns where
+    the stream ends and is read again.
     """
 
     def __init__(
@@ -46,6 +47,18 @@ class StreamedPlan(IterableDataset[Sample]):
 
     def __len__(self) -> int:
         return self.schedule.total_steps * self.batch_size
+
+    def fingerprint(self) -> dict[str, Any]:
+        """What decides which tokens a sample has, as JSON values; of the documents it has nothing."""
+        return {
+            "phases": self.schedule.changes,
+            "sequence_length": self.sequence_length,
+            "batch_size": self.batch_size,
+        }
+
+    def check_fingerprint(self, saved: Mapping[str, Any], remedy: str) -> None:
+        """Raise ``TokenSuperpositionError`` if ``saved`` is the fingerprint of other samples; it says what differs."""
+        check_fingerprint(self.fingerprint(), saved, remedy)
 
     def __iter__(self) -> Iterator[Sample]:
         workers = get_worker_info()
@@ -80,6 +93,11 @@ class StreamedPlan(IterableDataset[Sample]):
                         f"a document of the stream has no input_ids (its keys: {keys or 'none'}); tokenise the text "
                         'first and give {"input_ids": ids}'
                     ) from None
+                if not np.all(document.get("attention_mask", 1)):
+                    raise TokenSuperpositionError(
+                        "a document of the stream is padded (its attention_mask has 0), which would be trained on; "
+                        "tokenise without padding: documents of any length are joined"
+                    )
                 read += len(ids)
                 yield ids
             if not read:
@@ -96,6 +114,11 @@ def _take(documents: Iterator[Any], wanted: int) -> Iterator[np.ndarray]:  # of 
     """Documents of together ``wanted`` tokens or more."""
     while wanted > 0:
         ids = np.asarray(next(documents))  # a list, an array or a tensor
+        if ids.size and ids.dtype.kind == "i" and ids.min() < 0:
+            raise TokenSuperpositionError(
+                f"input_ids of a document have {ids.min()}; give ids from 0 up: a plan has no padding and no masked "
+                "tokens"
+            )
         if ids.ndim != 1 or (ids.size and ids.dtype.kind not in "iu"):
             raise TokenSuperpositionError(
                 f"input_ids of a document have shape {ids.shape} and type {ids.dtype}; give the ids of one document, "

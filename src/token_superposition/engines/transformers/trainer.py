@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -12,8 +13,8 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
-from torch.utils.data import SequentialSampler
-from transformers import Trainer, TrainingArguments, default_data_collator
+from torch.utils.data import DataLoader, SequentialSampler, Subset
+from transformers import EarlyStoppingCallback, Trainer, TrainingArguments, default_data_collator
 
 from token_superposition.data.plan import PlannedDataset
 from token_superposition.data.stream import StreamedPlan
@@ -32,10 +33,13 @@ from token_superposition.engines.transformers.mtp import MTPHeads
 from token_superposition.errors import TokenSuperpositionError
 from token_superposition.loss import linear_multi_hot_cross_entropy, multi_hot_cross_entropy
 from token_superposition.loss.targets import BagLoss
-from token_superposition.schedule import Schedule
+from token_superposition.schedule import WSD, Schedule
 from token_superposition.weights import Weighting, weights_for
 
 logger = logging.getLogger(__name__)
+PLAN = "plan.json"
+"""Of a checkpoint: the fingerprint of the plan."""
+Plan = PlannedDataset | StreamedPlan
 
 
 class TSTTrainer(Trainer):
@@ -43,21 +47,24 @@ class TSTTrainer(Trainer):
 
     A batch with ``shift_labels`` is ours (``PlannedDataset``, ``ValidationSet``): input_ids (B, L) or (B, L, a),
     shift_labels (B, L) or (B, L, b), and the loss is the mean multi-hot cross-entropy over the latent positions that
-    have a target. A batch with ``labels`` alone goes the stock way. A ``PlannedDataset`` or
-    ``StreamedPlan`` is read in its own order and decides the number of steps; it must agree with the arguments about
-    the batch size.
+    have a target. A batch with ``labels`` alone goes the stock way. A ``PlannedDataset`` or ``StreamedPlan`` is read in
+    its own order and decides the number of steps, unless ``max_steps`` is smaller; it must agree with the arguments
+    about the batch size, and with a checkpoint about the samples. Validate on a ``ValidationSet``; where its loss stops
+    the run early, give ``eval_delay``: before the switch it is that of a model that trains on something else.
 
     ``compute_metrics`` gets whole logits, and as labels ``shift_labels``: that of a position is its own target.
 
     ``weighting`` weighs the places in a target bag, ``input_weighting`` those of a bag that is read and
     ``place_signal`` marks them (``superpose``); ``bag_loss`` "sum-to-one" takes the bag as one label; ``mtp``, heads
     that were added to the model, are trained with it and their loss joins the training loss. ``lr_factor`` maps a
-    0-based step to a learning-rate factor (``WSD``); without it the arguments' own scheduler is used. ``figures`` maps
+    0-based step to a learning-rate factor (``WSD``) and goes before the arguments' own scheduler. ``figures`` maps
     the step, and the latent and raw tokens so far, to further figures of every logged line. Checkpoints, resume and the
-    saved model are the stock ones.
+    saved model are the stock ones. The auxiliary loss of a mixture of experts is divided by the accumulated batches and
+    counts in training only; ``Trainer`` adds it whole to each batch, and in validation.
 
-    Raises ``TokenSuperpositionError`` where plan and arguments disagree, for a plan with a model that sees later
-    tokens, and for ``mtp`` where the head is not known.
+    Raises ``TokenSuperpositionError`` where plan and arguments or checkpoint disagree, for a plan with a model that
+    sees later tokens or in place of held-out text, for ``mtp`` where the head is not known, and for an ``lr_factor``
+    beside a scheduler or of fewer steps than the run.
     """
 
     def __init__(
@@ -87,14 +94,23 @@ class TSTTrainer(Trainer):
                 args.ddp_find_unused_parameters = False
         if isinstance(head, str):
             logger.warning("%s computes whole logits in training: %s", type(model).__name__, head)
-        planned = isinstance(kwargs.get("train_dataset"), PlannedDataset | StreamedPlan)
-        if planned and kwargs.get("data_collator") is None:
+        dataset = kwargs.get("train_dataset")
+        if isinstance(dataset, Subset) and isinstance(cast(Any, dataset).dataset, Plan):
+            raise TokenSuperpositionError(
+                "train_dataset is a Subset of a plan, which has samples for each step; give the plan, and for fewer "
+                "steps max_steps"
+            )
+        if isinstance(dataset, Plan) and kwargs.get("data_collator") is None:
             kwargs["data_collator"] = default_data_collator  # nothing to pad
         super().__init__(model, args, **kwargs)
         if args.label_smoothing_factor or self.compute_loss_func is not None:
             raise TokenSuperpositionError(
                 "label_smoothing_factor and compute_loss_func cannot be combined with TSTTrainer; use weighting"
             )
+        if lr_factor is not None and self.lr_scheduler is not None:
+            raise TokenSuperpositionError("lr_factor is given beside a scheduler in optimizers; give one of them")
+        for held_out in self.eval_dataset.values() if isinstance(self.eval_dataset, dict) else [self.eval_dataset]:
+            check_held_out(held_out)
         self.weighting: Weighting = weighting
         self.bag_loss: BagLoss = bag_loss
         self.lr_factor = lr_factor
@@ -105,7 +121,7 @@ class TSTTrainer(Trainer):
         """Why whole logits are made; empty if they are not."""
         self._without_cache = without_cache(model)
         self._hidden = HiddenStates.of(cast(Any, model).get_decoder()) if self.head else None
-        if isinstance(self.train_dataset, PlannedDataset | StreamedPlan):
+        if isinstance(self.train_dataset, Plan):
             self._check_plan(self.train_dataset)
             with torch.compiler.set_stance("force_eager"):
                 self._check_model(model, self.train_dataset.schedule)
@@ -121,14 +137,15 @@ class TSTTrainer(Trainer):
                 f'{type(model).__name__} cannot read bags: {why}; superpose the output only (sides = "output")'
             )
 
-    def _check_plan(self, plan: PlannedDataset | StreamedPlan) -> None:
+    def _check_plan(self, plan: Plan) -> None:
         args = self.args
         if args.n_gpu > 1:
             raise TokenSuperpositionError(
                 f"this process sees {args.n_gpu} GPUs and would use all by DataParallel, which cannot read bags; start "
                 "one process for each (torchrun or accelerate launch), or show it one (CUDA_VISIBLE_DEVICES=0)"
             )
-        replicas = args.world_size // self.get_tp_size()
+        whole: Any = getattr(args.accelerator_config, "split_batches", False)  # then a batch is that of all processes
+        replicas = 1 if whole else args.world_size // self.get_tp_size()
         batch = args.per_device_train_batch_size * replicas * args.gradient_accumulation_steps
         if batch != plan.batch_size:
             raise TokenSuperpositionError(
@@ -146,6 +163,24 @@ class TSTTrainer(Trainer):
             raise TokenSuperpositionError(f"max_steps is {args.max_steps}, the plan has {total}; plan more steps")
         if args.max_steps <= 0:
             args.max_steps = total
+        if isinstance(self.lr_factor, WSD) and self.lr_factor.total_steps < args.max_steps:
+            raise TokenSuperpositionError(
+                f"lr_factor is for {self.lr_factor.total_steps} steps, the run has {args.max_steps}, whose last ones "
+                "would be at a rate of 0; make them equal"
+            )
+        switch = max(plan.schedule.switches, default=0)
+        if switch and args.max_steps <= switch:
+            logger.warning(
+                "max_steps is %d: the run ends before the switch to ordinary training at %d", args.max_steps, switch
+            )
+        stops = any(isinstance(c, EarlyStoppingCallback) for c in self.callback_handler.callbacks)
+        if switch and stops and args.eval_delay <= switch:
+            logger.warning(
+                "early stopping looks at validations before the switch at step %d, where the model trains on bags and "
+                "may seem to get worse; give eval_delay=%d",
+                switch,
+                switch + 1,
+            )
 
     def create_accelerator_and_postprocess(self) -> None:
         """Under FSDP, gradients are averaged over the processes in float32; accelerate would do it in bfloat16."""
@@ -236,7 +271,7 @@ class TSTTrainer(Trainer):
         """Adds phase (counted from 0, of the schedule), bag sizes, latent and raw tokens so far and ``figures``; with
         ragged bags, how full this step's were. So the Trainer's own reports (TensorBoard, W&B, ...) have them, too."""
         plan, step = self.train_dataset, self.state.global_step
-        if isinstance(plan, PlannedDataset | StreamedPlan):
+        if isinstance(plan, Plan):
             phase_index = plan.schedule.phase_index(max(step - 1, 0))
             phase = plan.schedule.phases[phase_index]
             counts = (plan.batch_size, plan.sequence_length, step)
@@ -266,6 +301,14 @@ class TSTTrainer(Trainer):
             SequentialSampler(dataset) if isinstance(dataset, PlannedDataset) else super()._get_train_sampler(dataset)
         )
 
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader[Any]:
+        check_held_out(eval_dataset)
+        return super().get_eval_dataloader(eval_dataset)
+
+    def get_test_dataloader(self, test_dataset: Any) -> DataLoader[Any]:
+        check_held_out(test_dataset)
+        return super().get_test_dataloader(test_dataset)
+
     def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> Tensor | int | None:
         """Items are latent positions with a target. ``Trainer`` counts tokens, which is s times as many in a bag."""
 
@@ -278,12 +321,21 @@ class TSTTrainer(Trainer):
         return super()._get_num_items_in_batch([rows(b) for b in batch_samples], device)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """A checkpoint, which is written by an internal call, has the heads for further tokens beside the model."""
+        """A checkpoint, which is written by an internal call, has the heads for further tokens beside the model, and
+        what tells the plan from others."""
         super().save_model(output_dir, _internal_call)
-        if self.mtp is not None and _internal_call and output_dir is not None and self.args.should_save:
+        if not (_internal_call and output_dir is not None and self.args.should_save):
+            return
+        if self.mtp is not None:
             self.mtp.save(Path(output_dir))
+        if isinstance(self.train_dataset, Plan):
+            (Path(output_dir) / PLAN).write_text(json.dumps(self.train_dataset.fingerprint()), encoding="utf-8")
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        path = Path(resume_from_checkpoint) / PLAN
+        if isinstance(self.train_dataset, Plan) and path.exists():
+            saved = json.loads(path.read_text(encoding="utf-8"))
+            self.train_dataset.check_fingerprint(saved, "start without this checkpoint")
         super()._load_from_checkpoint(resume_from_checkpoint, model)
         if self.mtp is not None:
             self.mtp.load(Path(resume_from_checkpoint))
@@ -293,6 +345,15 @@ class TSTTrainer(Trainer):
         assert self._signature_columns is not None
         if "shift_labels" not in self._signature_columns:
             self._signature_columns.append("shift_labels")
+
+
+def check_held_out(dataset: object) -> None:
+    """Raise ``TokenSuperpositionError`` for a plan that has bags, which would be validated on them."""
+    if isinstance(dataset, Plan) and any(p.is_superposed for p in dataset.schedule.phases):
+        raise TokenSuperpositionError(
+            f"the validation text is a {type(dataset).__name__} with bags; give ValidationSet(tokens, length): a model "
+            "is validated on single tokens"
+        )
 
 
 def any_target(targets: Tensor) -> Tensor:  # (B, L, s) or (B, L) -> (B, L), -100 where there is none

@@ -1,0 +1,136 @@
+"""What ``TSTTrainer`` and the plans refuse or warn of, because it would train or validate on something else."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch.utils.data import Subset
+from transformers import EarlyStoppingCallback, TrainingArguments
+
+from tests.conftest import VOCAB, tiny
+from tests.test_trainer import arguments, losses
+from token_superposition import WSD, Schedule, TokenSuperpositionError
+from token_superposition.data.plan import PlannedDataset, ValidationSet
+from token_superposition.data.stream import StreamedPlan
+from token_superposition.engines.transformers import TSTTrainer
+
+TOKENS = np.arange(20_000) % VOCAB
+Made = PlannedDataset | StreamedPlan
+
+
+def planned(schedule: Schedule, batch: int = 4, seed: int = 1) -> PlannedDataset:
+    return PlannedDataset(TOKENS, schedule, 16, batch, seed)
+
+
+def streamed(schedule: Schedule, batch: int = 4) -> StreamedPlan:
+    return StreamedPlan([{"input_ids": TOKENS[i : i + 100]} for i in range(0, 20_000, 100)], schedule, 16, batch)
+
+
+def trainer_of(args: TrainingArguments, plan: Made, **settings: Any) -> TSTTrainer:
+    torch.manual_seed(0)
+    return TSTTrainer(tiny("llama"), args, train_dataset=plan, **settings)
+
+
+@pytest.mark.parametrize("make", [planned, streamed])
+def test_a_checkpoint_of_another_plan_is_refused(make: Callable[[Schedule], Made], tmp_path: Path) -> None:
+    args = arguments(tmp_path, save_strategy="steps", save_steps=3)
+    whole = trainer_of(args, make(Schedule.two_phase(6, 4, 0.5)))
+    whole.train()
+    checkpoint = tmp_path / "checkpoint-3"
+    assert json.loads((checkpoint / "plan.json").read_text())["phases"] == [[0, 4, 4], [3, 1, 1]]
+    longer = trainer_of(args, make(Schedule.two_phase(20, 4, 0.5)))
+    with pytest.raises(TokenSuperpositionError, match=r"another plan of the samples: phases .*10, 1, 1.* here"):
+        longer.train(resume_from_checkpoint=str(checkpoint))
+    same = trainer_of(args, make(Schedule.two_phase(6, 4, 0.5)))
+    same.train(resume_from_checkpoint=str(checkpoint))
+    assert losses(same)[-3:] == losses(whole)[-3:]
+
+
+def test_a_checkpoint_of_another_seed_is_refused(tmp_path: Path) -> None:
+    args, schedule = arguments(tmp_path, save_strategy="steps", save_steps=2), Schedule.two_phase(4, 4, 0.5)
+    trainer_of(args, planned(schedule)).train()
+    with pytest.raises(TokenSuperpositionError, match="another plan of the samples: seed 1 there, 2 here"):
+        trainer_of(args, planned(schedule, seed=2)).train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+
+
+@pytest.mark.parametrize("make", [planned, streamed])
+def test_nothing_is_validated_on_bags(make: Callable[[Schedule], Made], tmp_path: Path) -> None:
+    bags, ordinary = make(Schedule.two_phase(4, 4, 0.5)), make(Schedule.two_phase(4, 1, 0.5))
+    for held_out in (bags, {"text": ValidationSet(TOKENS[:200], 16), "code": bags}):
+        with pytest.raises(TokenSuperpositionError, match=rf"{type(bags).__name__} with bags; give ValidationSet"):
+            trainer_of(arguments(tmp_path), bags, eval_dataset=held_out)
+    trainer = trainer_of(arguments(tmp_path), bags, eval_dataset=ValidationSet(TOKENS[:200], 16))
+    for judge in (trainer.evaluate, trainer.predict):
+        with pytest.raises(TokenSuperpositionError, match="with bags; give ValidationSet"):
+            judge(bags)
+    assert trainer.evaluate()["eval_loss"] > 0 and trainer.evaluate(ordinary)["eval_loss"] > 0
+
+
+def test_a_batch_that_is_split_is_that_of_all_processes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    split = arguments(tmp_path, accelerator_config={"split_batches": True})
+    monkeypatch.setattr(TrainingArguments, "world_size", 2)
+    plan = planned(Schedule.two_phase(4, 4, 0.5), batch=8)
+    assert trainer_of(arguments(tmp_path), plan).args.max_steps == 4
+    with pytest.raises(TokenSuperpositionError, match="the plan has 8 sequences a step, the arguments give 4"):
+        trainer_of(split, plan)
+
+
+def test_learning_rates_that_exclude_each_other(tmp_path: Path) -> None:
+    plan = planned(Schedule.two_phase(4, 4, 0.5))
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], 0.1)
+    both = (optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0))
+    with pytest.raises(TokenSuperpositionError, match="lr_factor is given beside a scheduler"):
+        trainer_of(arguments(tmp_path), plan, optimizers=both, lr_factor=WSD(4))
+    with pytest.raises(TokenSuperpositionError, match="lr_factor is for 3 steps, the run has 4"):
+        trainer_of(arguments(tmp_path), plan, lr_factor=WSD(3))
+    assert trainer_of(arguments(tmp_path, max_steps=3), plan, lr_factor=WSD(4)).args.max_steps == 3
+
+
+def test_a_part_of_a_plan_is_refused(tmp_path: Path) -> None:
+    part: Any = Subset(planned(Schedule.two_phase(4, 4, 0.5)), range(8))
+    with pytest.raises(TokenSuperpositionError, match="train_dataset is a Subset of a plan"):
+        trainer_of(arguments(tmp_path), part)
+
+
+def test_a_run_that_ends_before_the_switch_is_told_of(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    plan, held_out = planned(Schedule.two_phase(10, 4, 0.5)), ValidationSet(TOKENS[:200], 16)
+    stop = {"eval_strategy": "steps", "eval_steps": 1, "load_best_model_at_end": True, "save_strategy": "steps"}
+    logging.getLogger("token_superposition").propagate = True
+    for changes, callbacks, said in (
+        ({"max_steps": 5}, [], "max_steps is 5: the run ends before the switch to ordinary training at 5"),
+        (stop, [EarlyStoppingCallback()], "give eval_delay=6"),
+        ({"max_steps": 6}, [], None),
+        (stop | {"eval_delay": 6}, [EarlyStoppingCallback()], None),
+    ):
+        caplog.clear()
+        trainer_of(arguments(tmp_path, **changes), plan, eval_dataset=held_out, callbacks=callbacks)
+        warned = [m for m in caplog.messages if "switch" in m]
+        assert (len(warned) == 1 and said in warned[0]) if said else not warned
+
+
+def test_padding_and_masked_tokens_are_refused() -> None:
+    schedule = Schedule.two_phase(4, 2, 0.5)
+    padded = [{"input_ids": [1, 2, 3, 0, 0], "attention_mask": [1, 1, 1, 0, 0]}]
+    with pytest.raises(TokenSuperpositionError, match=r"is padded .*; tokenise without padding"):
+        next(iter(StreamedPlan(padded, schedule, 4, 2)))
+    with pytest.raises(TokenSuperpositionError, match="input_ids of a document have -100; give ids from 0 up"):
+        next(iter(StreamedPlan([{"input_ids": [1, -100]}], schedule, 4, 2)))
+    assert next(iter(StreamedPlan([padded[0] | {"attention_mask": [1] * 5}] * 9, schedule, 4, 2)))
+    masked = np.where(np.arange(200) == 150, -100, 7)
+    for samples in (PlannedDataset(masked, Schedule.two_phase(12, 2, 0.5), 4, 2), ValidationSet(masked, 4)):
+        with pytest.raises(TokenSuperpositionError, match="the text has the id -100 at token 150; give ids from 0 up"):
+            [samples[i] for i in range(len(samples))]
+
+
+def test_a_list_of_documents_is_no_text() -> None:
+    for documents in ([[1, 2, 3], [4, 5]], [np.arange(3), np.arange(9)], [torch.arange(4)] * 3):
+        with pytest.raises(TokenSuperpositionError, match=r"have shape \(\d, \d\); give one stream .*np.concatenate"):
+            PlannedDataset(documents, Schedule.two_phase(4, 2, 0.5), 4, 2)
+    assert len(PlannedDataset([1, 2, 3] * 40, Schedule.two_phase(4, 2, 0.5), 4, 2)) == 8
