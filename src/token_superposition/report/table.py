@@ -29,7 +29,7 @@ def _print_comparison(directory: Path, console: Console) -> None:
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
     shown = [i for i, h in enumerate(HEADERS) if h != "seed" or len({r.seed for r in contents.runs}) > 1]
     for header in (HEADERS[i].removesuffix(" tokens").removeprefix("val. ") for i in shown):
-        table.add_column(header, justify="left" if header == "run" else "right")
+        table.add_column(header, justify="left" if header == "run" else "right", overflow="fold")
     for row in rows(contents):
         table.add_row(*(escape(row[i]) for i in shown))
     console.print(table)
@@ -57,7 +57,7 @@ def _print_sweep(directory: Path, console: Console) -> None:
 def _table(headers: Sequence[str], rows: Sequence[Sequence[str]], left: str) -> Table:
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
     for header in headers:
-        table.add_column(header, justify="left" if header == left else "right")  # wraps, rather than losing digits
+        table.add_column(header, justify="left" if header == left else "right", overflow="fold")
     for row in rows:
         table.add_row(*map(escape, row))
     return table
