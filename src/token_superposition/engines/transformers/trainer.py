@@ -329,6 +329,7 @@ class TSTTrainer(Trainer):
         if self.mtp is not None:
             self.mtp.save(Path(output_dir))
         if isinstance(self.train_dataset, Plan):
+            Path(output_dir).mkdir(parents=True, exist_ok=True)  # of shards nothing was written yet
             (Path(output_dir) / PLAN).write_text(json.dumps(self.train_dataset.fingerprint()), encoding="utf-8")
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
