@@ -57,8 +57,9 @@ def test_a_comparison_over_seeds() -> None:
     assert result["speedup"]["bound"] == "measured" and result["variants"]["tst"]["speedup"] == result["speedup"]
     equal_time = result["equal_time"]
     assert (equal_time["seconds"], equal_time["baseline_seconds"]) == (180.0, 150.0)
-    assert equal_time["ratio"] == 1.2 and equal_time["baseline_steps"] == 1200
-    assert equal_time["baseline_val_loss"] == pytest.approx(3.0 - 0.2 * math.log2(1.2))
+    assert equal_time["ratio_per_seed"] == [1.1, 190 / 150, 0.9]
+    assert equal_time["ratio"] == 1.1 and equal_time["baseline_steps"] == 1100
+    assert equal_time["baseline_val_loss"] == pytest.approx(3.0 - 0.2 * math.log2(1.1))
     assert equal_time["how"] == "interpolated"
     (longer,) = result["longer_baselines"]
     at_four = [d + 0.4 for d in DELTAS]
@@ -165,7 +166,7 @@ def test_table_and_report_show_the_intervals(tmp_path: Path) -> None:
     low, high = t_interval(DELTAS)  # pyright: ignore
     for text in shown(directory_of(experiment(longest=4), tmp_path / "measured")):
         for expected in ("-0.185", f"{low:+.3f} to {high:+.3f}", f"{low:+.4f} to {high:+.4f}", "3 paired seeds",
-                         "contains 0", "1.90 x", "1.20 x",
+                         "contains 0", "1.90 x", "1.10 x (0.90 to 1.27 by seed)",
                          "geometric mean of 3 seeds", "4 x the steps", "above a baseline of 4,000"):  # fmt: skip
             assert expected in text, expected
         assert "at least" not in text

@@ -156,15 +156,17 @@ def paired(ours: dict[int, Run], others: dict[int, Run]) -> dict[str, Any] | Non
 
 
 def equal_time(runs: Sequence[Run], ours: dict[int, Run], baseline: dict[int, Run]) -> dict[str, Any]:
-    """Seconds of the steps, medians over seeds, and where the baseline is after the variant's seconds.
+    """Seconds of the steps, and where the baseline is after the variant's: medians over seeds.
 
     Without what a run does once: the first one compiles for all, and a baseline that branched off was loaded midway.
+    Each seed's ratio is its own: runs of one seed are trained beside each other, those of others at another time.
     """
     seconds, baseline_seconds = (median(r.steady_seconds for r in x.values()) for x in (ours, baseline))
+    timed = [seed for seed in ours if seed in baseline and baseline[seed].steady_seconds]
     # Of a few steps nothing was logged that has a time.
-    ratio = seconds / baseline_seconds if baseline_seconds else math.nan
-    found = baseline_of(ratio, runs, ours, baseline)
-    return {"seconds": seconds, "baseline_seconds": baseline_seconds, **found}
+    per_seed = [ours[seed].steady_seconds / baseline[seed].steady_seconds for seed in timed]
+    found = baseline_of(median(per_seed) if per_seed else math.nan, runs, ours, baseline)
+    return {"seconds": seconds, "baseline_seconds": baseline_seconds, "ratio_per_seed": per_seed, **found}
 
 
 def baseline_curve(runs: Sequence[Run], seed: int | None = None) -> list[tuple[int, float]]:

@@ -286,9 +286,11 @@ SOURCES = {
 def equal_time(equal: dict[str, Any]) -> str:
     if not math.isfinite(equal["ratio"]):
         return "not measured: no step of the baseline was timed"
+    per_seed: list[float] = equal["ratio_per_seed"]
+    several = f" ({min(per_seed):.2f} to {max(per_seed):.2f} by seed)" if len(per_seed) > 1 else ""
     text = (
         f"{duration(equal['seconds'])} of steps against {duration(equal['baseline_seconds'])} (medians over seeds, "
-        f"without compiling), {equal['ratio']:.2f} x; if these times are "
+        f"without compiling), {equal['ratio']:.2f} x{several}; if these times are "
         "exact, the baseline takes in the variant's "
     )
     return text + against(equal)
