@@ -290,8 +290,8 @@ def equal_time(equal: dict[str, Any]) -> str:
     several = f" ({min(per_seed):.2f} to {max(per_seed):.2f} by seed)" if len(per_seed) > 1 else ""
     text = (
         f"{duration(equal['seconds'])} of steps against {duration(equal['baseline_seconds'])} (medians over seeds, "
-        f"without compiling), {equal['ratio']:.2f} x{several}; if these times are "
-        "exact, the baseline takes in the variant's "
+        f"without compiling), {equal['ratio']:.2f} x{several}; in that time, "
+        "taken as exact, the baseline takes "
     )
     return text + against(equal)
 
