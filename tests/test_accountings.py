@@ -10,6 +10,7 @@ from statistics import mean
 from typing import Any
 
 import pytest
+from matplotlib.figure import Figure
 from rich.console import Console
 from scipy import stats
 
@@ -22,6 +23,7 @@ from token_superposition.experiment.result import METRICS, StepTimes
 from token_superposition.experiment.summary import EqualLoss, Run, comparison, equal_loss
 from token_superposition.report import print_table, write_report
 from token_superposition.report.contents import interval_table, read
+from token_superposition.report.figures import draw
 
 DELTAS = [-0.2766, -0.1645, -0.1132]
 
@@ -160,6 +162,33 @@ def shown(directory: Path) -> tuple[str, str]:
     console = Console(record=True, width=100, file=(directory / "terminal.txt").open("w"))
     print_table(directory, console)
     return console.export_text(), write_report(directory).read_text()
+
+
+def test_a_curve_is_of_one_text_and_its_line_is_the_last_switch(tmp_path: Path) -> None:
+    """The last validation, which the figures are of, reads more of the held-out text than the ones before."""
+    directory = directory_of([run("baseline", 0, 40, 3.0), run("tst", 0, 40, 2.9)], tmp_path)
+    for name, bags in (("baseline", [1, 1, 1, 1]), ("tst", [4, 2, 1, 1])):
+        lines: list[dict[str, float]] = []
+        for i, bag in enumerate(bags, start=1):
+            line = {"step": 10 * i, "seconds": 1.0 * i, "flops": 1e9 * i, "raw_tokens": 100.0 * i}
+            lines += [line | {"loss": 4.0, "input_bag": bag, "output_bag": bag}]
+            if i == 4:
+                lines += [line | {"val_loss": 2.5}, line | {"val_loss": 3.0}]
+            elif i > 1:
+                lines += [line | {"val_loss": 5.0 - i}]
+        write_metrics(directory / f"runs/{name}-seed0" / METRICS, lines)
+    axes = Figure().subplots()
+    assert draw(axes, read(directory), "flops", "FLOPs") == "baseline ends at 3.000; tst ends at 2.900"
+    *curves, switch = sorted(axes.get_lines(), key=lambda line: line.get_linestyle() == ":")
+    assert [list(c.get_ydata()) for c in curves] == [[3.0, 2.0, 2.5]] * 2  # pyright: ignore
+    assert list(switch.get_xdata()) == [2e9, 2e9]  # pyright: ignore
+
+
+def test_a_narrow_terminal_loses_no_figure(tmp_path: Path) -> None:
+    directory = directory_of(experiment(longest=4), tmp_path)
+    console = Console(record=True, width=50, file=(tmp_path / "terminal.txt").open("w"))
+    print_table(directory, console)
+    assert "\u2026" not in console.export_text()
 
 
 def test_table_and_report_show_the_intervals(tmp_path: Path) -> None:

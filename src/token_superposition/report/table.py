@@ -26,13 +26,9 @@ def print_table(directory: Path, console: Console) -> None:
 
 def _print_comparison(directory: Path, console: Console) -> None:
     contents = read(directory)
-    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
     shown = [i for i, h in enumerate(HEADERS) if h != "seed" or len({r.seed for r in contents.runs}) > 1]
-    for header in (HEADERS[i].removesuffix(" tokens").removeprefix("val. ") for i in shown):
-        table.add_column(header, justify="left" if header == "run" else "right", overflow="fold")
-    for row in rows(contents):
-        table.add_row(*(escape(row[i]) for i in shown))
-    console.print(table)
+    names = [HEADERS[i].removesuffix(" tokens").removeprefix("val. ") for i in shown]
+    console.print(_table(names, [[row[i] for i in shown] for row in rows(contents)], "run"))
     headers, *variants = interval_table(contents)
     console.print(_table(headers, variants, "variant"))
     _sentences(verdicts(contents), console)

@@ -59,8 +59,9 @@ class TSTTrainer(Trainer):
     that were added to the model, are trained with it and their loss joins the training loss. ``lr_factor`` maps a
     0-based step to a learning-rate factor (``WSD``) and goes before the arguments' own scheduler. ``figures`` maps
     the step, and the latent and raw tokens so far, to further figures of every logged line. Checkpoints, resume and the
-    saved model are the stock ones. The auxiliary loss of a mixture of experts is divided by the accumulated batches and
-    counts in training only; ``Trainer`` adds it whole to each batch, and in validation.
+    saved model are the stock ones; a checkpoint also has ``plan.json``. The auxiliary loss of a mixture of experts is
+    divided by the accumulated batches and counts in training only; ``Trainer`` adds it whole to each batch, and in
+    validation.
 
     Raises ``TokenSuperpositionError`` where plan and arguments or checkpoint disagree, for a plan with a model that
     sees later tokens or in place of held-out text, for ``mtp`` where the head is not known, and for an ``lr_factor``
