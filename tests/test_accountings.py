@@ -17,7 +17,7 @@ from scipy import stats
 from token_superposition import TokenSuperpositionError
 from token_superposition.experiment.compare import jobs_of
 from token_superposition.experiment.config import CompareConfig, Config, Variant
-from token_superposition.experiment.intervals import t_interval
+from token_superposition.experiment.intervals import seed_speedup, t_interval
 from token_superposition.experiment.metrics import write_metrics
 from token_superposition.experiment.result import METRICS, StepTimes
 from token_superposition.experiment.summary import EqualLoss, Run, comparison, equal_loss
@@ -99,9 +99,19 @@ def test_runs_too_short_to_be_timed_have_no_equal_time() -> None:
 
 
 def test_a_loss_beyond_the_baselines_or_on_a_flat_line() -> None:
-    """The line through the two longest is followed up to 4 x the steps; a flat one says nothing."""
+    """The line through the two longest is followed up to 4 x the steps; a flat one never comes down further."""
     assert equal_loss([(500, 3.4), (1000, 3.2)], 2.0, 1000) == EqualLoss(4000, 4.0, "at least, extrapolated")
-    assert equal_loss([(500, 3.2), (1000, 3.2)], 3.2, 1000) is None
+    assert equal_loss([(500, 3.2), (1000, 3.2)], 3.1, 1000) is None
+    assert equal_loss([(500, 3.2), (1000, 3.2)], 3.2, 1000) == EqualLoss(500, 0.5, "interpolated")
+
+
+def test_longer_baselines_that_end_higher_again_are_no_second_answer() -> None:
+    """Where the text is repeated too often: the shortest is below already, as it is seed by seed."""
+    curve = [(400, 3.0), (1000, 3.5), (1600, 3.8)]
+    assert equal_loss(curve, 3.3, 1000) == EqualLoss(400, 0.4, "at most")
+    seed = seed_speedup(0, curve, 3.3, 1000)
+    assert seed is not None and (seed.speedup, seed.bound) == (0.4, "at most")
+    assert equal_loss([(400, 3.6), *curve[1:]], 3.55, 1000) == EqualLoss(632, 0.632, "interpolated")
 
 
 def test_with_bounds_alone_the_longest_baseline_that_is_beaten_is_the_lower_end() -> None:
@@ -205,6 +215,18 @@ def test_table_and_report_show_the_intervals(tmp_path: Path) -> None:
     lower = [replace(r, val_loss=r.val_loss - 0.2 * (r.name == "tst")) for r in experiment(longest=2)]
     for text in shown(directory_of(lower, tmp_path / "beaten")):
         assert "the baseline needs at least 2.00 x" in text and " or more" in text
+        assert "with its whole 95% interval the variant ends below baselines of up to " in " ".join(text.split())
+
+
+def test_an_interval_of_two_seeds_is_called_a_lead(tmp_path: Path) -> None:
+    runs = [
+        run(name, seed, 1000, loss + seed / 1000) for name, loss in (("baseline", 3.0), ("tst", 2.9)) for seed in (0, 1)
+    ]
+    runs[-1] = replace(runs[-1], val_loss=2.9005)
+    for two, seeds in ((True, runs), (False, [*runs, run("baseline", 2, 1000, 3.0), run("tst", 2, 1000, 2.9)])):
+        for text in shown(directory_of(seeds, tmp_path / f"{two}")):
+            words = " ".join(text.split())
+            assert "which excludes 0" in words and ("of two seeds, which may be close by luck, a lead" in words) == two
 
 
 def test_a_variant_is_judged_against_plain_tst_too(tmp_path: Path) -> None:

@@ -34,6 +34,7 @@ from token_superposition.experiment.dry_run import cost_of_job
 from token_superposition.experiment.launch import Launch
 from token_superposition.experiment.summary import comparison
 from token_superposition.experiment.superposition import SuperpositionConfig
+from token_superposition.report.contents import interval_table, read
 
 HEADS, WEIGHT = 2, 0.3
 
@@ -254,6 +255,24 @@ def test_the_report_says_that_equal_steps_are_not_equal_flops(tmp_path: Path) ->
         words = " ".join(text.split())
         assert "tst: equal FLOPs" in words and "tst: equal steps" not in words
         assert "mtp: equal steps" in words and "1.25 x the FLOPs of the" in words
+
+
+def test_a_speedup_in_steps_that_cost_more_is_told_in_flops(tmp_path: Path) -> None:
+    """1.19 x the steps, of which each costs 1.25 x: 0.95 x the FLOPs, which is no speed-up."""
+    runs = [
+        run(name, seed, n, loss)
+        for name, n, loss in (("baseline", 1000, 3.0), ("baseline-x2", 2000, 2.8))
+        for seed in (0, 1)
+    ]
+    runs += [run("tst", seed, 1000, 2.9) for seed in (0, 1)]
+    runs += [replace(run("mtp", seed, 1000, 2.95), flops=1.25e12) for seed in (0, 1)]
+    for text in shown(directory_of(runs, tmp_path / "report")):
+        words = " ".join(text.split())
+        assert "needs 1.19 x the steps" in words and "its steps cost more: 0.95 x in FLOPs" in words
+        assert "needs 1.41 x the steps" in words and "1.41 x in FLOPs" not in words
+    table = interval_table(read(tmp_path / "report"))
+    column = table[0].index("speed-up")
+    assert [row[column] for row in table] == ["speed-up", "1.41", "0.95"]
 
 
 def test_a_checkpoint_of_other_heads_is_refused(tmp_path: Path, write_config: Callable[..., Path]) -> None:

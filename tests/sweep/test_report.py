@@ -23,7 +23,7 @@ from token_superposition.experiment.sweep import (
     write_sweep,
 )
 from token_superposition.report import print_table, write_report
-from token_superposition.report.sweep import read_sweep
+from token_superposition.report.sweep import read_sweep, sweep_rows
 from token_superposition.report.sweep_figures import DIVERGING, colour_limit, sweep_pictures, text_colour
 
 
@@ -68,6 +68,10 @@ def test_table_and_report_say_what_is_to_be_believed(tmp_path: Path) -> None:
         assert "its own best learning rate, 0.001 of 0.001, 0.002" in text and "a mistuned baseline as a gain" in text
         assert "s = 4 is the largest that was tried; r = 0.1 is the smallest that was tried" in text
         assert "the difference would be -0.2425 (seeds 2, 3)" in text  # beside the baseline of its own rate
+        assert "among many some exclude 0 by chance" in text
+    best, *others = sweep_rows(read_sweep(tmp_path / "full"))  # the seeds that chose it flatter an interval
+    assert best[0] == "best" and best[-1] == "see its difference"
+    assert all(" to " in row[-1] for row in others if not row[0])
     page = (tmp_path / "full/report.html").read_text()
     assert page.count("<svg") == 2 * 3 and page.count("</html>") == 1 and "<script" not in page
     assert "270M, 20,000 steps, uniform weights" in page and page.count("stroke-dasharray") >= 2 * (2 + 2)

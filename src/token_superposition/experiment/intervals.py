@@ -51,16 +51,21 @@ def seed_speedup(seed: int, curve: Sequence[tuple[int, float]], loss: float, ste
     """
     if len(curve) < 2 or not all(map(math.isfinite, (loss, *(x for _, x in curve)))):
         return None
-    n: float = curve[-1][0]
-    bound: Bound = "at least"
-    if curve[0][1] <= loss:
-        n, bound = curve[0][0], "measured" if curve[0][1] == loss else "at most"
-    else:
-        for (n0, l0), (n1, l1) in pairwise(curve):
-            if l1 <= loss < l0:
-                n, bound = math.exp(math.log(n0) + (l0 - loss) / (l0 - l1) * math.log(n1 / n0)), "measured"
-                break
+    n, bound = comes_down_to(loss, curve)
     return SeedSpeedup(seed, round(n), n / steps, bound)
+
+
+def comes_down_to(loss: float, curve: Sequence[tuple[int, float]]) -> tuple[float, Bound]:
+    """Steps at which (steps, loss) baselines first reach ``loss``, and whether that is measured or a bound.
+
+    Past it they may rise again, as where a text is repeated too often: that is no second answer.
+    """
+    if curve[0][1] <= loss:
+        return curve[0][0], "measured" if curve[0][1] == loss else "at most"
+    for (n0, l0), (n1, l1) in pairwise(curve):
+        if l1 <= loss < l0:
+            return math.exp(math.log(n0) + (l0 - loss) / (l0 - l1) * math.log(n1 / n0)), "measured"
+    return curve[-1][0], "at least"
 
 
 @dataclass(frozen=True)

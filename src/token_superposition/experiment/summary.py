@@ -15,6 +15,7 @@ from token_superposition.experiment.intervals import (
     CONFIDENCE,
     Speedup,
     beaten_length,
+    comes_down_to,
     seed_speedup,
     speedup,
     t_interval,
@@ -190,17 +191,13 @@ def equal_loss(curve: Sequence[tuple[int, float]], loss: float, steps: int) -> E
     """
     if len(curve) < 2 or not all(map(math.isfinite, (loss, *(x for _, x in curve)))):
         return None
-    for (n0, l0), (n1, l1) in pairwise(curve):
-        if min(l0, l1) <= loss <= max(l0, l1) and l0 != l1:
-            n = round(math.exp(_line(loss, l0, math.log(n0), l1, math.log(n1))))
-            return EqualLoss(n, n / steps, "interpolated")
-    if loss > curve[0][1]:
-        return EqualLoss(curve[0][0], curve[0][0] / steps, "at most")
+    found, bound = comes_down_to(loss, curve)
     (n0, l0), (n1, l1) = curve[-2:]
+    if bound != "at least" or n1 > steps:
+        n = round(found)
+        return EqualLoss(n, n / steps, "interpolated" if bound == "measured" else bound)
     if l1 >= l0:
         return None
-    if n1 > steps:
-        return EqualLoss(n1, n1 / steps, "at least")
     log_n = _line(loss, l0, math.log(n0), l1, math.log(n1))
     n = round(math.exp(min(log_n, math.log(4 * steps))))
     return EqualLoss(n, n / steps, "extrapolated" if n < 4 * steps else "at least, extrapolated")

@@ -129,9 +129,8 @@ INTERVAL_HEADERS = ("variant", "difference", "95% interval", "seeds", "speed-up"
 
 
 def interval_table(contents: Contents) -> list[tuple[str, ...]]:
-    """Headers and a row for each variant: mean loss difference and speed-up to equal loss, with intervals; its time.
-
-    Its FLOPs only where not all are the baseline's.
+    """Headers and a row for each variant: mean loss difference and speed-up to equal loss in FLOPs, with intervals; its
+    time. Its FLOPs only where not all are the baseline's.
     """
     rows = [
         (
@@ -139,7 +138,7 @@ def interval_table(contents: Contents) -> list[tuple[str, ...]]:
             f"{c['delta_val_loss']:+.3f}" if math.isfinite(c["delta_val_loss"]) else "diverged",
             interval(c["delta_val_loss_interval"], "+.3f"),
             str(len(c["delta_val_loss_per_seed"])),
-            f"{BOUNDS[s['bound']]}{s['geometric_mean']:.2f}" if (s := c["speedup"]) else "unknown",
+            f"{BOUNDS[s['bound']]}{s['geometric_mean']:.2f}" if (s := speedup_in_flops(c)) else "unknown",
             interval((s["low"], s["high"]), ".2f") if s else "none",
             f"{c['equal_time']['ratio']:.2f}",
             f"{c['flops_ratio']:.2f}",
@@ -148,6 +147,15 @@ def interval_table(contents: Contents) -> list[tuple[str, ...]]:
     ]
     shown = len(INTERVAL_HEADERS) - all(row[-1] == "1.00" for row in rows)
     return [row[:shown] for row in (INTERVAL_HEADERS, *rows)]
+
+
+def speedup_in_flops(c: dict[str, Any]) -> dict[str, Any] | None:
+    """The speed-up to equal loss, which counts steps, of a variant whose steps may cost more than the baseline's."""
+    if (s := c["speedup"]) is None:
+        return None
+    a_step = c["flops_ratio"] / c["steps_ratio"]
+    ends = {end: None if s[end] is None else s[end] / a_step for end in ("low", "high")}
+    return s | ends | {"geometric_mean": s["geometric_mean"] / a_step}
 
 
 BOUNDS = {"measured": "", "at least": ">= ", "at most": "<= ", "not comparable": "~ "}
@@ -216,7 +224,7 @@ def equal_steps(name: str, c: dict[str, Any]) -> str:
         return f"{name} or its baseline diverged with {lost} of {seeds} seeds, so there is no difference to tell"
     known = (
         f" (mean of {seeds} paired seeds; 95% interval of the difference {interval(ends, '+.4f')}, "
-        f"{told_from_chance(ends)})"
+        f"{told_from_chance(ends, seeds)})"
         if ends is not None
         else " (one seed: there is no interval, and another seed may differ by more; --compare.seeds 0 1 2 3 4)"
     )
@@ -229,17 +237,23 @@ def paired(name: str, other: str, difference: dict[str, Any]) -> str:
     delta, ends = difference["delta_val_loss"], difference["interval"]
     if not math.isfinite(delta):
         return f"{name} or {other} diverged"
-    known = f"95% interval {interval(ends, '+.4f')}, {told_from_chance(ends)}" if ends is not None else "one seed"
+    known = (
+        f"95% interval {interval(ends, '+.4f')}, {told_from_chance(ends, difference['seeds'])}"
+        if ends is not None
+        else "one seed"
+    )
     return f"{name} ends {abs(delta):.4f} nats {'below' if delta < 0 else 'above'} {other} ({known})"
 
 
-def told_from_chance(ends: Sequence[float]) -> str:
-    return "which excludes 0" if ends[0] > 0 or ends[1] < 0 else "which contains 0: not told from chance"
+def told_from_chance(ends: Sequence[float], seeds: int) -> str:
+    if ends[0] <= 0 <= ends[1]:
+        return "which contains 0: not told from chance"
+    return "which excludes 0" + ("; of two seeds, which may be close by luck, a lead" if seeds == 2 else "")
 
 
 def speedup(c: dict[str, Any]) -> str:
     """Over several seeds, each against its own baselines."""
-    s, per_seed = c["speedup"], c["speedup_per_seed"]
+    s, per_seed, in_flops = c["speedup"], c["speedup_per_seed"], speedup_in_flops(c)
     about = {"measured": "", "at least": "at least ", "at most": "at most ", "not comparable": "about "}[s["bound"]]
     text = (
         f"the baseline needs {about}{s['geometric_mean']:.2f} x the steps (geometric mean of {s['seeds']} seeds, each "
@@ -247,6 +261,8 @@ def speedup(c: dict[str, Any]) -> str:
     )
     if s["low"] is None and s["high"] is None:
         text += "no interval"
+    elif s["bound"] == "at least":  # which is not the mean's: that of a bound has none
+        text += f"with its whole 95% interval the variant ends below baselines of up to {s['low']:.2f} x"
     else:
         text += f"95% interval {interval((s['low'], s['high']), '.2f')}"
     for bound, why in (
@@ -256,6 +272,8 @@ def speedup(c: dict[str, Any]) -> str:
         found = [p["speedup"] for p in per_seed if p["bound"] == bound]
         if found:
             text += f"; {len(found)} of {s['seeds']} seeds only known to be {bound} {found[0]:.2f} x: {why}"
+    if in_flops is not None and not math.isclose(in_flops["geometric_mean"], s["geometric_mean"], rel_tol=1e-3):
+        text += f"; its steps cost more: {in_flops['geometric_mean']:.2f} x in FLOPs"
     return text + ")"
 
 
@@ -322,7 +340,8 @@ def paired_difference(equal: dict[str, Any]) -> str:
     """Of one seed there is no interval."""
     if not (ends := equal["interval"]):
         return ""
-    return f": {equal['delta_val_loss']:+.4f}, 95% interval {interval(ends, '+.4f')}, {told_from_chance(ends)}"
+    seeds = len(equal["delta_val_loss_per_seed"])
+    return f": {equal['delta_val_loss']:+.4f}, 95% interval {interval(ends, '+.4f')}, {told_from_chance(ends, seeds)}"
 
 
 def short(n: float) -> str:

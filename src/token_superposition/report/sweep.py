@@ -132,6 +132,9 @@ def sweep_rows(contents: SweepContents) -> list[tuple[str, ...]]:
         swept = [getattr(cell, n) for n in names]
         differences = [r.difference for r in rows]
         known = all(map(math.isfinite, differences)) and not cell.is_baseline
+        ends = interval(t_interval(differences) if known else None, "+.4f")
+        if cell == contents.best and contents.summary["best"]["chosen"]["seeds"]:
+            ends = "see its difference"  # a sentence, without the seeds that chose it
         result.append(
             (
                 "best" if cell == contents.best else "baseline" if cell.is_baseline else "",
@@ -142,7 +145,7 @@ def sweep_rows(contents: SweepContents) -> list[tuple[str, ...]]:
                 str(len(rows)),
                 f"{losses[cell]:.4f}",
                 "" if cell.is_baseline else f"{mean(differences):+.4f}",
-                "" if cell.is_baseline else interval(t_interval(differences) if known else None, "+.4f"),
+                "" if cell.is_baseline else ends,
             )
         )
     return result
@@ -183,6 +186,9 @@ def sentences(contents: SweepContents) -> list[tuple[str, str]]:
         most = max(r.epochs for r in repeated)
         text = f"{len(repeated)} of {len(contents.rows)} rows read their text more than once, up to {most:.2g} times"
         result.append(("repeated text", f"{text}, which costs large bags more"))
+    if len(contents.cells) > 1 and any(len(rows) > 1 for rows in contents.by_cell.values()):
+        text = "each as if that setting alone had been tried: among many some exclude 0 by chance"
+        result.append(("other intervals", text))
     return result
 
 
@@ -234,7 +240,8 @@ def _known(difference: dict[str, Any]) -> str:
     ends = difference["interval"]
     if ends is None:
         return "no interval"
-    return f"95% interval of the difference {interval(ends, '+.4f')}, {told_from_chance(ends)}"
+    seeds = len(difference["seeds"])
+    return f"95% interval of the difference {interval(ends, '+.4f')}, {told_from_chance(ends, seeds)}"
 
 
 def _seeds(seeds: list[int]) -> str:
