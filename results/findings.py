@@ -13,11 +13,11 @@ from results.kept import Result, at_equal_flops, first_shown, load, rows, told, 
 from results.plain import against_plain, differences, over_batches, recipes, text_of
 from results.short_answers import short_answers
 from results.sweeps import section as section_of_sweep
-from token_superposition.report.contents import interval
+from token_superposition.report.contents import interval, speedup_in_flops
 
 
 def table_row(name: str, c: dict[str, Any], again: str | None) -> str:
-    s = c["speedup"]
+    s = speedup_in_flops(c)
     marks = {"measured": "", "at least": "≥ ", "at most": "≤ ", "not comparable": "~ "}
     speed = "not measured" if s is None else f"{marks[s['bound']]}{s['geometric_mean']:.2f}"
     if s is not None and (s["low"] is not None or s["high"] is not None):
@@ -29,13 +29,19 @@ def table_row(name: str, c: dict[str, Any], again: str | None) -> str:
 
 
 def longer_rows(variants: dict[str, dict[str, Any]]) -> list[str]:
-    """A sentence for each baseline of more steps that a variant was compared with."""
+    """A sentence for each baseline of more steps that a variant was compared with, and for that of as much text."""
     lines = [
         f"- {name} against a baseline of {x['ratio']:.3g} x the steps: {x['delta_val_loss']:+.3f} "
         f"({interval(x['interval'], '+.3f')})"
         for name, c in variants.items()
         for x in c["longer_baselines"]
         if x["interval"] is not None
+    ]
+    lines += [
+        f"- {name} at equal data, against a baseline of {x['ratio']:.3g} x the steps ({x['how']}): "
+        f"{x['delta_val_loss']:+.3f} ({interval(x['interval'], '+.3f')})"
+        for name, c in variants.items()
+        if (x := c["equal_data"])["interval"] is not None and x["ratio"] > c["flops_ratio"]
     ]
     return [*lines, ""] if lines else []
 
@@ -73,7 +79,7 @@ def section(r: Result, again: dict[tuple[str, str], str]) -> str:
         "",
         f"Text: {r.about['text']}. {r.setting}. {baselines(r)}, seeds {', '.join(map(str, r.seeds))}.",
         "",
-        "| variant | difference, nats (95%) | steps to equal loss (95%) | by seed | |",
+        "| variant | difference, nats (95%) | speed-up to equal loss (95%) | by seed | |",
         "|---|---|---|---|---|",
         *(table_row(name, c, again.get((r.name, name))) for name, c in r.variants.items()),
         "",
@@ -90,9 +96,12 @@ def section(r: Result, again: dict[tuple[str, str], str]) -> str:
 def cut_short(folder: Path) -> str:
     """A comparison that did not end and has no summary: validation losses where at least two runs have one."""
     about = tomllib.loads((folder / "about.toml").read_text())
+    train = tomllib.loads((folder / "config.toml").read_text())["train"]
+    constant = train["steps"] - round(train["decay_ratio"] * train["steps"])
     table: dict[int, dict[str, str]] = defaultdict(dict)
     for row in rows(folder / "curves.csv"):
-        if row["val_loss"]:
+        alike = int(row["step"]) <= constant or not row["name"].startswith("baseline-x")  # which decays elsewhere
+        if row["val_loss"] and alike:
             table[int(row["step"])].setdefault(row["name"], row["val_loss"])  # a run's last step has two: the first
     names = list(dict.fromkeys(row["name"] for row in rows(folder / "curves.csv")))
     lines = [
@@ -212,7 +221,8 @@ def write(root: Path, docs: Path) -> None:
         table,
         "![Difference by tokens a parameter](findings_batches.svg)\n",
         "## Which variant ends below plain TST?\n",
-        "Every variant less plain TST of the same seeds, model and steps, those of several seeds first.\n",
+        "Every variant less plain TST of the same bag size, seeds, model and steps, those of several seeds first; "
+        "without the seeds that chose the variant.\n",
         against_plain(found, again),
         "## Does a recipe save a tenth of the steps of plain TST?\n",
         "The recipe less plain TST with 1.1 x the steps: a tenth is saved where the whole interval is below 0.\n",

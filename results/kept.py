@@ -24,7 +24,7 @@ SEEDS = 3
 @dataclass(frozen=True)
 class Result:
     name: str
-    about: dict[str, str]
+    about: dict[str, Any]
     summary: dict[str, Any]
     curves: list[dict[str, str]]
     strings: list[dict[str, str]]

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from statistics import mean
 from typing import Any
 
@@ -34,9 +34,10 @@ def ways(r: Result) -> Iterator[tuple[str, dict[str, Any], float]]:
         yield name, {k: v for k, v in superposition.items() if PLAIN.get(k) != v}, length
 
 
-def plain(r: Result, length: float = 1.0) -> str | None:
-    """The name of the run that is plain TST of that length."""
-    return next((name for name, changed, steps in ways(r) if not changed and steps == length), None)
+def plain(r: Result, length: float = 1.0, bag_size: int = PLAIN["bag_size"]) -> str | None:
+    """The name of the run that is plain TST of that length, or is so but for its bag size."""
+    expected = {} if bag_size == PLAIN["bag_size"] else {"bag_size": bag_size}
+    return next((name for name, changed, steps in ways(r) if changed == expected and steps == length), None)
 
 
 def differences(r: Result, name: str, reference: str) -> list[float]:
@@ -57,6 +58,34 @@ def read(r: Result, name: str) -> str:
 
 Again = dict[tuple[str, str], str]
 """As kept.first_shown tells: runs that stand in an earlier comparison."""
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A variant beside plain TST of the same bag size, seeds, model and steps."""
+
+    result: Result
+    name: str
+    how: str
+    """What differs from plain TST of bags of 4."""
+    values: list[float]
+    """The variant's losses less those of plain TST, seed by seed, without the seeds that chose the variant."""
+
+
+def pairs(found: list[Result], again: Again) -> list[Pair]:
+    """Of every variant, but where an earlier comparison has both runs; a bag size of its own is one of s = 4."""
+    result: list[Pair] = []
+    for r in found:
+        for name, changed, length in ways(r):
+            own = changed.get("bag_size", PLAIN["bag_size"])
+            reference = plain(r) if changed.keys() == {"bag_size"} else plain(r, bag_size=own)
+            earlier = {again.get((r.name, name)), again.get((r.name, reference or ""))}
+            if reference and changed and length == 1 and (len(earlier) > 1 or None in earlier):
+                values = differences(r, name, reference)
+                chose = r.about.get("chose", [])
+                kept = [x for seed, x in zip(r.seeds, values, strict=True) if seed not in chose]
+                result.append(Pair(r, name, ", ".join(f"{k} = {v}" for k, v in changed.items()), kept))
+    return result
 
 
 def over_batches(found: list[Result], again: Again) -> tuple[str, str]:
@@ -103,18 +132,14 @@ def over_batches(found: list[Result], again: Again) -> tuple[str, str]:
 
 
 def against_plain(found: list[Result], again: Again) -> str:
-    """A table of every variant less plain TST of the same seeds and steps, the best first."""
+    """A table of every variant less plain TST of the same bag size, seeds and steps, the best first."""
     table: list[tuple[bool, float, str]] = []
-    for r in found:
-        if reference := plain(r):
-            for name, changed, length in ways(r):
-                if changed and length == 1 and (r.name, name) not in again:
-                    values = differences(r, name, reference)
-                    how = ", ".join(f"{k} = {v}" for k, v in changed.items())
-                    row = (
-                        f"| `{how}` | {told(values)} | {len(values)} | {verdict(values)} | {read(r, name)} | {r.name} |"
-                    )
-                    table.append((len(values) == 1, mean(values), row))
+    for p in pairs(found, again):
+        row = (
+            f"| `{p.how}` | {told(p.values)} | {len(p.values)} | {verdict(p.values)} | {read(p.result, p.name)} | "
+            f"{p.result.name} |"
+        )
+        table.append((len(p.values) == 1, mean(p.values), row))
     head = ["| changed | less plain TST, nats (95%) | seeds | | text read | comparison |", "|---|---|---|---|---|---|"]
     return "\n".join([*head, *(row for *_, row in sorted(table)), ""])
 

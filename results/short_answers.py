@@ -8,7 +8,7 @@ from statistics import mean
 from scipy import stats
 
 from results.kept import SEEDS, Result, told, verdict
-from results.plain import TEXTS, Again, differences, plain, text_of, ways
+from results.plain import TEXTS, Again, differences, pairs, plain, text_of
 from token_superposition.report.contents import short
 
 COUNTED = {"better": "below the baseline", "worse": "above it", "not told from chance": "not told from it"}
@@ -18,7 +18,13 @@ def short_answers(found: list[Result], again: Again) -> str:
     """Bullets; none where no comparison has enough seeds."""
     enough = [r for r in found if len(r.seeds) >= SEEDS]
     of_plain = [r for r in enough if text_of(r) in TEXTS and (name := plain(r)) and (r.name, name) not in again]
-    lines = [*wins(of_plain), *from_where(of_plain), *where(enough), *variants(enough, again)]
+    lines = [
+        *wins(of_plain),
+        *from_where(of_plain),
+        *at_equal_data(enough, again),
+        *where(enough),
+        *variants(enough, again),
+    ]
     return "\n".join([*lines, ""]) if lines else ""
 
 
@@ -70,26 +76,32 @@ def where(enough: list[Result]) -> list[str]:
 
 
 def variants(enough: list[Result], again: Again) -> list[str]:
-    """What of the changes to plain TST is told from chance, each by itself and among all that were looked at."""
-    told_apart: list[str] = []
-    chances: list[float] = []
-    for r in enough:
-        if text_of(r) in TEXTS and (reference := plain(r)):
-            for name, changed, length in ways(r):
-                if changed and length == 1 and (r.name, name) not in again:
-                    values = differences(r, name, reference)
-                    chances.append(stats.ttest_1samp(values, 0).pvalue)  # pyright: ignore
-                    if (judged := verdict(values)) in ("better", "worse"):
-                        how = f"`{', '.join(f'{k} = {v}' for k, v in changed.items())}`"
-                        told_apart.append(f"{how} {told(values)} in {r.name}, {judged}")
-    if not told_apart:
+    """What of the changes to plain TST is told from chance, each by itself and among all of so many seeds."""
+    judged = [p for p in pairs(enough, again) if len(p.values) >= SEEDS]
+    apart = [p for p in judged if verdict(p.values) in ("better", "worse")]
+    if not apart:
         return []
-    left = sum(holm(chances))
+    told_apart = "; ".join(f"`{p.how}` {told(p.values)} in {p.result.name}, {verdict(p.values)}" for p in apart)
+    chances: list[float] = [stats.ttest_1samp(p.values, 0).pvalue for p in judged]  # pyright: ignore
+    left = [f"`{p.how}` ({verdict(p.values)})" for p, rejected in zip(judged, holm(chances), strict=True) if rejected]
     return [
-        f"- Told from plain TST by their own intervals: {'; '.join(told_apart)}. Of the {len(chances)} variants that "
-        f"were looked at {left or 'none'} {'is' if left < 2 else 'are'} told from it after Holm's correction for so "
-        "many chances."
+        f"- Told from plain TST by their own intervals: {told_apart}. After Holm's correction for the {len(judged)} "
+        f"variants of at least {SEEDS} seeds: {', '.join(left) or 'none'}."
     ]
+
+
+def at_equal_data(enough: list[Result], again: Again) -> list[str]:
+    """TST less a baseline that reads as much text, wherever one was run or lies between two that were."""
+    said: list[str] = []
+    for r in enough:
+        for name, c in r.variants.items():
+            equal = c["equal_data"]
+            more = equal["interval"] is not None and equal["ratio"] > c["flops_ratio"]
+            if text_of(r) in TEXTS and more and (r.name, name) not in again:
+                how = "" if equal["how"] == "measured" else f", {equal['how']}"
+                difference = told(equal["delta_val_loss_per_seed"])
+                said.append(f"{difference} with {name} in {r.name} ({equal['ratio']:.3g} x the steps{how})")
+    return [f"- At equal data, less a baseline that reads as much text: {'; '.join(said)}."] if said else []
 
 
 def holm(chances: list[float], level: float = 0.05) -> list[bool]:

@@ -8,6 +8,7 @@ import re
 import shutil
 import xml.etree.ElementTree as ElementTree
 from collections import Counter
+from dataclasses import asdict
 from itertools import pairwise
 from pathlib import Path
 from statistics import mean
@@ -25,15 +26,16 @@ from results.copying import main as copying
 from results.copying import repeated_pairs
 from results.corpora import Language, invented, random_strings, with_strings, write
 from results.figures import ahead
-from results.findings import memorised
+from results.findings import cut_short, memorised
 from results.findings import write as write_findings
 from results.kept import Result, first_shown, load
 from results.memorisation import losses
 from results.memorisation import main as memorisation
-from results.plain import PLAIN, against_plain, over_batches, recipes
+from results.plain import PLAIN, against_plain, over_batches, pairs, recipes
 from results.short_answers import short_answers
 from tests.sweep.settings import swept
 from tests.sweep.test_report import made_up
+from tests.test_accountings import run
 from token_superposition.data.plan import ValidationSet
 from token_superposition.data.store import TokenStore
 from token_superposition.experiment.config import load_config
@@ -118,8 +120,7 @@ def made_of(
     """Baseline 3, tst 2.9, each further variant 0.1 below the one before; every seed is 0.01 above the one before."""
     names = ["baseline", "tst", *variants]
     runs = [
-        {"name": n, "seed": s, "val_loss": 3 - 0.1 * i + 0.01 * s, "latent_tokens": 8000, "parameters": 1000}
-        | {"epochs": epochs}
+        asdict(run(n, s, 100, 3 - 0.1 * i + 0.01 * s)) | {"latent_tokens": 8000, "epochs": epochs}
         for i, n in enumerate(names)
         for s in range(seeds)
     ]
@@ -155,6 +156,52 @@ def test_plain_tst_is_found_wherever_it_stands() -> None:
     assert row == "| made-up | python | `weighting = exponential` | +0.200 (+0.200 to +0.200) | worse |"
 
 
+def test_a_variant_stands_beside_plain_tst_of_its_own_bag_size() -> None:
+    """Bags of 8 with weights beside bags of 8, which themselves are a variant of bags of 4."""
+    eight: Changed = {"bag_size": 8}
+    alone = made_of(eight, {"exp": (eight | {"weighting": "exponential"}, 1.0)}, seeds=3)
+    assert [(p.name, p.how) for p in pairs([alone], {})] == [("exp", "bag_size = 8, weighting = exponential")]
+    both = made_of({}, {"eight": (eight, 1.0), "exp": (eight | {"weighting": "exponential"}, 1.0)}, seeds=3)
+    assert [(p.name, mean(p.values)) for p in pairs([both], {})] == [
+        ("eight", pytest.approx(-0.1)),
+        ("exp", pytest.approx(-0.1)),  # and 0.2 below bags of 4
+    ]
+
+
+def test_a_pair_is_left_out_only_where_both_of_its_runs_stand_before() -> None:
+    r = made_of({}, {"exp": ({"weighting": "exponential"}, 1.0)}, seeds=3)
+    assert len(pairs([r], {("made-up", "exp"): "before"})) == 1
+    assert len(pairs([r], {("made-up", "exp"): "before", ("made-up", "tst"): "elsewhere"})) == 1
+    assert not pairs([r], {("made-up", "exp"): "before", ("made-up", "tst"): "before"})
+
+
+def test_a_seed_that_chose_a_variant_does_not_judge_it() -> None:
+    r = made_of({}, {"exp": ({"weighting": "exponential"}, 1.0)}, seeds=3)
+    (lucky,) = [x for x in r.summary["runs"] if (x["name"], x["seed"]) == ("exp", 1)]
+    lucky["val_loss"] -= 1
+    r.about["chose"] = [1]
+    assert [p.values for p in pairs([r], {})] == [[pytest.approx(-0.1)] * 2]
+    assert "| two seeds: a lead |" in against_plain([r], {})
+
+
+def test_equal_data_is_among_the_short_answers() -> None:
+    """The baseline that reads as much as tst takes 2 x the steps here, and ends 0.1 below it."""
+    r = made_of({}, {}, seeds=3)
+    longer = [asdict(run("baseline-x2", s, 200, 2.8 + 0.01 * s)) for s in range(3)]
+    r.summary["runs"] += longer
+    assert "as much text: +0.100 (+0.100 to +0.100) with tst in made-up (2 x the steps)." in short_answers([r], {})
+
+
+def test_of_a_comparison_cut_short_nothing_is_shown_beside_a_run_that_decays_elsewhere(tmp_path: Path) -> None:
+    (tmp_path / "about.toml").write_text('question = "?"\ntext = "t"\ncommand = "c"\nnote = "n"\n')
+    (tmp_path / "config.toml").write_text("[train]\nsteps = 100\ndecay_ratio = 0.1\n")
+    lines = ["name,seed,step,loss,val_loss"]
+    lines += [f"{name},0,{step},,{loss}" for name, loss in (("baseline-x2", 3), ("tst", 2)) for step in (50, 90, 100)]
+    (tmp_path / "curves.csv").write_text("\n".join(lines))
+    page = cut_short(tmp_path)
+    assert "| 90 | 3.0000 | 2.0000 |" in page and "| 100 |" not in page
+
+
 def test_the_short_answers_are_those_of_comparisons_of_three_seeds() -> None:
     weights: Changed = {"weighting": "exponential"}
     won = made_of({}, {"exp": (weights, 1.0)}, seeds=3)
@@ -163,9 +210,7 @@ def test_the_short_answers_are_those_of_comparisons_of_three_seeds() -> None:
     assert by_text.endswith("at least 3 seeds: python: 1 below the baseline.")
     assert by_tokens.endswith("a parameter, python, 1k parameters: -0.100 with 8.0 (made-up).")
     assert "by their own intervals: `weighting = exponential` -0.100" in below and "in made-up, better" in below
-    assert below.endswith(
-        "Of the 1 variants that were looked at 1 is told from it after Holm's correction for so many chances."
-    )
+    assert below.endswith("for the 1 variants of at least 3 seeds: `weighting = exponential` (better).")
     assert short_answers([made_of({}, {})], {}) == ""
     again = {("made-up", "exp"): "another", ("made-up", "tst"): "another"}
     assert short_answers([won], again) == ""  # what was told of it already
@@ -183,7 +228,7 @@ def test_of_many_variants_one_is_told_apart_by_chance() -> None:
             x["val_loss"] = 3.0
     (line,) = [x for x in short_answers([r], {}).splitlines() if "own intervals" in x]
     assert "`bag_size = 6`" in line and "`bag_size = 5`" not in line
-    assert "Of the 4 variants that were looked at none is told from it" in line
+    assert line.endswith("for the 4 variants of at least 3 seeds: none.")
 
 
 def test_runs_that_stand_in_two_comparisons_are_shown_once(kept: Path, tmp_path: Path) -> None:

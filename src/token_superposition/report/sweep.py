@@ -133,7 +133,7 @@ def sweep_rows(contents: SweepContents) -> list[tuple[str, ...]]:
         differences = [r.difference for r in rows]
         known = all(map(math.isfinite, differences)) and not cell.is_baseline
         ends = interval(t_interval(differences) if known else None, "+.4f")
-        if cell == contents.best and contents.summary["best"]["chosen"]["seeds"]:
+        if cell == contents.best and len(rows) > 1 and contents.summary["best"]["chosen"]["seeds"]:
             ends = "see its difference"  # a sentence, without the seeds that chose it
         result.append(
             (
