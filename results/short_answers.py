@@ -38,7 +38,8 @@ def wins(of_plain: list[Result]) -> list[str]:
         for text, count in by_text.items()
     )
     head = f"- Plain TST at the end, by 95% intervals of comparisons of at least {SEEDS} seeds"
-    return [f"{head}: {'; '.join(told_of)}."] if by_text else []
+    alike = "They share seeds, texts and most settings, so they are not independent."
+    return [f"{head}: {'; '.join(told_of)}. {alike}"] if by_text else []
 
 
 def from_where(of_plain: list[Result]) -> list[str]:

@@ -376,7 +376,7 @@ def test_demo_on_this_installation(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert list(runs) == ["baseline", "tst", "baseline-x0.5"] and {r["seed"] for r in runs.values()} == {3}
     assert runs["tst"]["flops"] == runs["baseline"]["flops"] and runs["tst"]["epochs"] < 1
     assert (note is not None) == (runs["tst"]["steps"] < module.STEPS) and summary["note"] == note
-    assert note is None or re.search(r"seen to win with 1,000 steps, here --minutes [1-9]\d*, and", note)
+    assert note is None or re.search(r"seen to win with 1,000 steps, here --minutes [1-9]\d*; with", note)
     assert summary["comparison"]["equal_loss_speedup"] is None or runs["tst"]["val_loss"] > runs["baseline"]["val_loss"]
     write_report(tmp_path / "demo")
     print_table(tmp_path / "demo", console)
