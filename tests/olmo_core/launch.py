@@ -46,19 +46,38 @@ def small_model(architecture: str, **options: Any) -> PreTrainedModel:
 
 
 @dataclass
-class KillAt(Callback):
-    """The process dies after this step, as of power loss: nothing is written, closed or told to the others."""
+class SignalAt(Callback):
+    """The process gets SIGTERM after this step."""
 
     at: int = 0
+    number: int = signal.SIGTERM
 
     def post_step(self) -> None:
         if self.step == self.at:
-            os.kill(os.getpid(), signal.SIGKILL)
+            os.kill(os.getpid(), self.number)
 
 
 def run_training(config: Config, out: Path, tensor_parallel: int = 1, kill_at: int = 0) -> None:
-    callbacks: dict[str, Callback] = {"kill": KillAt(at=kill_at)} if kill_at else {}
+    # As of power loss: nothing is written, closed or told to the others.
+    callbacks: dict[str, Callback] = {"kill": SignalAt(at=kill_at, number=signal.SIGKILL)} if kill_at else {}
     train(config, out, tensor_parallel=tensor_parallel, callbacks=callbacks)
+
+
+def run_documented(data: Path, out: Path) -> None:
+    """The script of the documentation on this process, with the sizes of the tests."""
+    page = Path(__file__).parents[2] / "docs" / "engines" / "olmo_core.md"
+    code = page.read_text().split("```python\n")[1].split("```")[0]
+    for there, here in (
+        ("seed=0)  ", 'seed=0, backend="gloo", shared_filesystem=True)  '),
+        ("10_000, 2048, 64 ", "12, 16, 4 "),
+        ('"data"', repr(str(data))),
+        ("8 * length", "2 * length"),
+        ("warmup_steps=100", "warmup_steps=2"),
+    ):
+        assert code.count(there) == 1, there
+        code = code.replace(there, here)
+    os.chdir(out)
+    exec(code, {"shape": SHAPES["llama"]})
 
 
 def per_token_losses(model: Path, out: Path) -> None:

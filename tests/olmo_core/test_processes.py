@@ -12,13 +12,16 @@ from typing import Any
 
 import pytest
 import torch
+from olmo_core.train.callbacks import ModelMergeCallback
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tests.conftest import VOCAB, once
-from tests.olmo_core.launch import per_token_losses, run_config, run_training, small_model
+from tests.olmo_core.launch import SignalAt, per_token_losses, run_config, run_documented, run_training, small_model
 from tests.processes import launch
+from token_superposition import TokenSuperpositionError
 from token_superposition.data.plan import ValidationSet
 from token_superposition.data.store import TokenStore
+from token_superposition.engines.olmo_core.train import train
 from token_superposition.experiment.config import load_config, save_config
 from token_superposition.experiment.metrics import read_metrics
 from token_superposition.experiment.run import train as train_on_transformers
@@ -127,6 +130,31 @@ def test_one_truth_with_transformers(architecture: str, weighting: str, prepared
     for name in ("loss", "val_loss"):
         assert column(ours, name) == pytest.approx(column(theirs, name), rel=2e-6)
     assert column(ours, "grad_norm") == pytest.approx(column(theirs, "grad_norm"), rel=5e-6)
+
+
+def test_the_script_in_the_documentation(prepared: Path, tmp_path: Path) -> None:
+    """As it stands there, on two processes: it ends with a model that stock transformers loads."""
+    launch(2, run_documented, prepared, tmp_path)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
+    assert model.config.model_type == "llama" and model.config.vocab_size == TokenStore(prepared).meta.vocab_size
+    assert (tmp_path / "checkpoints" / "step12").is_dir()
+
+
+@pytest.mark.parametrize("save_every", [0, 100])
+def test_sigterm_ends_a_run_after_the_step(save_every: int, prepared: Path, tmp_path: Path) -> None:
+    """With checkpoints it writes one and says so; without, it says that there is none."""
+    config = run_config(prepared, steps=60, save_every=save_every)
+    remedy = "goes on from the newest checkpoint" if save_every else "nothing was saved, since --train.save-every is 0"
+    with pytest.raises(TokenSuperpositionError, match=rf"stopped after step 3 of 60; .*{remedy}"):
+        train(config, tmp_path, callbacks={"signal": SignalAt(at=3)})
+    assert (tmp_path / "checkpoints" / "step3").is_dir() == bool(save_every)
+
+
+def test_a_merged_models_validation_is_not_the_runs(whole_run: WholeRun, prepared: Path, tmp_path: Path) -> None:
+    """OLMo-core evaluates it with the same callback, in the same step."""
+    merge = ModelMergeCallback(merge_step=8, merge_last_n_steps=5, enabled=True)
+    train(run_config(prepared, precision="float32", save_every=4), tmp_path, callbacks={"merge": merge})
+    assert column(tmp_path, "val_loss") == column(whole_run("llama", "one"), "val_loss")
 
 
 def test_stock_evaluators_get_a_loss_per_token(whole_run: WholeRun, tmp_path: Path) -> None:

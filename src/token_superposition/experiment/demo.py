@@ -61,8 +61,8 @@ def demo(out: str | Path, minutes: float | None, console: Console, bars: Bars, s
     if steps < STEPS:
         note = (
             f"{minutes:g} minutes are {steps} steps on this machine, too few to expect that TST wins: this demo was "
-            f"seen to win with {STEPS:,} steps, here --minutes {math.ceil(STEPS * step_minutes)}; with 560, and r = 0.4, "
-            "TST lost."
+            f"seen to win with {STEPS:,} steps, here --minutes {math.ceil(STEPS * step_minutes)}; with 560, and "
+            "r = 0.4, TST lost."
         )
         console.print(f"[yellow]note[/yellow]: {note}", soft_wrap=True, highlight=False)
     text_bytes = max(int(raw_tokens * BYTES_PER_TOKEN * 1.1), MIN_TEXT_BYTES)

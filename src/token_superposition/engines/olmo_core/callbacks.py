@@ -18,7 +18,7 @@ from token_superposition.engines.olmo_core.data import PlannedDataLoader, held_o
 from token_superposition.engines.olmo_core.module import TSTTrainModule
 from token_superposition.experiment.metrics import read_metrics, write_metrics
 
-VALIDATION = "eval/validation/CE loss"
+VALIDATION = "validation/CE loss"
 
 
 def plan_of(callback: Callback) -> PlannedDataset:
@@ -75,8 +75,7 @@ class MetricsWriter(Callback):
                 "learning_rate": metrics["optim/LR (group 0)"],
             }
             self._append(line | losses)
-        if VALIDATION in metrics:
-            loss = metrics[VALIDATION]
+        if (loss := metrics.get(f"eval/{VALIDATION}")) is not None:  # not that of a merged model, eval/merged/...
             self._append(line | {"val_loss": loss, "val_bpb": loss * self.bits_per_byte})
 
     def flops(self, step: int) -> float:
@@ -104,13 +103,13 @@ class Validation(EvaluatorCallback):
 
     def perform_eval(self, prefix: str = "eval") -> None:
         assert self.held_out is not None
-        self.trainer.record_metric(VALIDATION, self.loss(self.held_out))
+        self.trainer.record_metric(f"{prefix}/{VALIDATION}", self.loss(self.held_out))
 
     def post_train(self) -> None:
         assert self.final is not None
         if not self.trainer.is_canceled:
             self.final_loss = self.loss(self.final)
-            self.trainer.record_metric(VALIDATION, self.final_loss)
+            self.trainer.record_metric(f"eval/{VALIDATION}", self.final_loss)
 
     def loss(self, dataset: ValidationSet) -> float:
         """Mean over all tokens of ``dataset``, without whole logits; to be called on every rank."""

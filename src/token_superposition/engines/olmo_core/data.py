@@ -7,17 +7,21 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from olmo_core.data import DataLoaderBase
+from olmo_core.data import DataCollator, DataLoaderBase, TextDataLoaderBase
+from olmo_core.train import Duration, DurationUnit
 from torch import Tensor
 from torch.utils.data import DataLoader
 
 from token_superposition.data.plan import PlannedDataset, Sample
 from token_superposition.errors import TokenSuperpositionError
 
-START_ANEW = "start at step 0 with its weights alone (load_path and load_trainer_state=False, another save_folder)"
+START_ANEW = (
+    "start at step 0 with its weights alone (load_path, load_trainer_state=False and load_optim_state=False, another "
+    "save_folder)"
+)
 
 
-class PlannedDataLoader(DataLoaderBase):
+class PlannedDataLoader(TextDataLoaderBase):
     """Reads a ``PlannedDataset`` in its order: step t is samples ``t * B`` to ``(t + 1) * B``, split over the ranks.
 
     A batch of a rank is ``input_ids`` (B / ranks, L) or (B / ranks, L, a) and ``labels`` (B / ranks, L) or
@@ -36,6 +40,7 @@ class PlannedDataLoader(DataLoaderBase):
                 "processes; change train.batch_size or the number of processes"
             )
         super().__init__(
+            collator=DataCollator(pad_token_id=0),  # of stock evaluators, which pad on the right and mask what they pad
             work_dir=work_dir,
             global_batch_size=plan.batch_size * plan.sequence_length,
             dp_world_size=dp_world_size,
@@ -73,6 +78,12 @@ class PlannedDataLoader(DataLoaderBase):
             )
         self.plan.check_fingerprint(state_dict["plan"], START_ANEW)
         self.batches_processed = state_dict["step"]
+        self.tokens_processed = self.batches_processed * self.global_batch_size
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        for batch in DataLoaderBase.__iter__(self):  # that of texts counts every token of a bag, and refuses it
+            self.tokens_processed += self.global_batch_size
+            yield batch
 
     def reshuffle(self, epoch: int | None = None, **kwargs: Any) -> None:
         """Nothing to shuffle: the plan has shuffled the whole run, which is one epoch.
@@ -83,10 +94,16 @@ class PlannedDataLoader(DataLoaderBase):
             raise TokenSuperpositionError(f"epoch {epoch} begins, but {self._one_epoch()}")
         self._epoch = 1
 
-    def check_steps(self, steps: int) -> None:
-        """Raise ``TokenSuperpositionError`` if the plan has fewer steps: at the start of a run, not at its end."""
-        if steps > self.total_batches:
-            raise TokenSuperpositionError(f"the trainer's max_duration is {steps} steps, but {self._one_epoch()}")
+    def check_duration(self, duration: Duration, steps: int | None) -> None:
+        """Raise ``TokenSuperpositionError`` if it is not the plan's, at the start of a run and not at its end.
+
+        A run that ends sooner may have seen nothing but bags. An epoch that is over is so for a longer plan, too.
+        """
+        if duration.unit == DurationUnit.epochs or steps not in (None, self.total_batches):
+            told = f"{duration.value} epochs" if duration.unit == DurationUnit.epochs else f"{steps} steps"
+            raise TokenSuperpositionError(
+                f"the trainer's max_duration is {told}, but {self._one_epoch()} (hard_stop ends a run before that)"
+            )
 
     def _one_epoch(self) -> str:
         n = self.total_batches

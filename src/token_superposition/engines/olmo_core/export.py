@@ -19,17 +19,27 @@ from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 
 def load_weights(model: Transformer, source: PreTrainedModel) -> None:
-    """Copy the weights of a transformers model into ``model``, which may be sharded."""
+    """Copy the weights of a transformers model into ``model``, which may be sharded: that of a train module.
+
+    A train module initialises the model that it is made of, so load afterwards.
+    """
     config: Any = source.config
     state = convert_state_from_hf(config, source.state_dict(), model_type=config.model_type)
     set_model_state_dict(model, state, options=StateDictOptions(full_state_dict=True, strict=True))
+    model._has_loaded_weights = True
 
 
-def export_model(model: Transformer, config: PretrainedConfig, path: Path, tokenizer: Any = None) -> None:
+def is_loaded(model: Transformer) -> bool:
+    """Whether ``load_weights`` has filled it."""
+    return getattr(model, "_has_loaded_weights", False)
+
+
+def export_model(model: Transformer, config: PretrainedConfig, path: str | Path, tokenizer: Any = None) -> None:
     """Write ``model`` as a directory that ``AutoModelForCausalLM.from_pretrained`` loads: aside, then renamed.
 
     ``config`` is the configuration that ``transformer_config`` made the model from. To be called on every rank.
     """
+    path = Path(path)
     state = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
     if get_rank() == 0:
         with init_empty_weights():

@@ -7,7 +7,7 @@ from typing import Any, cast
 
 from olmo_core.nn.feed_forward import FeedForwardConfig
 from olmo_core.nn.layer_norm import LayerNormType
-from olmo_core.nn.lm_head import LMHead, LMHeadConfig, LMHeadType, LMOutputWithLoss
+from olmo_core.nn.lm_head import LMHead, LMHeadConfig, LMHeadType, LMLossImplementation, LMOutputWithLoss
 from olmo_core.nn.transformer import TransformerConfig
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
@@ -30,7 +30,12 @@ class TSTLMHeadConfig(LMHeadConfig):
     """Weights of the places in a target bag."""
 
     def build(self, *, d_model: int, vocab_size: int, init_device: str = "cpu") -> LMHead:
-        """Raises ``TokenSuperpositionError`` for the normalized head."""
+        """Raises ``TokenSuperpositionError`` for the normalized head and for another implementation of the loss."""
+        if self.loss_implementation != LMLossImplementation.default:
+            raise TokenSuperpositionError(
+                f"TSTLMHeadConfig: loss_implementation is {str(self.loss_implementation)!r}, but the head has a loss "
+                "of its own, which makes no whole logits either; leave loss_implementation out"
+            )
         if self.name != LMHeadType.default:
             raise TokenSuperpositionError(f"TSTLMHeadConfig: name is {str(self.name)!r}; {NO_NGPT}")
         return TSTLMHead(

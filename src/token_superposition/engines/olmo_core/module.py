@@ -10,13 +10,14 @@ from olmo_core.data.utils import get_labels
 from olmo_core.nn.lm_head import LMOutputWithLoss
 from olmo_core.nn.transformer import NormalizedTransformer, Transformer
 from olmo_core.optim import SkipStepOptimizer
-from olmo_core.optim.scheduler import Scheduler
+from olmo_core.optim.scheduler import Scheduler, SchedulerUnits
 from olmo_core.train.callbacks import SpeedMonitorCallback
 from olmo_core.train.train_module import TransformerTrainModule
 from torch import Tensor
 
 from token_superposition.embedding import superpose
 from token_superposition.engines.olmo_core.data import PlannedDataLoader, step_counts
+from token_superposition.engines.olmo_core.export import is_loaded
 from token_superposition.engines.olmo_core.model import NO_NGPT, TSTLMHead
 from token_superposition.errors import TokenSuperpositionError
 from token_superposition.schedule import WSD
@@ -30,7 +31,8 @@ class TSTTrainModule(TransformerTrainModule):
     target counts less on a rank that has more of them. A ``SkipStepOptimizer`` compares a step with earlier ones of the
     same bag sizes, since the loss jumps at a switch.
 
-    Raises ``TokenSuperpositionError`` for a model without such a head, and for bags without labels.
+    Raises ``TokenSuperpositionError`` for a model without such a head or with loaded weights, which the stock module
+    initialises anew; for a z-loss; for bags without labels; and for a trainer of other steps than the plan's.
     """
 
     def __init__(self, model: Transformer, *args: Any, **kwargs: Any):
@@ -41,15 +43,24 @@ class TSTTrainModule(TransformerTrainModule):
                 f"the model's head is {type(model.lm_head).__name__}, which takes no bags of targets; build the model "
                 "with lm_head=TSTLMHeadConfig(...), with the layer_norm, bias and dtype of its LMHeadConfig"
             )
+        if is_loaded(model):
+            raise TokenSuperpositionError(
+                "the model has loaded weights, and a train module initialises its model anew; build the module first "
+                "and call load_weights(module.model, ...) after it"
+            )
         super().__init__(model, *args, **kwargs)
+        if self.z_loss_multiplier is not None:
+            raise TokenSuperpositionError(
+                f"z_loss_multiplier is {self.z_loss_multiplier:g}; the loss on bags has no separate z-loss, so leave "
+                "it None"
+            )
         self._history: dict[tuple[torch.Size, torch.Size], tuple[list[Tensor], list[Tensor]]] = {}
         superpose(self.model)  # after FSDP, which puts a class of its own in front of the embedding's
 
     def pre_train(self) -> None:
         super().pre_train()
-        trainer = self.trainer  # with a hard_stop it may end before the plan does
-        if isinstance(trainer.data_loader, PlannedDataLoader) and trainer.max_steps and trainer.hard_stop is None:
-            trainer.data_loader.check_steps(trainer.max_steps)
+        if isinstance(loader := self.trainer.data_loader, PlannedDataLoader):
+            loader.check_duration(self.trainer.max_duration, self.trainer.max_steps)
 
     def train_batch(self, batch: dict[str, Any], dry_run: bool = False) -> None:
         if "labels" not in batch:
@@ -61,6 +72,8 @@ class TSTTrainModule(TransformerTrainModule):
             batch["labels"] = get_labels(batch, label_ignore_index=self.label_ignore_index)
         has_target = batch["labels"] != self.label_ignore_index
         self._positions = (has_target.any(-1) if has_target.dim() == 3 else has_target).sum()
+        if (kept := batch.get("instance_mask")) is not None:  # as in the stock module: left out, but counted
+            self._positions = self._positions + (~kept).sum() * batch["labels"].shape[1]
         if isinstance(self.optim, SkipStepOptimizer) and not dry_run:
             bags, optim = (batch["input_ids"].shape[2:], batch["labels"].shape[2:]), cast(Any, self.optim)
             optim._losses, optim._grad_norms = self._history.setdefault(bags, ([], []))
@@ -76,14 +89,24 @@ class TSTTrainModule(TransformerTrainModule):
 
 @dataclass
 class PlannedWSD(Scheduler):
-    """The learning rate of ``token_superposition.WSD``: one curve through every switch."""
+    """The learning rate of ``token_superposition.WSD``: one curve through every switch.
 
-    total_steps: int = 1
+    Over ``total_steps``, or over those of the trainer's ``max_duration``.
+    Raises ``TokenSuperpositionError`` for units other than steps, which are what a plan is made of.
+    """
+
+    total_steps: int | None = None
     warmup_steps: int = 0
     decay_ratio: float = 0.1
 
+    def __post_init__(self, *_: Any) -> None:
+        if self.units != SchedulerUnits.steps:
+            raise TokenSuperpositionError(
+                f"PlannedWSD: units is {str(self.units)!r}, but a plan is made of steps; leave units out"
+            )
+
     def get_lr(self, initial_lr: float | Tensor, current: int, t_max: int) -> float | Tensor:
-        factor = WSD(self.total_steps, self.warmup_steps, self.decay_ratio)
+        factor = WSD(self.total_steps or t_max, self.warmup_steps, self.decay_ratio)
         return initial_lr * factor(current - 1)  # OLMo-core counts steps from 1
 
 

@@ -144,9 +144,11 @@ def train(
     trainer = build_trainer(config, out, module, plan, own | dict(callbacks or {}))
     trainer.fit()
     if trainer.global_step < plan.schedule.total_steps:
+        saved = config.train.save_every or config.train.save_at
+        goes_on = "the same command goes on from the newest checkpoint"
+        then = goes_on if saved else "nothing was saved, since --train.save-every is 0"
         raise TokenSuperpositionError(
-            f"the run was stopped after step {trainer.global_step} of {plan.schedule.total_steps}; "
-            "the same command goes on from the newest checkpoint"
+            f"the run was stopped after step {trainer.global_step} of {plan.schedule.total_steps}; {then}"
         )
     export_model(module.model, start.config, out / MODEL, load_tokenizer(str(store.directory / "tokenizer")))
     result = RunResult.of(
@@ -214,6 +216,7 @@ def build_trainer(
         save_overwrite=True,  # what a killed run left behind
         max_duration=Duration.steps(t.steps),
         metrics_collect_interval=t.log_every,
+        cancel_check_interval=1,  # torchrun waits 30 s after SIGTERM
         no_checkpoints=not saves,
     )
     trainer.add_callbacks(
