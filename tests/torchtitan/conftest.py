@@ -68,6 +68,13 @@ RUNS = {
 }
 
 
+# further runs on one process: one that logs its first step only, and the beginning of one of 12 steps
+ALONE = {
+    "sparse": "--config power --metrics.log_freq 100",
+    "beginning": "--config power --training.steps 8 --lr_scheduler.total_steps 12",
+}
+
+
 def torchtitan(configs: Path, processes: int, runs: dict[str, str]) -> None:
     """Run ``{dump folder: flags}`` one after the other in the same processes: one under torchrun, or two."""
     stock = f"--module tests.torchtitan.registry {FLAGS}{TWO if processes > 1 else ''} --dump_folder"
@@ -103,7 +110,8 @@ def write_configs(root: Path, prepared: Path) -> None:
 def runs(tmp_path_factory: pytest.TempPathFactory, configs: Path) -> Path:
     """A directory with a finished run for each of ``RUNS``, and ``NAME-resumed``: taken up again after step 4.
 
-    ``llama-finished`` is a finished run whose command was given again, ``sparse`` one that logs its first step only.
+    ``llama-finished`` is a finished run whose command was given again, ``llama-weights`` one that was taken up again
+    without the state of its loader; and those of ``ALONE``.
     """
     return once(tmp_path_factory, "runs", lambda root: run_all(root, configs))
 
@@ -112,13 +120,16 @@ def run_all(root: Path, configs: Path) -> None:
     for processes in (1, 2):
         chosen = {name: r for name, r in RUNS.items() if r[1] == processes}
         planned = {str(root / n): f"--config {c}{flags}" for n, (c, _, flags) in chosen.items()}
-        also = {"vocabulary": ""} if processes == 2 else {"sparse": "--config power --metrics.log_freq 100"}
+        also = {"vocabulary": ""} if processes == 2 else ALONE
         torchtitan(configs, processes, planned | {str(root / n): flags for n, flags in also.items()})
     saved = {f"{n}-resumed": r for n, r in RUNS.items() if SAVE in r[2]}
     for name in saved:
         before = root / name.removesuffix("-resumed")
         shutil.copytree(before / "checkpoint/step-4", root / name / "checkpoint/step-4")
         shutil.copy(before / "metrics.jsonl", root / name)
+    shutil.copytree(root / "llama-fsdp/checkpoint/step-4", root / "llama-weights/checkpoint/step-4")
+    shutil.copy(root / "llama-fsdp/metrics.jsonl", root / "llama-weights")
+    saved["llama-weights"] = ("llama", 2, SAVE + " --checkpoint.exclude_from_loading dataloader")
     saved["llama-finished"] = RUNS["llama-fsdp"]
     shutil.copytree(root / "llama-fsdp/checkpoint", root / "llama-finished/checkpoint")
     shutil.copy(root / "llama-fsdp/metrics.jsonl", root / "llama-finished")

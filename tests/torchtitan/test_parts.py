@@ -18,6 +18,7 @@ from torchtitan.components.lora import LoRAConverter
 from torchtitan.components.optimizer import LRSchedulersContainer
 from torchtitan.config import ParallelismConfig
 from torchtitan.models.common import Embedding, Linear
+from torchtitan.models.deepseek_v3 import model_registry as deepseek
 from torchtitan.models.llama3 import model_registry
 from transformers.models.qwen3_moe.modeling_qwen3_moe import load_balancing_loss_func
 
@@ -165,6 +166,11 @@ def test_held_out_text_is_read_once(prepared: Path) -> None:
         ({"expert_parallel_degree": 3}, 8, "expert_parallel_degree 3 does not divide the 8 processes"),
         ({"context_parallel_degree": 2}, 8, "context_parallel_degree is 2.*give 1"),
         ({"spmd_backend": "full_dtensor"}, 8, "full_dtensor.*give spmd_types"),
+        (
+            {"pipeline_parallel_degree": 2, "module_fqns_per_model_part": [["tok_embeddings"], ["layers.0", "norm"]]},
+            8,
+            r"a part \['tok_embeddings'\] without a norm, .*put a layer into it",
+        ),
     ],
 )
 def test_processes_that_do_not_divide(flags: dict[str, Any], world: int, match: str) -> None:
@@ -237,6 +243,9 @@ def test_bags_go_into_a_model_of_ones_own() -> None:
     frozen = model_registry("debugmodel", converters=[LoRAConverter.Config(rank=4, target_modules=["w1"])])
     with pytest.raises(TokenSuperpositionError, match=r"embedding FrozenEmbedding.Config, .* subclass of .*BagEmbedd"):
         with_bags(frozen, 320)
+    several = deepseek("debugmodel", num_mtp_layers=1)
+    with pytest.raises(TokenSuperpositionError, match=r"layers for multi-token prediction, .*num_mtp_layers=0"):
+        with_bags(several, 320)
     with pytest.raises(TokenSuperpositionError, match=r"the model Embedding.Config; .*Decoder.Config"):
         with_bags(replace(given, model=given.model.tok_embeddings), 320)
 
@@ -255,6 +264,8 @@ def test_nothing_starts_where_torchtitan_cannot_run(configs: Path) -> None:
         "nowhere holds no prepared data",
         "one block needs",
         "superposition.loss is 'sum-to-one'; the torchtitan engine does not have it",
+        "debug.spmd_typechecking is set, .* leave it out",
+        "lr_scheduler.total_steps 5 is less than training.steps 12; change one",
         "config.dataloader is a BaseDataLoader.Config, .* give a .*torchtitan.data.PlannedLoader.Config",
         "config.loss is a CrossEntropyLoss.Config, .* give a torchtitan.components.loss.ChunkedLossWrapper.Config",
         "config.loss.loss_fn is a CrossEntropyLoss.Config, .* give a .*torchtitan.loss.BagLoss.Config",

@@ -79,6 +79,21 @@ def test_resume_across_the_switch_is_the_same_run(name: str, runs: Path) -> None
     assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
 
 
+def test_the_step_alone_decides_the_samples(runs: Path) -> None:
+    """Also where the state of the loader is not loaded: the phase does not begin anew while its counts go on."""
+    whole, resumed = (read_metrics(runs / n / "metrics.jsonl") for n in ("llama-fsdp", "llama-weights"))
+    for key in ("loss", "grad_norm", "input_bag"):
+        assert column(resumed, key) == column(whole, key), key
+
+
+def test_the_beginning_of_a_longer_run_has_its_phases(runs: Path) -> None:
+    """As the learning rate's curve is that of all steps, so is the switch."""
+    whole, beginning = (read_metrics(runs / n / "metrics.jsonl") for n in ("power-one", "beginning"))
+    for key in ("loss", "learning_rate", "input_bag", "raw_tokens"):
+        assert column(beginning, key) == {s: v for s, v in column(whole, key).items() if s <= 8}, key
+    assert (runs / "beginning/model/config.json").is_file()
+
+
 def test_a_finished_run_is_not_changed_by_its_command(runs: Path) -> None:
     again, before = (read_metrics(runs / n / "metrics.jsonl") for n in ("llama-finished", "llama-fsdp"))
     for m in (again[-1], before[-1]):
@@ -114,9 +129,13 @@ def test_torchtitan_counts_latent_positions(runs: Path) -> None:
 
 
 def test_seconds_count_steps_that_are_not_logged(runs: Path) -> None:
-    """A log follows the first step alone, a validation also steps 4, 8 and 12; it is not counted itself."""
-    seconds = [m["seconds"] for m in read_metrics(runs / "sparse/metrics.jsonl")]
-    assert seconds[0] <= seconds[1] < seconds[2] < seconds[3] < seconds[4] == seconds[5]
+    """A log and a validation follow steps 1, 4, 8 and 12, whatever is asked for: torchtitan stops at losses that are
+    not finite where it logs. A validation is not counted itself."""
+    lines = read_metrics(runs / "sparse/metrics.jsonl")
+    assert [m["step"] for m in lines if "loss" in m] == [1, 4, 8, 12]
+    one, four, eight, twelve = ([m["seconds"] for m in lines if m["step"] == step] for step in (1, 4, 8, 12))
+    assert max(one) < min(four) <= max(four) < min(eight) <= max(eight) < min(twelve)
+    assert twelve[-1] == twelve[-2]  # both validations of the last step
 
 
 @pytest.mark.parametrize("name", ["llama-fsdp", "power-one", "moe-ep"])

@@ -42,8 +42,8 @@ def data_parallel(parallelism: ParallelismConfig, world_size: int) -> int:
     p = parallelism
     if p.context_parallel_degree > 1:
         raise TokenSuperpositionError(
-            f"parallelism.context_parallel_degree is {p.context_parallel_degree}; the torchtitan engine has plain "
-            "causal attention, which torchtitan does not split over positions: give 1"
+            f"parallelism.context_parallel_degree is {p.context_parallel_degree}; the torchtitan engine does not split "
+            "bags over positions: give 1"
         )
     if p.spmd_backend == "full_dtensor":
         raise TokenSuperpositionError(
@@ -58,6 +58,12 @@ def data_parallel(parallelism: ParallelismConfig, world_size: int) -> int:
             f"{p.tensor_parallel_degree} x {p.pipeline_parallel_degree} x {p.data_parallel_replicate_degree} x "
             f"{p.data_parallel_shard_degree}; change parallelism or --nproc-per-node"
         )
+    for part in p.module_fqns_per_model_part or []:
+        if not any(name == "norm" or name.startswith("layers.") for name in part):
+            raise TokenSuperpositionError(
+                f"parallelism.module_fqns_per_model_part has a part {part} without a norm, of which one of the "
+                "optimizer's groups would be empty; put a layer into it"
+            )
     sharding = world_size // (p.pipeline_parallel_degree * p.data_parallel_replicate_degree)
     if sharding % p.expert_parallel_degree:
         raise TokenSuperpositionError(
@@ -112,18 +118,35 @@ def _tensor_divides(tensor: int, value: int, what: str, where: str) -> None:
         )
 
 
-def routers_balance(settings: Any, parallelism: ParallelismConfig, compiled: bool) -> None:
-    """The auxiliary loss of a mixture of experts looks at all layers and at whole sequences."""
+def planned_steps(steps: int, of_curve: int | None) -> int:
+    """Those of the learning rate's curve, of which ``steps`` may be the first; the phases are shares of them."""
+    if of_curve is not None and of_curve < steps:
+        raise TokenSuperpositionError(
+            f"lr_scheduler.total_steps {of_curve} is less than training.steps {steps}; change one of them"
+        )
+    return of_curve or steps
+
+
+def routers_balance(settings: Any, parallelism: ParallelismConfig, compiled: bool) -> bool:
+    """Whether there are no experts or something balances them: the auxiliary loss of a mixture of experts.
+
+    It looks at all layers and at whole sequences. Raises ``TokenSuperpositionError`` where these are divided.
+    """
+    without = (
+        "to train without it, set output_router_logits = false under [model.options] of a TOML file, and nothing "
+        "balances the experts"
+    )
     if not balance_coefficient(settings):
-        return
+        return not getattr(settings, "num_experts", None)
     for name in ("tensor_parallel_degree", "pipeline_parallel_degree"):
         if getattr(parallelism, name) > 1:
             raise TokenSuperpositionError(
                 f"parallelism.{name} is {getattr(parallelism, name)}; the router's auxiliary loss needs 1: use expert "
-                "parallelism, or set model.options.output_router_logits to false to train without it"
+                f"parallelism; {without}"
             )
     if compiled:
         raise TokenSuperpositionError(
-            "compile.enable is true, and the router's auxiliary loss is not compiled: give --compile.no-enable, "
-            "or set model.options.output_router_logits to false to train without it"
+            "compile.enable is true, and the router's auxiliary loss is not compiled: give --compile.no-enable; "
+            f"{without}"
         )
+    return True

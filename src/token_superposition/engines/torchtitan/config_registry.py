@@ -112,7 +112,6 @@ def trainer_config(config: Config, name: str) -> TSTTrainer.Config:
             last_save_model_only=False,
             keep_latest_k=0,
             initial_load_path=None if start is None else str(Path(start).resolve()),
-            initial_load_model_only=start is not None,
             initial_load_in_hf=start is not None,
         ),
         validator=Validator.Config(

@@ -18,7 +18,10 @@ from token_superposition.data.store import TokenStore
 from token_superposition.engines.torchtitan.loss import IGNORED
 from token_superposition.schedule import Schedule
 
-START_ANEW = "start at step 0 with its weights alone (--checkpoint.initial_load_path, another --dump_folder)"
+START_ANEW = (
+    "start at step 0 with its weights alone (--checkpoint.enable, --checkpoint.initial_load_path with the absolute "
+    "path of its step-N, --checkpoint.no-initial_load_in_hf, another --dump_folder)"
+)
 Batch = tuple[dict[str, Tensor], Tensor]
 
 
@@ -32,6 +35,8 @@ class PlannedLoader(BaseDataLoader):
 
     @dataclass(kw_only=True, slots=True)
     class Config(BaseDataLoader.Config):
+        dataset: Annotated[str, tyro.conf.Suppress] = ""
+        """Not read: the text is that of ``dataset_path``."""
         seed: int = 0
         """Decides the order of the data."""
         common_bag: int = 1
@@ -79,13 +84,16 @@ class PlannedLoader(BaseDataLoader):
             first = (k * self.dp_world_size + self.dp_rank) * b
             yield list(range(first, first + b))
 
+    def begin_at(self, step: int) -> None:
+        self.micro_batches = step * self.per_step
+
     def state_dict(self) -> dict[str, Any]:
         return {"step": self.micro_batches // self.per_step, "plan": self.plan.fingerprint()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Raises ``TokenSuperpositionError`` for the state of another plan."""
         self.plan.check_fingerprint(state_dict["plan"], START_ANEW)
-        self.micro_batches = state_dict["step"] * self.per_step
+        self.begin_at(state_dict["step"])
 
 
 class HeldOutLoader(BaseDataLoader):

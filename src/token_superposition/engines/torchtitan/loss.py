@@ -7,10 +7,11 @@ never exist whole. The loss and its gradient by the logits are made in one pass,
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 import torch.distributed as dist
+import tyro
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torchtitan.components.loss import BaseLoss
@@ -35,9 +36,9 @@ class BagLoss(BaseLoss):
 
     @dataclass(kw_only=True, slots=True)
     class Config(BaseLoss.Config):
-        weighting: Weighting = "uniform"
-        """Weights of the places in a target bag."""
-        vocab_size: int = 0
+        weighting: Annotated[Weighting, tyro.conf.Suppress] = "uniform"
+        """Weights of the places in a target bag. Set by the trainer: ``superposition.weighting``."""
+        vocab_size: Annotated[int, tyro.conf.Suppress] = 0
         """Set by the trainer from the data."""
 
     def __init__(self, config: Config, *, compile_config: CompileConfig | None = None):

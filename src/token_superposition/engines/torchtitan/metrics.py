@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -50,20 +51,32 @@ class BagMetrics(MetricsProcessor):
         writer = _get_metrics_rank(parallel_dims=parallel_dims, pp_schedule=pp_schedule)
         self.path = Path(dump_folder) / METRICS if dist.get_rank() == writer else None
         self.seconds = 0.0
+        self.also_logged: Callable[[int], bool] = lambda step: False
         self._mark = time.perf_counter()
 
     def start(
-        self, schedule: Schedule, batch_size: int, sequence_length: int, step: int, bits_per_byte: float | None
+        self,
+        schedule: Schedule,
+        counts: tuple[int, int],  # sequences of a step, positions of a sequence
+        step: int,
+        last_step: int,
+        bits_per_byte: float | None,
+        also_logged: Callable[[int], bool],
     ) -> None:
         """Lines that a resumed run writes again, after ``step`` and of the last validation, are dropped."""
-        self.schedule, self.counts, self.bits_per_byte = schedule, (batch_size, sequence_length), bits_per_byte
+        self.schedule, self.counts, self.bits_per_byte = schedule, counts, bits_per_byte
+        self.also_logged = also_logged
         if self.path is not None:
             kept = read_metrics(self.path, step)
-            if step == schedule.total_steps and kept and "val_loss" in kept[-1]:
+            if step == last_step and kept and "val_loss" in kept[-1]:
                 kept.pop()
             self.seconds = kept[-1]["seconds"] if kept else 0.0
             self.path.parent.mkdir(parents=True, exist_ok=True)
             write_metrics(self.path, kept)
+
+    def should_log(self, step: int) -> bool:
+        """Also what precedes a checkpoint, a validation or the end: torchtitan stops at the losses that it logs."""
+        return super().should_log(step) or self.also_logged(step)
 
     def step_begins(self) -> None:
         self._mark = time.perf_counter()
@@ -83,8 +96,8 @@ class BagMetrics(MetricsProcessor):
         extra = extra_metrics or {}
         super().log(step, global_avg_loss, global_max_loss, grad_norm, extra | self._counts(step))
         self.step_ends()
-        rates = [v for k, v in extra.items() if k.startswith("lr/")]  # torchtitan has one for each group of parameters
-        self._write(step, {"loss": global_avg_loss, "grad_norm": grad_norm, "learning_rate": rates[0]})
+        *_, rate = (v for k, v in extra.items() if k.startswith("lr/"))  # of the last group, which has the matrices
+        self._write(step, {"loss": global_avg_loss, "grad_norm": grad_norm, "learning_rate": rate})
 
     def log_validation(self, loss: float, step: int, extra_metrics: dict[str, Any] | None = None) -> None:
         super().log_validation(loss, step, extra_metrics)

@@ -148,7 +148,8 @@ def model_spec(settings: PretrainedConfig, sequence_length: int, batch_size: int
 def with_bags(spec: ModelSpec, vocab_size: int) -> ModelSpec:
     """A model of one's own, with our embedding in place of torchtitan's; the rest of it stays.
 
-    Raises ``TokenSuperpositionError`` for an embedding that is not torchtitan's, and fewer tokens than the data has.
+    Raises ``TokenSuperpositionError`` for an embedding that is not torchtitan's, for layers of multi-token prediction,
+    and for fewer tokens than the data has.
     """
     model = spec.model
     if not isinstance(model, Decoder.Config):
@@ -163,6 +164,11 @@ def with_bags(spec: ModelSpec, vocab_size: int) -> ModelSpec:
         raise TokenSuperpositionError(
             f"config.model_spec has the embedding {type(embedding).__qualname__}, which does not read bags; give a "
             "subclass of token_superposition.engines.torchtitan.embedding.BagEmbedding"
+        )
+    if getattr(model, "mtp_layers", None):
+        raise TokenSuperpositionError(
+            "config.model_spec has layers for multi-token prediction, with which torchtitan has no chunked loss; "
+            "give num_mtp_layers=0"
         )
     _holds_vocabulary(model.vocab_size, vocab_size)
     return replace(spec, model=replace(model, tok_embeddings=embedding))

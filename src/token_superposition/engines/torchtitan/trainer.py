@@ -28,6 +28,7 @@ from token_superposition.engines.torchtitan.checks import (
     logits_divide,
     machine,
     model_divides,
+    planned_steps,
     routers_balance,
 )
 from token_superposition.engines.torchtitan.data import HeldOutLoader, PlannedLoader
@@ -35,6 +36,7 @@ from token_superposition.engines.torchtitan.export import export_model
 from token_superposition.engines.torchtitan.loss import BagLoss
 from token_superposition.engines.torchtitan.metrics import BagMetrics
 from token_superposition.engines.torchtitan.models import checked_settings, model_spec, with_bags
+from token_superposition.errors import TokenSuperpositionError
 from token_superposition.experiment.config import ModelConfig
 from token_superposition.experiment.superposition import SuperpositionConfig
 
@@ -68,16 +70,25 @@ class TSTTrainer(Trainer):
         expect("metrics", config.metrics, BagMetrics.Config)
         machine()
         config.superposition.refuse_variants("torchtitan")
+        if config.debug.spmd_typechecking:
+            raise TokenSuperpositionError(
+                "debug.spmd_typechecking is set, and the loss of bags has no types for it; leave it out"
+            )
         processes = data_parallel(parallelism, int(os.environ.get("WORLD_SIZE", 1)))
         training.local_batch_size = batch_sizes(training.global_batch_size, training.local_batch_size, processes)
-        self.schedule = config.superposition.schedule(training.steps)
+        whole = planned_steps(training.steps, config.lr_scheduler.total_steps)
+        self.schedule = config.superposition.schedule(whole)
         self.store = Path(dataloader.dataset_path or "data")
         meta = Meta.load(self.store)
         self.settings = None
         if config.model_spec is None:
             self.settings = checked_settings(config.model, meta.vocab_size, meta.eos_id, training.seq_len)
             model_divides(self.settings, parallelism)
-            routers_balance(self.settings, parallelism, config.compile.enable)
+            if not routers_balance(self.settings, parallelism, config.compile.enable):
+                logger.warning(
+                    "Nothing balances the experts: model.options.output_router_logits is false, and with it the "
+                    "auxiliary loss is off"
+                )
             config.model_spec = model_spec(self.settings, training.seq_len, training.global_batch_size)
             if not training.disable_cuda_graphs and parallelism.expert_parallel_degree > 1:
                 logger.warning("CUDA graphs are disabled: torchtitan has none for this expert parallelism")
@@ -86,7 +97,8 @@ class TSTTrainer(Trainer):
             config.model_spec = with_bags(config.model_spec, meta.vocab_size)
         vocab_size = cast(Decoder.Config, config.model_spec.model).vocab_size
         logits_divide(vocab_size, parallelism, training.seq_len, loss.num_chunks)
-        config.hf_assets_path = str(self.store / "tokenizer")
+        if Path(config.hf_assets_path).name == "tokenizer":  # the default, of torchtitan and of the registry
+            config.hf_assets_path = str(self.store / "tokenizer")
         dataloader.schedule = self.schedule
         dataloader.global_batch_size = training.global_batch_size
         dataloader.plan(training.seq_len)
@@ -95,10 +107,11 @@ class TSTTrainer(Trainer):
         self.bits_per_byte = None
         if isinstance(config.validator.dataloader, HeldOutLoader.Config):
             held_out = config.validator.dataloader
-            held_out.dataset_path = str(self.store)
+            held_out.dataset_path = held_out.dataset_path or str(self.store)
+            held_out_text = Meta.load(Path(held_out.dataset_path)).validation
             self.validated = training.local_batch_size * processes
             config.validator.steps = held_out.steps(training.seq_len, self.validated)
-            self.bits_per_byte = 1 / math.log(2) / meta.validation.bytes_per_token
+            self.bits_per_byte = 1 / math.log(2) / held_out_text.bytes_per_token
         super().__init__(config)
         for part in self.model_parts:
             BalancedRouter.link(part)
@@ -110,13 +123,13 @@ class TSTTrainer(Trainer):
             for inputs, targets in data_iterable:
                 yield {**inputs, "targets": targets}, targets if targets.dim() == 2 else targets.amax(-1)
 
-        # torchtitan asks for the batches when it has loaded its checkpoint: self.step is where the run starts.
+        # torchtitan asks for the batches when it has loaded its checkpoint: self.step is where the run starts, also
+        # where the state of the loader was left out of it.
+        cast(PlannedLoader, self.dataloader).begin_at(self.step)
+        training = self.config.training
+        counts = (training.global_batch_size, training.seq_len)
         cast(BagMetrics, self.metrics_processor).start(
-            self.schedule,
-            self.config.training.global_batch_size,
-            self.config.training.seq_len,
-            self.step,
-            self.bits_per_byte,
+            self.schedule, counts, self.step, training.steps, self.bits_per_byte, self.something_follows
         )
         return super().batch_generator(one_label_a_position())
 
@@ -137,14 +150,19 @@ class TSTTrainer(Trainer):
                 logger.info("The CUDA graph is captured again: its inputs have another shape")
                 cudagraph_teardown()
                 self.fwd_bwd_fn = wrap_with_cuda_graph(self._forward_backward_body)
-        metrics, checkpoint = cast(BagMetrics, self.metrics_processor), self.config.checkpoint
+        metrics = cast(BagMetrics, self.metrics_processor)
         metrics.step_begins()
         super().train_step(data_iterator)
-        validates = self.config.validator.enable and self.validator.should_validate(self.step)
-        saves = checkpoint.enable and self.step % checkpoint.interval == 0
-        if validates or saves or self.step == self.config.training.steps:
+        if self.something_follows(self.step):
             device_module.synchronize()  # what follows is not training
         metrics.step_ends()
+
+    def something_follows(self, step: int) -> bool:
+        """Whether a validation, a checkpoint or the end comes after it: none of a loss that is not finite."""
+        checkpoint = self.config.checkpoint
+        validates = self.config.validator.enable and self.validator.should_validate(step)
+        saves = checkpoint.enable and step % checkpoint.interval == 0
+        return validates or saves or step == self.config.training.steps
 
     def train(self) -> None:
         super().train()
