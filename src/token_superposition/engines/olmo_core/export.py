@@ -26,7 +26,8 @@ def load_weights(model: Transformer, source: PreTrainedModel) -> None:
     config: Any = source.config
     state = convert_state_from_hf(config, source.state_dict(), model_type=config.model_type)
     set_model_state_dict(model, state, options=StateDictOptions(full_state_dict=True, strict=True))
-    model._has_loaded_weights = True
+    marked: Any = model
+    marked._has_loaded_weights = True
 
 
 def is_loaded(model: Transformer) -> bool:
