@@ -150,7 +150,7 @@ def recipes(found: list[Result], length: float = 1.1) -> str:
         "| comparison | text | recipe | less plain TST of 1.1 x the steps, nats (95%) | |",
         "|---|---|---|---|---|",
     ]
-    saves: set[bool] = set()
+    saves: list[bool] = []
     for r in found:
         if reference := plain(r, length):
             for name, changed, steps in ways(r):
@@ -158,8 +158,11 @@ def recipes(found: list[Result], length: float = 1.1) -> str:
                     values = differences(r, name, reference)
                     how = ", ".join(f"{k} = {v}" for k, v in changed.items())
                     judged = verdict(values)
-                    saves.add(judged == "better")
+                    saves.append(judged == "better")
                     lines.append(f"| {r.name} | {text_of(r)} | `{how}` | {told(values)} | {judged} |")
-    if saves == {False}:
+    if saves and not any(saves):
         lines += ["", "Nothing that was tried is shown to, so the default of `tst train` is plain TST."]
+    elif not all(saves):
+        shown = f"{sum(saves)} of {len(saves)} are shown to"
+        lines += ["", f"{shown}, which is no rule, so the default of `tst train` is plain TST."]
     return "\n".join([*lines, ""])
