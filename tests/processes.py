@@ -7,6 +7,7 @@ launchers, of signals or of an interpreter that starts afresh, it says of ``pyth
 from __future__ import annotations
 
 import contextlib
+import faulthandler
 import multiprocessing
 import multiprocessing.forkserver
 import os
@@ -52,6 +53,7 @@ def _call(log: str, environment: dict[str, str], directory: str, target: Callabl
     os.environ.clear()
     os.environ.update(environment)
     os.chdir(directory)
+    faulthandler.dump_traceback_later(TIMEOUT - 10)  # of a process that hangs, where
     target(*args)
 
 

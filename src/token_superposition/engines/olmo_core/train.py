@@ -226,7 +226,9 @@ def build_trainer(
                 fixed_steps=list(t.save_at),
                 pre_train_checkpoint=False,
                 max_checkpoints=None,
-                save_async=module.device.type == "cuda",
+                # In the background each rank records its duration when it is done. Where that falls between two
+                # collections of metrics, OLMo-core 3.0 reduces tensors of different shapes and hangs.
+                save_async=False,
             ),
             "console_logger": ConsoleLoggerCallback(log_interval=t.log_every),
             "speed_monitor": TSTSpeedMonitor(),
