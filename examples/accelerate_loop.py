@@ -7,6 +7,7 @@ accelerate launch -m examples.accelerate_loop --data data --steps 200
 from __future__ import annotations
 
 import argparse
+import json
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -51,10 +52,12 @@ def main(argv: Sequence[str] | None = None) -> list[float]:
     tokens = np.memmap(args.data / "train.bin", dtype=np.uint16, mode="r")
     schedule = Schedule.two_phase(args.steps, args.bag_size, args.ratio)
     batch_size = args.micro_batch_size * args.accumulate * accelerator.num_processes
-    loader = DataLoader(PlannedDataset(tokens, schedule, args.length, batch_size), args.micro_batch_size)
+    plan = PlannedDataset(tokens, schedule, args.length, batch_size)
+    loader = DataLoader(plan, args.micro_batch_size)
     model, optimizer, loader = accelerator.prepare(model, optimizer, loader)
     step = args.resume
     if step:
+        plan.check_fingerprint(json.loads((args.out / f"step-{step}/plan.json").read_text()), "begin again")
         accelerator.load_state(args.out / f"step-{step}")
     losses: list[float] = []
     while step < args.steps:
@@ -75,6 +78,8 @@ def main(argv: Sequence[str] | None = None) -> list[float]:
                     accelerator.print(f"step {step}: loss {loss.item():.4f}")
                 if step == args.save_at:
                     accelerator.save_state(args.out / f"step-{step}")
+                    if accelerator.is_main_process:
+                        (args.out / f"step-{step}/plan.json").write_text(json.dumps(plan.fingerprint()))
                 if step == args.steps:
                     break
     accelerator.unwrap_model(model).save_pretrained(args.out / "model")

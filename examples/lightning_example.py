@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Iterator, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset, DistributedSampler, Sampler
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from token_superposition import Schedule, multi_hot_cross_entropy, superpose
@@ -43,7 +44,7 @@ class InOrder(Sampler[int]):
     def __init__(self, samples: int, first: int, rank: int, processes: int):
         self.samples, self.first, self.rank, self.processes = samples, first, rank, processes
 
-    def __len__(self) -> int:
+    def __len__(self) -> int:  # of the whole run, whose batches Lightning counts
         return self.samples // self.processes
 
     def __iter__(self) -> Iterator[int]:
@@ -51,18 +52,21 @@ class InOrder(Sampler[int]):
 
 
 class Superposition(lightning.Callback):
-    """Lets the model read bags; logs bag size and raw tokens."""
-
-    def __init__(self, schedule: Schedule):
-        self.schedule = schedule
+    """Lets the model read bags; logs bag size and raw tokens; keeps a run to its plan."""
 
     def on_fit_start(self, trainer: lightning.Trainer, module: Any) -> None:
         superpose(module.model)
 
     def on_train_batch_start(self, trainer: lightning.Trainer, module: Any, batch: Any, i: int) -> None:
-        counts = (trainer.datamodule.sequences, trainer.datamodule.length, trainer.global_step)
-        raw_tokens = float(self.schedule.raw_tokens(*counts))
-        module.log_dict({"bag": float(self.schedule.at(trainer.global_step).input_bag), "raw_tokens": raw_tokens})
+        plan, step = trainer.datamodule.plan, i // trainer.accumulate_grad_batches
+        raw_tokens = float(plan.schedule.raw_tokens(plan.batch_size, plan.sequence_length, step))
+        module.log_dict({"bag": float(plan.schedule.at(step).input_bag), "raw_tokens": raw_tokens})
+
+    def on_save_checkpoint(self, trainer: lightning.Trainer, module: Any, checkpoint: dict[str, Any]) -> None:
+        checkpoint["plan"] = trainer.datamodule.plan.fingerprint()
+
+    def on_load_checkpoint(self, trainer: lightning.Trainer, module: Any, checkpoint: dict[str, Any]) -> None:
+        trainer.datamodule.plan.check_fingerprint(checkpoint["plan"], "begin again without --resume")
 
 
 class Text(lightning.LightningDataModule):
@@ -70,22 +74,24 @@ class Text(lightning.LightningDataModule):
         super().__init__()
         self.folder, self.length, self.batch_size, self.schedule = folder, length, batch_size, schedule
 
-    @property
-    def sequences(self) -> int:
-        """Of one optimizer step: what all processes read, in all accumulated batches."""
-        return self.batch_size * self.trainer.world_size * self.trainer.accumulate_grad_batches
+    @cached_property
+    def plan(self) -> PlannedDataset:
+        sequences = self.batch_size * self.trainer.world_size * self.trainer.accumulate_grad_batches  # of a step
+        return PlannedDataset(self.tokens("train"), self.schedule, self.length, sequences)
 
     def tokens(self, split: str) -> np.ndarray:
         return np.memmap(self.folder / f"{split}.bin", dtype=np.uint16, mode="r")
 
     def train_dataloader(self) -> DataLoader[dict[str, Tensor]]:
-        plan = PlannedDataset(self.tokens("train"), self.schedule, self.length, self.sequences)
-        first = self.trainer.global_step * self.sequences
-        order = InOrder(len(plan), first, self.trainer.global_rank, self.trainer.world_size)
-        return DataLoader(plan, self.batch_size, sampler=order)
+        done = self.trainer.fit_loop.epoch_loop.batch_progress.current.ready  # batches, also inside a step
+        first = done * self.batch_size * self.trainer.world_size
+        order = InOrder(len(self.plan), first, self.trainer.global_rank, self.trainer.world_size)
+        return DataLoader(self.plan, self.batch_size, sampler=order)
 
     def val_dataloader(self) -> DataLoader[dict[str, Tensor]]:
-        return DataLoader(Blocks(self.tokens("val"), self.length), self.batch_size)
+        blocks = Blocks(self.tokens("val"), self.length)
+        share = DistributedSampler(blocks, self.trainer.world_size, self.trainer.global_rank, shuffle=False)
+        return DataLoader(blocks, self.batch_size, sampler=share)
 
 
 class CausalLM(lightning.LightningModule):
@@ -103,7 +109,8 @@ class CausalLM(lightning.LightningModule):
 
     def validation_step(self, batch: dict[str, Tensor], i: int) -> None:
         logits = self.model(batch["input_ids"]).logits
-        self.log("val_loss", F.cross_entropy(logits.flatten(0, 1), batch["shift_labels"].flatten()), prog_bar=True)
+        loss = F.cross_entropy(logits.flatten(0, 1), batch["shift_labels"].flatten())
+        self.log("val_loss", loss, prog_bar=True, sync_dist=True)
 
     def configure_optimizers(self) -> Any:
         return torch.optim.AdamW(self.parameters(), lr=2e-3, betas=(0.9, 0.95))
@@ -120,6 +127,7 @@ def main(argv: Sequence[str] | None = None) -> list[float]:
     parser.add_argument("--length", type=int, default=64)
     parser.add_argument("--width", type=int, default=64)
     parser.add_argument("--save-every", type=int, default=100)
+    parser.add_argument("--val-every", type=int, default=100)
     parser.add_argument("--resume", type=Path, help="a checkpoint")
     parser.add_argument("--bag-size", type=int, default=4)
     parser.add_argument("--ratio", type=float, default=0.3)
@@ -142,10 +150,12 @@ def main(argv: Sequence[str] | None = None) -> list[float]:
     trainer = lightning.Trainer(
         max_steps=args.steps,
         devices=args.devices,
-        callbacks=[checkpoints, Superposition(schedule)],
+        callbacks=[checkpoints, Superposition()],
         gradient_clip_val=1.0,
         accumulate_grad_batches=args.accumulate,
-        use_distributed_sampler=False,  # the plan's order is shared out by InOrder
+        use_distributed_sampler=False,  # InOrder shares out the plan's steps
+        check_val_every_n_epoch=None,  # an epoch is the whole run
+        val_check_interval=args.val_every * args.accumulate,
         logger=False,
         default_root_dir=args.out,
     )

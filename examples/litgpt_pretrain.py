@@ -55,12 +55,13 @@ def main(argv: Sequence[str] | None = None) -> list[float]:
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--micro-batch-size", type=int, default=8)
     parser.add_argument("--accumulate", type=int, default=2)
+    parser.add_argument("--devices", default="1")
     parser.add_argument("--length", type=int, default=64)
     parser.add_argument("--width", type=int, default=64)
     parser.add_argument("--bag-size", type=int, default=4)
     parser.add_argument("--ratio", type=float, default=0.3)
     args = parser.parse_args(argv)
-    fabric = L.Fabric(devices=1)
+    fabric = L.Fabric(devices=args.devices)
     fabric.launch()
     fabric.seed_everything(0, verbose=False)
     config = Config.from_name(
@@ -75,10 +76,12 @@ def main(argv: Sequence[str] | None = None) -> list[float]:
     optimizer = fabric.setup_optimizers(torch.optim.AdamW(model.parameters(), lr=2e-3, betas=(0.9, 0.95)))
     tokens = {split: np.memmap(args.data / f"{split}.bin", dtype=np.uint16, mode="r") for split in ("train", "val")}
     schedule = Schedule.two_phase(args.steps, args.bag_size, args.ratio)
-    plan = PlannedDataset(tokens["train"], schedule, args.length, args.micro_batch_size * args.accumulate)
-    train_loader = DataLoader(plan, args.micro_batch_size)
+    batch_size = args.micro_batch_size * args.accumulate * fabric.world_size
+    plan = PlannedDataset(tokens["train"], schedule, args.length, batch_size)
+    train_loader = plan.loader(args.micro_batch_size, rank=fabric.global_rank, world_size=fabric.world_size)
     val_loader = DataLoader(Blocks(tokens["val"], args.length), args.micro_batch_size)
-    train_loader, val_loader = fabric.setup_dataloaders(train_loader, val_loader)
+    train_loader = fabric.setup_dataloaders(train_loader, use_distributed_sampler=False)
+    val_loader = fabric.setup_dataloaders(val_loader)
 
     losses: list[float] = []
     max_iters = args.steps * args.accumulate

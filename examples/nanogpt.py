@@ -104,6 +104,8 @@ def main(argv: Sequence[str] | None = None) -> list[float]:
         model.load_state_dict(checkpoint["model"])
         optimizer.load_state_dict(checkpoint["optimizer"])
         first = checkpoint["step"]
+        if checkpoint["phases"][:-1] != schedule.changes[:-1]:
+            raise SystemExit(f"the checkpoint has phases {checkpoint['phases']}, these are {schedule.changes}")
 
     losses: list[float] = []
     for step in range(first, args.steps):
@@ -122,7 +124,7 @@ def main(argv: Sequence[str] | None = None) -> list[float]:
         if (step + 1) % args.save_every == 0 or step + 1 == args.steps:
             args.out.mkdir(parents=True, exist_ok=True)
             state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step + 1}
-            torch.save(state, args.out / "ckpt.pt")
+            torch.save(state | {"phases": schedule.changes}, args.out / "ckpt.pt")
     print(f"validation loss {validate(model, args.data / 'val.bin', args.block_size, args.batch_size):.4f}")
     return losses
 

@@ -77,7 +77,8 @@ def section(r: Result, again: dict[tuple[str, str], str]) -> str:
     lines = [
         f"### {r.about['question']}",
         "",
-        f"Text: {r.about['text']}. {r.setting}. {baselines(r)}, seeds {', '.join(map(str, r.seeds))}.",
+        f"Text: {r.about['text']}{', read in blocks' if r.in_blocks else ''}. {r.setting}. {baselines(r)}, seeds "
+        f"{', '.join(map(str, r.seeds))}.",
         "",
         "| variant | difference, nats (95%) | speed-up to equal loss (95%) | by seed | |",
         "|---|---|---|---|---|",
@@ -181,6 +182,10 @@ on held-out text in nats per token; an interval is Student's t over paired seeds
 ([how to read a comparison](compare.md)). The texts come from `python -m results.corpora`. Sections of one seed or two
 say so, whatever their intervals are; further leads, and what was tried and left, are in the [log](../LOG.md).
 Parameters are counted with embedding and head, 0.26M of the 0.59M here and 0.13M of the 0.21M.
+
+*Read in blocks* is the order of the text before 2026-11-27: an ordinary step read pieces of blocks that bags fit into,
+which lay closer together than by chance. That makes the baseline worse and so flatters TST; by how much was measured in
+`proof-cpu` alone ([log](../LOG.md)).
 
 ![Differences of all comparisons with their intervals](findings_forest.svg)
 

@@ -58,6 +58,11 @@ class Result:
         )
 
     @property
+    def in_blocks(self) -> bool:
+        """Read in the order of the text before 2026-11-27, which flatters TST (LOG.md)."""
+        return "common_bag" in self.summary["config"]["data"]
+
+    @property
     def seeds(self) -> list[int]:
         return sorted({r["seed"] for r in self.summary["runs"]})
 

@@ -253,16 +253,6 @@ def test_a_sample_of_bytes_that_are_no_text_fits_into_a_sequence(
     assert prompt_of([byte], tokenizer, 2) == ("", 1)  # it begins a document
 
 
-def test_all_runs_read_blocks_into_which_every_bag_fits() -> None:
-    """4 for TST, 6 for the variant, and what the data are asked to be shared with."""
-    base = replace(Config(), superposition=replace(Config().superposition, bag_size=4))
-    six = Variant("six", replace(base.superposition, bag_size=6))
-    base = replace(base, compare=CompareConfig(variants=(six,)))
-    for common_bag, expected in ((1, 12), (5, 60)):
-        jobs = jobs_of(replace(base, data=replace(base.data, common_bag=common_bag)))
-        assert [j.config.data.common_bag for j in jobs] == [expected] * 3
-
-
 def test_further_seeds_leave_the_runs_of_the_first_where_they_are() -> None:
     """So that they are skipped as done."""
     config = replace(Config(), compare=CompareConfig(seeds=(3,), baseline_lengths=(1.0, 2.0)))

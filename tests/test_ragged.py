@@ -125,7 +125,9 @@ def test_samples_begin_where_the_plain_plan_has_them(
     tokens = g.integers(0, 6, 3000)
     boundaries = Boundaries(g.random(6) < 0.3, g.random(6) < 0.3)
     schedule = Schedule(Phase(2, *b) for b in bags)
-    plain, ragged = (PlannedDataset(tokens, schedule, length, 2, seed, 1, shift, b) for b in (None, boundaries))
+    plain, ragged = (
+        PlannedDataset(tokens, schedule, length, 2, seed, shift=shift, boundaries=b) for b in (None, boundaries)
+    )
     for i in range(len(plain)):
         start, phase = plain.start_of(i), schedule.at(i // 2)
         assert ragged.start_of(i) == start

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 _MASK = (1 << 64) - 1
 
 
@@ -29,11 +31,10 @@ def permute(index: int, n: int, key: tuple[int, ...]) -> int:
     """A keyed pseudo-random permutation of ``range(n)``, computed for one index without a table.
 
     A four-round Feistel network over the next even number of bits; values past ``n`` are permuted again until they
-    fall inside (cycle walking), which keeps it a bijection.
+    fall inside (cycle walking), which keeps it a bijection. Where ``n`` and ``m`` have as many bits, most of
+    ``range(n)`` goes where it goes in ``range(m)``.
     """
-    half = max((n - 1).bit_length() + 1, 2) // 2
-    mask = (1 << half) - 1
-    k = _fold(key)
+    half, mask, k = _network(n, key)
     while True:
         left, right = index >> half, index & mask
         for r in range(4):
@@ -41,3 +42,21 @@ def permute(index: int, n: int, key: tuple[int, ...]) -> int:
         index = (left << half) | right
         if index < n:
             return index
+
+
+def place_of(index: int, n: int, key: tuple[int, ...]) -> int:
+    """Where ``index`` comes from: ``permute(place_of(index, n, key), n, key) == index``."""
+    half, mask, k = _network(n, key)
+    while True:
+        left, right = index >> half, index & mask
+        for r in reversed(range(4)):
+            left, right = right ^ (_mix(k ^ (left << 3) ^ r) & mask), left
+        index = (left << half) | right
+        if index < n:
+            return index
+
+
+@lru_cache(16)
+def _network(n: int, key: tuple[int, ...]) -> tuple[int, int, int]:
+    half = max((n - 1).bit_length() + 1, 2) // 2
+    return half, (1 << half) - 1, _fold(key)

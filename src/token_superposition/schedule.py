@@ -79,10 +79,12 @@ class Schedule:
         Ratio 0 or bag size 1 is ordinary training. The switch is at step ``round(ratio * total_steps)``,
         or at the last step, which is always an ordinary one.
 
-        Raises ``TokenSuperpositionError`` for a ratio outside [0, 1), and for ``total_steps`` or a bag size that is no
-        whole number of at least 1.
+        Raises ``TokenSuperpositionError`` for a ratio outside [0, 1), for ``total_steps`` or a bag size that is no
+        whole number of at least 1, and for no bag size at all.
         """
         total_steps = require_int("total_steps", total_steps, 1)
+        if bag_size is input_bag is output_bag is None:
+            raise TokenSuperpositionError("bag_size is None; give one, such as 4, or 1 for ordinary training")
         if not isinstance(ratio, Real) or isinstance(ratio, bool) or not 0 <= ratio < 1:
             raise TokenSuperpositionError(
                 f"ratio is {ratio!r}; give a share of the steps in [0, 1): the recovery phase must not be empty"
@@ -189,6 +191,7 @@ class WSD:
     """Learning-rate factor in (0, 1]: linear warm-up, stable, linear decay. One curve through every switch.
 
     Callable as ``factor = wsd(step)`` with a 0-based step, which is what ``torch.optim.lr_scheduler.LambdaLR`` takes.
+    accelerate steps a prepared scheduler once for each process: there with ``step_scheduler_with_optimizer=False``.
 
     Raises ``TokenSuperpositionError`` for ``total_steps`` that are no whole number of at least 1, ``warmup_steps`` that
     are none of at least 0, a ``decay_ratio`` outside [0, 1], and for a warm-up and a decay that together are longer

@@ -175,10 +175,10 @@ def test_losses(hidden: Any, weight: Any, targets: Any, places: Any, options: di
 
 
 @fuzz
-@given(st.integers(0, 400), SMALL, SMALL, SMALL, SMALL, st.booleans(), st.sampled_from([1, 2, 4]))
-def test_plan(n: int, length: Any, batch: Any, seed: Any, common: Any, shift: bool, bag: int) -> None:
+@given(st.integers(0, 400), SMALL, SMALL, SMALL, st.booleans(), st.sampled_from([1, 2, 4]))
+def test_plan(n: int, length: Any, batch: Any, seed: Any, shift: bool, bag: int) -> None:
     tokens, schedule = np.arange(n, dtype=np.uint16), Schedule.two_phase(4, bag, 0.5)
-    plan = outcome(lambda: PlannedDataset(tokens, schedule, length, batch, seed, common, shift))
+    plan = outcome(lambda: PlannedDataset(tokens, schedule, length, batch, seed, shift=shift))
     if plan is not None and len(plan) < 1000:
         for i in range(len(plan)):
             ids = plan[i]["input_ids"].flatten()

@@ -98,7 +98,7 @@ def test_a_rate_with_which_all_diverges_is_a_result(
 ) -> None:
     config, out = tiny_sweep[0][1], shutil.copytree(tiny_sweep[1], tmp_path / "out")  # the other rate is done there
     rates = ["--sweep.learning-rates", "0.003", "1e20", "--sweep.bag-sizes", "2", "--compare.seeds", "3"]
-    arguments = ["sweep", config, *rates, "--data.common-bag", "4", "--out", str(out)]
+    arguments = ["sweep", config, *rates, "--out", str(out)]
     assert main(arguments) == 0
     printed = capsys.readouterr().out
     assert printed.count("diverged: the run") == 2 and "learning rate 0.003" in printed

@@ -1,13 +1,17 @@
 """The planned dataset: sample i is a fixed function of (tokens, schedule, seed, i).
 
-The stream is cut into blocks of ``sequence_length * lcm(bag sizes)`` tokens. Every epoch visits the blocks in another
-seeded order, each once. A step of bag size ``a`` reads samples of ``sequence_length * a`` contiguous tokens out of a
-window of consecutive blocks of that order, and the samples of a window are shuffled. Where a block holds one sample, a
-window has ``batch_size`` blocks; where it holds several, ``MIXED_BATCHES`` times as many, so that pieces of one block
-are as far from each other, in batches and in steps, as the rest of the text: an ordinary run must not learn worse than
-from shuffled sequences only because its blocks are long enough for bags. A switch starts a new window; steps that come
-back to an input bag size go on in the window that it left unfinished, so bag sizes may also change with every step.
-Resuming needs the step and nothing else.
+The stream is cut into blocks of ``sequence_length * lcm(bag sizes)`` tokens, which every epoch puts in another seeded
+order. Each input bag size has a stretch of that order to itself: that of the last phase all that the others leave, the
+others as many blocks as their steps read. A step of bag size ``a`` reads samples of ``sequence_length * a`` contiguous
+tokens, shuffled over the whole stretch of ``a``. Where a block holds several, a stretch is longer than its steps need,
+up to an eighth of the text, so that pieces of one block do not come close to each other even in a short phase.
+
+The last stretch goes through its samples in an order of the whole text, and passes over those of other stretches. So
+runs over one text, with one seed and sequence length, that begin with bags and end without read ordinary sequences in
+the order in which a run without bags does: after as many raw tokens they are at the same place in it (but for the
+rounding of stretches to blocks, and where bags leave less than a sixteenth of the text).
+
+Bag sizes may change with every step, the last phase may become longer, and resuming needs the step and nothing else.
 """
 
 from __future__ import annotations
@@ -16,43 +20,32 @@ import operator
 import reprlib
 import warnings
 import zlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from math import ceil, lcm
+from math import ceil
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset
+from torch.utils.data import DataLoader, Dataset, Sampler
 
 from token_superposition.bags import fold, ragged_fold, span
 from token_superposition.data.boundaries import Boundaries
 from token_superposition.errors import TokenSuperpositionError, require_int
-from token_superposition.permutation import draw, permute
+from token_superposition.permutation import draw, permute, place_of
 from token_superposition.schedule import Phase, Schedule
 
 Sample = dict[str, Tensor]
-MIXED_BATCHES = 32
-"""Blocks of a window for each sequence of a batch; fewer where that would be more than an eighth of the text."""
 
 
 @dataclass(frozen=True)
-class _PhasePlan:
-    phase: Phase
-    first_step: int
-    done: int
-    """Earlier steps with the same input bag."""
-    unfinished: int
-    """First block of the window in which those steps stopped, if they stopped inside one."""
-    first_block: int
-    """First block of the windows that this phase opens."""
-    per_block: int
-    """Samples in a block."""
-    window_blocks: int
+class _Stretch:
+    """Blocks for one input bag size, by their places in the order; places go on through the epochs."""
 
-    def window_steps(self, batch_size: int) -> int:
-        return self.window_blocks * self.per_block // batch_size
+    first: int
+    end: int | None
+    """None: there is none."""
 
 
 def _one_axis(tokens: Any) -> Any:
@@ -77,6 +70,20 @@ def _ids_at(tokens: Any, start: int, stop: int) -> np.ndarray:
     return raw
 
 
+def count_blocks(tokens: int, schedule: Schedule, sequence_length: int) -> int:
+    """Blocks that a text of so many tokens has; raises ``TokenSuperpositionError`` if it is shorter than one."""
+    lookahead = max(p.output_bag for p in schedule.phases)
+    bags = sorted({p.input_bag for p in schedule.phases})
+    block = sequence_length * schedule.common_bag
+    if tokens < block + lookahead:
+        fits = "" if schedule.common_bag in bags else f", into which bags of {', '.join(map(str, bags))} fit"
+        raise TokenSuperpositionError(
+            f"the text has {tokens} tokens, one block needs {block + lookahead} (sequence length {sequence_length} x "
+            f"bag {schedule.common_bag}{fits}); prepare more text or a shorter sequence"
+        )
+    return (tokens - lookahead) // block
+
+
 def check_fingerprint(here: Mapping[str, Any], saved: Mapping[str, Any], remedy: str) -> None:
     """Raise ``TokenSuperpositionError`` if ``saved`` is the fingerprint of other samples; it says what differs."""
     if differ := [k for k in here if saved.get(k) != here[k]]:
@@ -95,25 +102,19 @@ class PlannedDataset(Dataset[Sample]):
         input_ids     (L,) or (L, input_bag)  int64
         shift_labels  (L,) or (L, output_bag) int64, already shifted: position j's targets are at index j
 
-    ``common_bag`` (a multiple of every bag size) widens the blocks: give runs that are compared the same one and they
-    cut the stream at the same places. ``shift`` starts every sample 0 to a - 1 tokens later, drawn for its index, so
-    that the boundaries of bags fall anywhere: neighbours then overlap or leave out up to a - 1 tokens. The text ends
-    where it ends: its last sample starts no later than fits in. For bags of one token it changes nothing.
+    ``shift`` starts every sample 0 to a - 1 tokens later, drawn for its index, so that the boundaries of bags fall
+    anywhere: neighbours then overlap or leave out up to a - 1 tokens. The text ends where it ends: its last sample
+    starts no later than fits in. For bags of one token it changes nothing.
 
     ``boundaries`` ends bags early, so that none reaches over a boundary (``ragged_fold``: empty places are -1 in
     input_ids, -100 in shift_labels). A sample begins where it would begin without them and has the same tokens at its
     disposal; those that its L ragged bags do not come to are passed over. For bags of one token it changes nothing.
 
-    The ``Trainer`` and accelerate share out a step among processes. In a loop of your own, this gives every process its
-    samples of every step, from ``first_step`` on (``shuffle=False``: another order mixes the phases)::
-
-        left = Subset(plan, range(first_step * plan.batch_size, len(plan)))
-        sampler = DistributedSampler(left, world_size, rank, shuffle=False)
-        loader = DataLoader(left, plan.batch_size // (world_size * accumulate), sampler=sampler)
+    The ``Trainer`` and accelerate share out a step among processes; ``loader`` does it for a loop of your own. One
+    epoch of a plan is the whole run: what reads it again begins again with the bags.
 
     Raises ``TokenSuperpositionError`` if the stream is shorter than one block or has several axes, and for a sample
-    with an id below 0; warns if it is read more than once, or part of it is: a phase that ends inside a window leaves
-    some of its blocks unread.
+    with an id below 0; warns if the text is read more than once, or part of it is.
     """
 
     def __init__(
@@ -123,7 +124,7 @@ class PlannedDataset(Dataset[Sample]):
         sequence_length: int,
         batch_size: int,
         seed: int = 0,
-        common_bag: int = 1,
+        *,
         shift: bool = False,
         boundaries: Boundaries | None = None,
     ):
@@ -134,32 +135,25 @@ class PlannedDataset(Dataset[Sample]):
         self.sequence_length = sequence_length = require_int("sequence_length", sequence_length, 1)
         self.batch_size = batch_size = require_int("batch_size", batch_size, 1)
         self.seed = require_int("seed", seed, 0)
-        self.block_bags = lcm(schedule.common_bag, require_int("common_bag", common_bag, 1))
+        self.block_bags = schedule.common_bag
         self.block_tokens = sequence_length * self.block_bags
-        # Of runs that have the same common bag the same, whatever they do with it: then they have the same blocks.
-        lookahead = max(self.block_bags, *(p.output_bag for p in schedule.phases))
-        self.blocks = (len(tokens) - lookahead) // self.block_tokens
-        if self.blocks < 1:
-            raise TokenSuperpositionError(
-                f"the text has {len(tokens)} tokens, one block needs {self.block_tokens + lookahead} "
-                f"(sequence length {sequence_length} x bag {self.block_bags}); prepare more text or a shorter sequence"
-            )
-        mixed = batch_size * max(1, min(MIXED_BATCHES, self.blocks // (8 * batch_size)))
-        self._phases: list[_PhasePlan] = []
-        done: dict[int, int] = {}  # steps so far, by input bag
-        unfinished: dict[int, int] = {}
-        block = 0
-        for first_step, phase in zip(schedule.starts, schedule.phases, strict=True):
-            bag, per_block = phase.input_bag, self.block_bags // phase.input_bag
-            before = done.get(bag, 0)
-            size = mixed if per_block > 1 else batch_size
-            plan = _PhasePlan(phase, first_step, before, unfinished.get(bag, 0), block, per_block, size)
-            self._phases.append(plan)
-            done[bag] = before + phase.steps
-            steps = plan.window_steps(batch_size)
-            if opened := ceil(done[bag] / steps) - ceil(before / steps):
-                block += opened * size
-                unfinished[bag] = block - size
+        self.blocks = count_blocks(len(tokens), schedule, sequence_length)
+        steps: dict[int, int] = {}  # by input bag
+        self._steps_before: list[int] = []
+        """Of each phase the earlier steps with its input bag."""
+        for phase in schedule.phases:
+            self._steps_before.append(steps.setdefault(phase.input_bag, 0))
+            steps[phase.input_bag] += phase.steps
+        last = schedule.phases[-1].input_bag
+        self._stretches: dict[int, _Stretch] = {}
+        first = 0
+        for bag in steps:
+            if bag != last:
+                samples = steps[bag] * batch_size
+                end = first + max(ceil(samples * bag / self.block_bags), min(samples, self.blocks // 8))
+                self._stretches[bag] = _Stretch(first, end)
+                first = end
+        self._stretches[last] = _Stretch(first, None)
         self.epochs = schedule.raw_tokens(batch_size, sequence_length) / (self.blocks * self.block_tokens)
         """How often the run reads the text; above 1, text is repeated."""
         if self.epochs > 1:
@@ -168,11 +162,11 @@ class PlannedDataset(Dataset[Sample]):
                 "so prepare more, or use a smaller bag or ratio",
                 stacklevel=2,
             )
-        elif (missing := block - self.blocks) > 0:
+        elif (missing := first + ceil(steps[last] * batch_size * last / self.block_bags) - self.blocks) > 0:
             warnings.warn(
-                f"the run opens {block} blocks of text and leaves some unfinished, but there are {self.blocks}: up to "
-                f"{missing / self.blocks:.1%} of the text may be read twice while other is not read; prepare about "
-                f"{missing * self.block_tokens:,} tokens more",
+                f"the run leaves parts of blocks of text unread and has {self.blocks} blocks where it needs "
+                f"{missing} more: up to {missing / self.blocks:.1%} of the text may be read twice while other is not "
+                f"read; prepare about {missing * self.block_tokens:,} tokens more",
                 stacklevel=2,
             )
 
@@ -187,11 +181,11 @@ class PlannedDataset(Dataset[Sample]):
         """
         tables = self.boundaries and self.boundaries.before.tobytes() + self.boundaries.after.tobytes()
         return {
+            "order": 2,  # another one with each version that reads another order
             "phases": self.schedule.changes,
             "sequence_length": self.sequence_length,
             "batch_size": self.batch_size,
             "seed": self.seed,
-            "common_bag": self.block_bags,
             "tokens": len(self.tokens),
             "shift": self.shift,
             "boundaries": zlib.crc32(tables) if tables else None,
@@ -202,15 +196,41 @@ class PlannedDataset(Dataset[Sample]):
         check_fingerprint(self.fingerprint(), saved, remedy)
 
     def __getitem__(self, index: int) -> Sample:
-        plan, start = self._locate(index)
-        a, b = plan.phase.input_bag, plan.phase.output_bag
+        phase, start = self._locate(index)
+        a, b = phase.input_bag, phase.output_bag
         raw = _ids_at(self.tokens, start, start + span(self.sequence_length, a, b))
         tokens = torch.from_numpy(raw.astype(np.int64))
-        if self.boundaries is None or not plan.phase.is_superposed:
+        if self.boundaries is None or not phase.is_superposed:
             ids, targets = fold(tokens, a, b)
         else:
             ids, targets = ragged_fold(tokens, torch.from_numpy(self.boundaries.begins(raw)), a, b)
         return {"input_ids": ids, "shift_labels": targets}
+
+    def loader(
+        self, micro_batch_size: int, *, first_batch: int = 0, rank: int = 0, world_size: int = 1, **options: Any
+    ) -> DataLoader[Sample]:
+        """Micro-batches of one process, in order: ``batch_size // (world_size * micro_batch_size)`` of them a step.
+
+        ``first_batch`` of them are passed over: where a run goes on, its steps times those of a step. ``options`` are
+        those of ``DataLoader`` (``num_workers``, ``pin_memory``). The processes read different samples, together those
+        of the plan's step; let no framework put a sampler of its own in the place of this one (Lightning:
+        ``use_distributed_sampler=False``). Warns when it is read again after its end, and begins again with the bags.
+
+        Raises ``TokenSuperpositionError`` if the processes cannot share out a step evenly.
+        """
+        micro = require_int("micro_batch_size", micro_batch_size, 1)
+        world_size, rank = require_int("world_size", world_size, 1), require_int("rank", rank, 0)
+        if rank >= world_size:
+            raise TokenSuperpositionError(f"rank is {rank} of {world_size} processes; they are counted from 0")
+        if self.batch_size % (micro * world_size):
+            raise TokenSuperpositionError(
+                f"the plan has {self.batch_size} sequences a step, of which {world_size} processes cannot read equally "
+                f"many in micro-batches of {micro}; give the plan a batch_size that is a multiple of "
+                f"{micro * world_size}, of all processes and accumulated micro-batches"
+            )
+        first = require_int("first_batch", first_batch, 0) * micro * world_size
+        samples = range(min(first, len(self)) + rank, len(self), world_size)
+        return DataLoader(self, micro, sampler=_Share(samples), **options)
 
     def tokens_per_bag(self, step: int) -> float:
         """Mean number of tokens in an input bag of a step (0-based), less than the bag size where bags are ragged.
@@ -229,26 +249,62 @@ class PlannedDataset(Dataset[Sample]):
         """Index in the token stream of the first token of a sample."""
         return self._locate(index)[1]
 
-    def _locate(self, index: int) -> tuple[_PhasePlan, int]:
+    def _locate(self, index: int) -> tuple[Phase, int]:
         index = operator.index(index)  # numpy's are too short for what is computed with them
         if not 0 <= index < len(self):
             raise IndexError(f"sample {index} of {len(self)}")
-        step, place = divmod(index, self.batch_size)
-        plan = self._phases[self.schedule.phase_index(step)]
-        steps = plan.window_steps(self.batch_size)
-        window, step_in_window = divmod(plan.done + step - plan.first_step, steps)
-        window -= ceil(plan.done / steps)
-        first_block = plan.unfinished if window < 0 else plan.first_block + window * plan.window_blocks
-        place += step_in_window * self.batch_size
-        slot = permute(place, steps * self.batch_size, (self.seed, first_block))
-        block_in_window, place_in_block = slot % plan.window_blocks, slot // plan.window_blocks
-        epoch, block = divmod(first_block + block_in_window, self.blocks)
-        block = permute(block, self.blocks, (self.seed, ~epoch))
-        start = block * self.block_tokens + place_in_block * self.sequence_length * plan.phase.input_bag
+        i = self.schedule.phase_index(index // self.batch_size)
+        phase, begin = self.schedule.phases[i], self.schedule.starts[i] - self._steps_before[i]
+        start = self._sample(phase.input_bag, index - begin * self.batch_size) * self.sequence_length * phase.input_bag
         if not self.shift:
-            return plan, start
-        room = len(self.tokens) - start - span(self.sequence_length, plan.phase.input_bag, plan.phase.output_bag)
-        return plan, start + min(draw(plan.phase.input_bag, (self.seed, index, 1)), room)
+            return phase, start
+        room = len(self.tokens) - start - span(self.sequence_length, phase.input_bag, phase.output_bag)
+        return phase, start + min(draw(phase.input_bag, (self.seed, index, 1)), room)
+
+    def _sample(self, bag: int, i: int) -> int:
+        """Number of the i-th sample of an input bag size, if the text is cut into samples of that size."""
+        stretch, per_block = self._stretches[bag], self.block_bags // bag
+        samples = self.blocks * per_block
+        epoch, place = divmod(stretch.first * per_block + i, samples)
+        of_samples, of_blocks = (self.seed, ~epoch, bag), (self.seed, ~epoch, self.block_bags)
+        if per_block == 1:
+            return permute(place, samples, of_samples)
+        # The places of this epoch that the stretch has.
+        first = max(stretch.first * per_block - epoch * samples, 0)
+        if stretch.end is None and 16 * (samples - first) >= samples:
+            whole = (len(self.tokens) - 1) // (self.sequence_length * bag)  # whatever the length of a block
+            while (
+                True
+            ):  # a sample of another stretch is passed over: on from the place that it has in the blocks' order
+                place = permute(place, whole, of_samples)
+                if place < samples:
+                    sample = place
+                    place = place_of(sample // per_block, self.blocks, of_blocks) * per_block + sample % per_block
+                    if place >= first:
+                        return sample
+        end = samples if stretch.end is None else min(stretch.end * per_block - epoch * samples, samples)
+        place = first + permute(place - first, end - first, of_samples)
+        return permute(place // per_block, self.blocks, of_blocks) * per_block + place % per_block
+
+
+class _Share(Sampler[int]):
+    """Samples of one process, in order."""
+
+    def __init__(self, samples: range):
+        self.samples, self.ended = samples, False
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def __iter__(self) -> Iterator[int]:
+        if self.ended:
+            warnings.warn(
+                "the plan has ended and is read again from its first step, with its bags; one epoch is the whole run: "
+                "plan as many steps as are to be trained",
+                stacklevel=2,
+            )
+        yield from self.samples
+        self.ended = True
 
 
 class ValidationSet(Dataset[Sample]):

@@ -25,8 +25,15 @@ class StreamedPlan(IterableDataset[Sample]):
     those of ``PlannedDataset``: input_ids (L,) or (L, a), shift_labels (L,) or (L, b), int64. ``batch_size`` is the
     number of sequences of one optimizer step over all processes and accumulated micro-batches.
 
+    ``Trainer`` and accelerate deal the samples out to their processes. In a loop of your own every process would read
+    the same ones: give each its part of the documents, and its part of the step as ``batch_size``::
+
+        mine = datasets.distributed.split_dataset_by_node(documents, rank, world_size)
+        plan = StreamedPlan(mine, schedule, sequence_length, batch_size // world_size)
+
     The order is the stream's: shuffle ``documents`` (``shuffle(seed=..., buffer_size=...)``). A stream has no index, so
-    going on at a step means reading up to it again, which is what ``Trainer`` and accelerate do.
+    going on at a step means reading up to it again, which is what ``Trainer`` and accelerate do. One epoch is the whole
+    run: what iterates again begins again with the bags.
 
     Raises ``TokenSuperpositionError`` while iterating for an empty stream, for a document without ``input_ids``, with
     padding or with ids below 0, and for more than one loader worker, which would each read the whole of it; warns where
@@ -64,7 +71,8 @@ class StreamedPlan(IterableDataset[Sample]):
         workers = get_worker_info()
         if workers is not None and workers.num_workers > 1:
             raise TokenSuperpositionError(
-                f"{workers.num_workers} loader workers would each read the whole stream; use one, or none"
+                f"{workers.num_workers} loader workers would each read the whole stream; use one, or none; if it "
+                "cannot keep up, tokenise beforehand (tst prepare) and read a PlannedDataset"
             )
         waiting = np.empty(0, np.int64)  # tokens that were read and not used up
         documents = self._forever()

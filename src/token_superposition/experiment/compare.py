@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import shutil
 from dataclasses import asdict, replace
-from math import lcm
 from pathlib import Path
 from typing import Any
 
@@ -30,9 +29,7 @@ def jobs_of(config: Config, out: Path | None = None) -> list[Job]:
     """
     wanted = config.compare
     variants = (Variant("tst", config.superposition), *wanted.variants)
-    bags = [v.superposition.schedule(v.steps(config.train.steps)).common_bag for v in variants]
-    # A run knows nothing of the others, so that a comparison of more seeds or variants finds it done.
-    config = alone(replace(config, data=replace(config.data, common_bag=lcm(config.data.common_bag, *bags))))
+    config = alone(config)  # a run knows nothing of the others, so that a comparison of more finds it done
     lengths = sorted({1.0, *wanted.baseline_lengths}, reverse=True)
     jobs: list[Job] = []
     for seed in wanted.seeds or (config.train.seed,):

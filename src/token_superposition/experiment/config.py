@@ -47,8 +47,6 @@ class DataConfig:
     """Directory written by tst prepare."""
     sequence_length: int = 1024
     """Latent positions of a sequence (L)."""
-    common_bag: int = 1
-    """A multiple of this bag size fits each block of text that is shuffled; equal in runs that are compared."""
     eval_tokens: int = 65_536
     """Held-out tokens of each validation during training, spread over the held-out text; all if it has fewer."""
     final_eval_tokens: int = 524_288
@@ -225,7 +223,7 @@ class Config:
             require_int(f"train.{name}", getattr(t, name), 0)
         require_seed("train.seed", t.seed)
         require_int("data.sequence_length", self.data.sequence_length, 2)
-        for name in ("common_bag", "eval_tokens", "final_eval_tokens"):
+        for name in ("eval_tokens", "final_eval_tokens"):
             require_int(f"data.{name}", getattr(self.data, name), 1)
         if t.micro_batch_size is not None:
             require_int("train.micro_batch_size", t.micro_batch_size, 1)

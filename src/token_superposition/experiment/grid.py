@@ -64,7 +64,7 @@ class Grid:
     """The cells of a sweep."""
 
     config: Config
-    """With one common bag, so that all runs cut the text at the same places."""
+    """Without what it says of other runs."""
     seeds: tuple[int, ...]
     run_of: dict[Cell, Cell]
     """Every cell beside the baselines, and the cell whose runs are its runs: itself, or one that trains the same."""
@@ -112,7 +112,6 @@ def grid_of(config: Config) -> Grid:
         )
     same: dict[object, Cell] = {}
     run_of: dict[Cell, Cell] = {}
-    bags: list[int] = []
     for weighting, schedule, rate, ratio, s in product(*values):
         cell = Cell(s, ratio, weighting, schedule, rate)
         superposition = cell.superposition(base)
@@ -122,14 +121,11 @@ def grid_of(config: Config) -> Grid:
             continue  # the baseline
         weighs = any(p.output_bag > 1 for p in steps.phases)
         run_of[cell] = same.setdefault((steps, weighting if weighs else "", rate), cell)
-        bags.append(steps.common_bag)
     if not run_of:
         raise TokenSuperpositionError(
             "the sweep has nothing but the baseline: bag size 1 or ratio 0 everywhere; "
             "give more, such as --sweep.bag-sizes 2 4 8"
         )
-    common = math.lcm(config.data.common_bag, *bags)
-    config = replace(config, data=replace(config.data, common_bag=common))
     baselines = tuple(Cell(1, 0.0, "uniform", "switch", rate) for rate in rates)
     return Grid(config, seeds, run_of, baselines)
 

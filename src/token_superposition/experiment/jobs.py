@@ -13,6 +13,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.markup import escape
 
+from token_superposition.data.plan import count_blocks
 from token_superposition.data.store import Meta
 from token_superposition.errors import TokenSuperpositionError
 from token_superposition.experiment.config import CompareConfig, Config, SweepConfig, load_config, save_config
@@ -50,7 +51,8 @@ def alone(config: Config) -> Config:
 
 def check_jobs(jobs: list[Job], out: Path) -> None:
     """Raise ``TokenSuperpositionError`` for what cannot be trained, or not into ``out`` beside what is there."""
-    data = data_digest(Meta.load(Path(jobs[0].config.data.path)))
+    meta = Meta.load(Path(jobs[0].config.data.path))
+    data = data_digest(meta)
     for job in jobs:
         job.config.check()
         directory = out / "runs" / job.directory
@@ -69,6 +71,7 @@ def check_jobs(jobs: list[Job], out: Path) -> None:
                 f"{directory} read another text than {job.config.data.path} holds now, so their losses cannot be "
                 "compared; prepare that text again, or choose another --out"
             )
+        count_blocks(meta.train.tokens, job.config.schedule, job.config.data.sequence_length)
 
 
 def run_jobs(

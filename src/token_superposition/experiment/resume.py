@@ -33,7 +33,7 @@ MAY_CHANGE = (
 )
 """Settings of [train] that a run may go on with: they change neither samples nor losses, but for rounding."""
 OF_THE_DATA = {
-    "data": ("sequence_length", "common_bag"),
+    "data": ("sequence_length",),
     "train": ("seed", "batch_size", "optimizer"),
     "superposition": ("shift", "boundaries", "mtp_heads"),
 }

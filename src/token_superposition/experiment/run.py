@@ -111,7 +111,7 @@ def _train(config: Config, out: Path, launch: Launch, start: Start, report: Repo
     model = build_model(config, store.meta)
     mtp = mtp_heads(config, model)
     tokenizer = load_tokenizer(str(store.directory / "tokenizer"))
-    data = (config.data.sequence_length, config.train.batch_size, config.train.seed, config.data.common_bag)
+    data = (config.data.sequence_length, config.train.batch_size, config.train.seed)
     boundaries = find_boundaries(tokenizer, config.superposition.boundaries)
     plan = PlannedDataset(store, schedule, *data, shift=config.superposition.shift, boundaries=boundaries)
     held_out = ValidationSet(validation, config.data.sequence_length, config.data.eval_tokens)

@@ -129,14 +129,6 @@ def checked(config: Config, out: Path) -> tuple[Grid, Design]:
     if (out / SUMMARY).exists():
         raise TokenSuperpositionError(f"{out} holds a comparison; choose another --out for the sweep")
     grid = grid_of(config)
-    meta = Meta.load(Path(config.data.path))
-    common = grid.config.data.common_bag
-    block = config.data.sequence_length * common + common
-    if block > meta.train.tokens:
-        raise TokenSuperpositionError(
-            f"blocks of text that fit all bag sizes ({common} is their least common multiple) have {block:,} tokens, "
-            f"the text has {meta.train.tokens:,}; prepare more, or leave out bag sizes that are not powers of 2"
-        )
     check_jobs([grid.job(c, seed) for c in (*grid.baselines, *grid.candidates) for seed in grid.seeds], out)
     wanted = config.sweep
     return grid, Design.of(len(grid.candidates), grid.seeds, wanted.keep, wanted.selection_seeds)

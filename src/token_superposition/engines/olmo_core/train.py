@@ -110,14 +110,8 @@ def train(
     first = os.environ.get("RANK", "0") == "0"
     with warnings.catch_warnings():
         warnings.simplefilter("default" if first else "ignore")
-        plan = PlannedDataset(
-            store,
-            config.schedule,
-            config.data.sequence_length,
-            config.train.batch_size,
-            config.train.seed,
-            config.data.common_bag,
-        )
+        length, batch = config.data.sequence_length, config.train.batch_size
+        plan = PlannedDataset(store, config.schedule, length, batch, config.train.seed)
     validation = TokenStore(config.data.path, "validation")
     evaluation = Validation(
         held_out=ValidationSet(validation, config.data.sequence_length, config.data.eval_tokens),

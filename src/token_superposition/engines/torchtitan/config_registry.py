@@ -79,9 +79,7 @@ def trainer_config(config: Config, name: str) -> TSTTrainer.Config:
         superposition=config.superposition,
         dump_folder=f"./outputs/{name}",
         hf_assets_path=str(Path(data.path) / "tokenizer"),
-        dataloader=PlannedLoader.Config(
-            dataset_path=data.path, seed=t.seed, common_bag=data.common_bag, num_workers=t.loader_workers
-        ),
+        dataloader=PlannedLoader.Config(dataset_path=data.path, seed=t.seed, num_workers=t.loader_workers),
         training=TrainingConfig(
             steps=t.steps,
             global_batch_size=t.batch_size,

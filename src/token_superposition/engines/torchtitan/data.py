@@ -39,8 +39,6 @@ class PlannedLoader(BaseDataLoader):
         """Not read: the text is that of ``dataset_path``."""
         seed: int = 0
         """Decides the order of the data."""
-        common_bag: int = 1
-        """A multiple of this bag size fits each block of text that is shuffled; equal in runs that are compared."""
         num_workers: int = 0
         """Processes that read data ahead."""
         pin_memory: bool = False
@@ -54,7 +52,7 @@ class PlannedLoader(BaseDataLoader):
             """Raises ``TokenSuperpositionError`` if there is no text, or too little."""
             assert self.dataset_path is not None and self.schedule is not None
             store, batch = TokenStore(self.dataset_path), self.global_batch_size
-            return PlannedDataset(store, self.schedule, sequence_length, batch, self.seed, self.common_bag)
+            return PlannedDataset(store, self.schedule, sequence_length, batch, self.seed)
 
     def __init__(
         self, config: Config, *, dp_world_size: int, dp_rank: int, seq_len: int, local_batch_size: int, **kwargs: Any

@@ -120,6 +120,7 @@ class TSTTrainer(Trainer):
         self.head = None if isinstance(head, str) else head
         self.whole_logits = head if isinstance(head, str) else ""
         """Why whole logits are made; empty if they are not."""
+        self._told_ordinary = False
         self._without_cache = without_cache(model)
         self._hidden = HiddenStates.of(cast(Any, model).get_decoder()) if self.head else None
         if isinstance(self.train_dataset, Plan):
@@ -198,6 +199,12 @@ class TSTTrainer(Trainer):
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
         if "shift_labels" not in inputs:
+            if model.training and not self._told_ordinary:
+                self._told_ordinary = True
+                logger.warning(
+                    "the batches have labels and no shift_labels, so they are trained on without bags; for TST give a "
+                    "PlannedDataset or a StreamedPlan as train_dataset"
+                )
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         targets: Tensor = inputs["shift_labels"]
         inputs = {k: v for k, v in inputs.items() if k not in ("shift_labels", "labels")} | self._without_cache
