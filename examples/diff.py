@@ -13,6 +13,7 @@ HERE = Path(__file__).parent
 PAGE = HERE.parent / "docs/examples.md"
 NAMES = {
     "nanogpt": "A plain PyTorch loop, as in nanoGPT",
+    "ddp": "A plain PyTorch loop on several processes",
     "hf_trainer": "The transformers Trainer with streaming datasets",
     "lightning_example": "Lightning: a callback and a data module",
     "litgpt_pretrain": "LitGPT pre-training",
@@ -30,13 +31,14 @@ REMARKS = {
     "- Targets of -1, which nanoGPT leaves out of the loss, need `ignore_index=-1`.\n"
     '- Weights of the targets go to the loss: `place_weights("exponential", targets.shape[-1])` while `targets.dim() '
     '== 3`. Those of what is read go to `superpose(model, model.wte, input_weighting="power")`.\n'
-    "- For every token read once, and for several processes (`torchrun`), take the batches from a plan: "
-    "`PlannedDataset(tokens, schedule, length, batch_size).loader(micro_batch_size, rank=rank, "
-    "world_size=world_size)`, where a run goes on with `first_batch=step * micro_batches_of_a_step` "
-    "([reference](reference.md#data)). Under DDP the loss must come out of the `forward` that DDP wraps, as in this "
-    "script's model; gradients of a head or a decoder that is called on `model.module` are not averaged.\n"
+    "- For every token read once, and for several processes (`torchrun`), take the batches from a plan, as the next "
+    "script does.\n"
     "- A run may become longer only in its recovery phase: `Schedule.two_phase(longer, ...)` moves the switch, and "
     "the script refuses to go on. `Schedule([Phase(90, 4, 4), Phase(longer - 90)])` keeps it where it was.",
+    "ddp": "The plan has the whole run's steps, and `loader` gives each process its micro-batches of every step; "
+    "where a run goes on, `first_batch` passes over those that were read. Save `plan.fingerprint()` in the "
+    "checkpoint, and give it to `plan.check_fingerprint` then. The loss comes out of the `forward` that DDP wraps: "
+    "gradients of a decoder or a head that is called on `model.module` are not averaged, and nothing says so.",
     "hf_trainer": "The `Trainer` is one line. The other change is that samples of bags are longer than the blocks "
     "of `group_texts`, so `StreamedPlan` cuts the stream instead; the held-out text still goes through `group_texts` "
     "and is evaluated the stock way. For text on this disk, `PlannedDataset` reads faster and needs no reading up to "

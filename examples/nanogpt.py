@@ -104,7 +104,7 @@ def main(argv: Sequence[str] | None = None) -> list[float]:
         model.load_state_dict(checkpoint["model"])
         optimizer.load_state_dict(checkpoint["optimizer"])
         first = checkpoint["step"]
-        if checkpoint["phases"][:-1] != schedule.changes[:-1]:
+        if checkpoint["phases"] != schedule.changes:
             raise SystemExit(f"the checkpoint has phases {checkpoint['phases']}, these are {schedule.changes}")
 
     losses: list[float] = []

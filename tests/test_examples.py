@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import importlib
 import math
+import os
+import socket
 import subprocess
 import sys
 import time
@@ -15,9 +17,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import datasets
+import lightning
 import numpy as np
 import pytest
 import torch
+from datasets.distributed import split_dataset_by_node
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_hook
@@ -25,7 +30,7 @@ from transformers import AutoModelForCausalLM
 
 from examples import diff, text
 from tests.conftest import once
-from tests.processes import ROOT
+from tests.processes import ROOT, launch
 from token_superposition import Phase, Schedule, TokenSuperpositionError, reference
 from token_superposition.data.stream import StreamedPlan
 from token_superposition.embedding import is_superposed
@@ -38,6 +43,7 @@ LOOPS = {
     "mamba": ["--length", str(LENGTH), "--batch-size", "4"],
     "muon": ["--length", str(LENGTH), "--batch-size", "4"],
     "accelerate_loop": ["--length", str(LENGTH), "--micro-batch-size", "2"],
+    "ddp": ["--length", str(LENGTH), "--micro-batch-size", "2"],
     "lightning_example": ["--length", str(LENGTH), "--batch-size", "4"],
     "litgpt_pretrain": ["--length", str(LENGTH), "--micro-batch-size", "2"],
 }
@@ -61,8 +67,15 @@ def example(name: str, plain: bool = False) -> Any:
 
 
 def run(name: str, *args: str | Path, plain: bool = False) -> list[float]:
-    with warnings.catch_warnings():  # a small text is read more than once, data loaders have no workers
+    # A small text is read more than once, data loaders have no workers.
+    with warnings.catch_warnings(), pytest.MonkeyPatch.context() as patch:
         warnings.simplefilter("ignore")
+        if name == "ddp" and "RANK" not in os.environ:  # as torchrun starts one process
+            with socket.socket() as s:
+                s.bind(("127.0.0.1", 0))
+                port = s.getsockname()[1]
+            for key, value in (("RANK", 0), ("WORLD_SIZE", 1), ("MASTER_ADDR", "127.0.0.1"), ("MASTER_PORT", port)):
+                patch.setenv(key, str(value))
         return example(name, plain).main([str(a) for a in args])
 
 
@@ -193,6 +206,58 @@ def test_lightning_accumulates(data: Path, tmp_path: Path, monkeypatch: pytest.M
     assert [ids.shape[2:] for ids in seen.ids] == [(BAG,)] * STEPS + [()] * STEPS
 
 
+def test_ddp_on_two_processes_trains_the_model_of_one(data: Path, tmp_path: Path) -> None:
+    """Across the switch: two processes read in one micro-batch each what one process accumulates."""
+    arguments = ["--data", str(data), *LOOPS["ddp"], *SMALL, "--ratio", "0.5"]
+    run("ddp", *arguments, "--out", tmp_path / "one")
+    launch(2, run, "ddp", *arguments, "--accumulate", "1", "--out", str(tmp_path / "two"))
+    one, two = (load_file(tmp_path / x / "model/model.safetensors") for x in ("one", "two"))
+    assert one.keys() == two.keys()
+    for name in one:
+        torch.testing.assert_close(two[name], one[name], rtol=1e-4, atol=1e-5)
+
+
+def test_lightning_goes_on_inside_a_step(data: Path, tmp_path: Path) -> None:
+    """With two optimizers, whose steps Lightning counts together; the batches after it are those of the whole run."""
+    module = example("lightning_example")
+
+    class Two(module.CausalLM):
+        def __init__(self) -> None:
+            super().__init__(module.LlamaConfig(
+                vocab_size=256, hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2
+            ))  # fmt: skip
+            self.automatic_optimization, self.read = False, []
+
+        def training_step(self, batch: dict[str, Tensor], i: int) -> None:
+            self.read.append(batch["input_ids"].tolist())
+            module.multi_hot_cross_entropy(self.model(batch["input_ids"]).logits, batch["shift_labels"]).backward()
+            for optimizer in self.optimizers():
+                optimizer.step()
+                optimizer.zero_grad()
+
+        def configure_optimizers(self) -> Any:
+            head, *others = self.parameters()
+            return [torch.optim.AdamW(p) for p in ([head], others)]
+
+    class Save(lightning.Callback):
+        def on_train_batch_end(self, trainer: lightning.Trainer, *args: Any) -> None:
+            if args[-1] == 4:
+                trainer.save_checkpoint(tmp_path / "three.ckpt")
+
+    read = []
+    for checkpoint in (None, tmp_path / "three.ckpt"):
+        trainer = lightning.Trainer(
+            max_epochs=1, callbacks=[module.Superposition(), Save()], use_distributed_sampler=False, logger=False,
+            enable_checkpointing=False, default_root_dir=tmp_path, num_sanity_val_steps=0,
+        )  # fmt: skip
+        model, text = Two(), module.Text(data, LENGTH, 4, Schedule.two_phase(12, 4, 0.5))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            trainer.fit(model, text, ckpt_path=checkpoint)
+        read.append(model.read)
+    assert len(read[0]) == 12 and read[1] == read[0][5:]
+
+
 def test_lightning_on_two_devices_trains_the_model_of_one(data: Path, tmp_path: Path) -> None:
     """Across the switch; each process reads its half of every batch."""
     arguments = ["--data", data, *LOOPS["lightning_example"], *SMALL, "--ratio", "0.5"]
@@ -204,6 +269,20 @@ def test_lightning_on_two_devices_trains_the_model_of_one(data: Path, tmp_path: 
     assert one.keys() == two.keys()
     for name in one:
         torch.testing.assert_close(two[name], one[name], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["nanogpt", "accelerate_loop", "lightning_example"])
+def test_a_run_does_not_go_on_with_another_switch(name: str, data: Path, tmp_path: Path) -> None:
+    """More steps of the same ratio would put a model that is in recovery back to bags."""
+    arguments = ["--data", data, *LOOPS[name], "--width", "16", "--ratio", "0.5", "--out", tmp_path]
+    save, resume = {
+        "nanogpt": ([], ["--resume"]),
+        "accelerate_loop": (["--save-at", "5"], ["--resume", "5"]),
+        "lightning_example": (["--save-every", "6"], ["--resume", tmp_path / "step=6.ckpt"]),
+    }[name]
+    run(name, *arguments, "--steps", "6", *save)
+    with pytest.raises((SystemExit, TokenSuperpositionError), match=r"phases.*\[3, 1, 1\].*\[9, 1, 1\]"):
+        run(name, *arguments, "--steps", "18", *resume)
 
 
 def test_continued_pretraining_begins_with_the_checkpoint(
@@ -258,6 +337,18 @@ def test_trainer_without_tst(prepared: Path, tmp_path: Path) -> None:
     without = run("hf_trainer", *hf_arguments(prepared, tmp_path / "tst"), "--ratio", "0")
     assert plain[-1] < plain[0] and without[-1] < without[0]
     assert without[0] == pytest.approx(plain[0], rel=0.02)  # nearly the same tokens: the block's last one has a target
+
+
+def test_processes_of_a_loop_stream_their_parts_of_the_documents() -> None:
+    """As the docstring says: every process has the run's steps, and no token is read by two."""
+    documents = datasets.Dataset.from_dict({"input_ids": [[*range(i, i + 7)] for i in range(0, 1400, 7)]})
+    read: list[set[int]] = []
+    for rank in (0, 1):
+        mine = split_dataset_by_node(documents.to_iterable_dataset(num_shards=4), rank, 2)
+        samples = list(StreamedPlan(mine, Schedule.two_phase(4, 3, 0.5), 4, batch_size=6 // 2))
+        assert [s["input_ids"].shape for s in samples] == [(4, 3)] * 6 + [(4,)] * 6
+        read.append({int(t) for s in samples for t in s["input_ids"].flatten()})
+    assert not read[0] & read[1] and len(read[0]) == len(read[1]) == 4 * 3 * 6 + 4 * 6
 
 
 @pytest.mark.parametrize("kind", [list, np.array, lambda ids: np.array(ids, np.uint16), torch.tensor])

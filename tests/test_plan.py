@@ -8,6 +8,7 @@ from collections import Counter
 from math import ceil, lcm
 from pathlib import Path
 from typing import Any
+from zlib import crc32
 
 import numpy as np
 import pytest
@@ -56,6 +57,18 @@ def test_the_order_is_that_of_every_version() -> None:
         1889, 1265, 1728, 114, 626, 1122, 776, 1224, 1164, 1004, 264, 1468,
         1812, 1844, 92, 972, 1828, 784, 296, 716, 1940, 1544, 324, 1968,
     ]  # fmt: skip
+    digests = [
+        crc32(repr(starts(PlannedDataset(np.arange(300), Schedule(phases), 2, 4, seed=3))).encode())
+        for phases in (
+            [Phase(4), Phase(3, 4, 4)],
+            [Phase(2, 4, 4), Phase(2, 2, 2), Phase(3)],
+            [Phase(9, 4, 4), Phase(2)],  # bags leave less than a sixteenth
+            [Phase(3, 4, 4), Phase(3, 2, 2)],
+            [Phase(12, 4, 4), Phase(90)],  # and several epochs
+            [Phase(60), Phase(12, 4, 4)],
+        )
+    ]
+    assert digests == [3544018816, 2255948240, 3108710630, 4259271571, 1941143061, 2753859069]
 
 
 @settings(deadline=None)
