@@ -3,21 +3,25 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 from huggingface_hub import ModelCard
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
+from torch import Tensor
+from transformers import AutoModelForCausalLM, GPTNeoConfig
 
 from tests.conftest import VOCAB
 from token_superposition import TokenSuperpositionError
 from token_superposition.cli import main
 from token_superposition.experiment.export import export
 from token_superposition.experiment.metrics import read_metrics
+from token_superposition.experiment.model import load_exactly
 
 STOCK = {
     "config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json",
@@ -120,3 +124,71 @@ def test_what_cannot_be_exported(finished_run: Path, tmp_path: Path, capsys: pyt
     with pytest.raises(TokenSuperpositionError, match=r"has not the weights of its config.json: model.layers.1.mlp"):
         export(tmp_path / "broken", tmp_path / "out")
     assert not (tmp_path / "out").exists() and not list(tmp_path.glob(".*partial"))
+
+
+def lack(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {k: v for k, v in weights.items() if "layers.1.mlp" not in k}
+
+
+def add(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    return weights | {"score.weight": torch.zeros(2, 32)}
+
+
+def reshape(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    return weights | {"model.norm.weight": torch.zeros(16)}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lack, "model.layers.1.mlp.down_proj.weight is missing, "),
+        (add, "config.json: score.weight is left over; save or fetch it again"),
+        (reshape, "config.json: model.norm.weight has shape (16,), not (32,); save or fetch it again"),
+        (None, "holds no causal LM that can be loaded (Error while deserializing header"),
+    ],
+)
+@pytest.mark.parametrize("command", ["eval", "generate", "train", "export"])
+def test_no_command_runs_on_weights_that_are_not_there(
+    command: str,
+    change: Callable[[dict[str, Tensor]], dict[str, Tensor]] | None,
+    message: str,
+    finished_run: Path,
+    prepared: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """``None``: half of the file."""
+    model = tmp_path / "run/model"
+    shutil.copytree(finished_run / "model", model)
+    weights = model / "model.safetensors"
+    if change is None:
+        weights.write_bytes(weights.read_bytes()[: weights.stat().st_size // 2])
+    else:
+        save_file(change(load_file(weights)), weights, {"format": "pt"})
+    out = str(tmp_path / "out")
+    arguments = {
+        "eval": [str(model), "--data", str(prepared)],
+        "generate": [str(model), "The river"],
+        "train": [str(finished_run / "config.toml"), "--model.path", str(model), "--out", out],
+        "export": [str(tmp_path / "run"), out],
+    }[command]
+    assert main([command, *arguments]) == 2
+    told = capsys.readouterr()
+    assert f"{model} h" in told.err and message in told.err and told.err.count("\n") == 1, told.err
+    assert not told.out and not Path(out).exists()
+
+
+def test_causal_masks_that_old_files_have_are_no_weights(tmp_path: Path) -> None:
+    """As published files of GPT-Neo, such as those of TinyStories, have them."""
+    settings = GPTNeoConfig(vocab_size=VOCAB, hidden_size=32, num_layers=2, num_heads=2,
+                            attention_types=[[["global", "local"], 1]], max_position_embeddings=64)  # fmt: skip
+    model = AutoModelForCausalLM.from_config(settings)
+    model.save_pretrained(tmp_path)
+    masks = {
+        f"transformer.h.{i}.attn.attention.{name}": torch.zeros(shape)
+        for i in range(2)
+        for name, shape in (("bias", (1, 1, 64, 64)), ("masked_bias", ()))
+    }
+    weights = load_file(tmp_path / "model.safetensors")
+    save_file(weights | masks, tmp_path / "model.safetensors", {"format": "pt"})
+    assert torch.equal(load_exactly(tmp_path).lm_head.weight, model.lm_head.weight)

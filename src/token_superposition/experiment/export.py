@@ -14,14 +14,13 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
-from transformers import AutoModelForCausalLM
 
 from token_superposition.data.store import TokenStore
 from token_superposition.data.tokenizer import load_tokenizer
-from token_superposition.errors import TokenSuperpositionError, first_line
+from token_superposition.errors import TokenSuperpositionError
 from token_superposition.experiment.checkpoints import checkpoints_in, damage, newest_whole, step_of
 from token_superposition.experiment.config import load_config
-from token_superposition.experiment.model import model_settings, positions
+from token_superposition.experiment.model import load_exactly, model_settings, positions
 from token_superposition.experiment.result import CONFIG, MODEL
 from token_superposition.experiment.shards import check_shards, weights_only
 from token_superposition.report.model_card import Figures, model_card
@@ -49,7 +48,7 @@ def export(run: Path, out: Path, *, checkpoint: int | None = None, dtype: DType 
     out.parent.mkdir(parents=True, exist_ok=True)
     try:
         with whole_weights(run, source) as directory:
-            model = load_exactly(directory, dtype)
+            model = load_exactly(directory, getattr(torch, dtype)).eval()
             tokenizer = load_tokenizer(str(tokenizer_directory(run, directory)))
         model.save_pretrained(partial)
         tokenizer.save_pretrained(partial)
@@ -57,7 +56,7 @@ def export(run: Path, out: Path, *, checkpoint: int | None = None, dtype: DType 
         ids = torch.arange(min(TOKENS, positions(model) or TOKENS)).remainder(len(tokenizer)).unsqueeze(0)
         expected = logits(model, ids)
         del model
-        if not torch.equal(logits(load_exactly(partial, dtype), ids), expected):
+        if not torch.equal(logits(load_exactly(partial, getattr(torch, dtype)).eval(), ids), expected):
             raise TokenSuperpositionError(
                 f"what {source} was exported to gives other logits than it; please report its architecture"
             )
@@ -124,21 +123,6 @@ def tokenizer_directory(run: Path, model: Path) -> Path:
     if (model / "tokenizer.json").exists():
         return model
     return Path(load_config(run / CONFIG).data.path) / "tokenizer"
-
-
-def load_exactly(directory: Path, dtype: DType) -> Any:
-    """The causal LM of a directory; raises ``TokenSuperpositionError`` where weights are missing or left over."""
-    try:
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
-            directory, dtype=getattr(torch, dtype), output_loading_info=True, trust_remote_code=False
-        )
-    except (OSError, ValueError) as e:
-        raise TokenSuperpositionError(f"{directory} cannot be loaded ({first_line(e)})") from None
-    model, info = loaded
-    wrong = sorted({*info["missing_keys"], *info["unexpected_keys"], *map(str, info["mismatched_keys"])})
-    if wrong:
-        raise TokenSuperpositionError(f"{directory} has not the weights of its config.json: {', '.join(wrong[:3])}")
-    return model.eval()
 
 
 @torch.no_grad()

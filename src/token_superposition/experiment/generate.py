@@ -6,19 +6,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase, set_seed
+from transformers import PreTrainedTokenizerBase, set_seed
 
 from token_superposition.data.tokenizer import load_tokenizer
-from token_superposition.errors import TokenSuperpositionError, first_line
-from token_superposition.experiment.model import positions, reads
+from token_superposition.errors import TokenSuperpositionError
+from token_superposition.experiment.model import load_exactly, positions, reads
 
 
 def load_model(path: str | Path) -> tuple[Any, PreTrainedTokenizerBase]:
-    """A causal LM and its tokenizer. Raises ``TokenSuperpositionError`` if there is none."""
-    try:
-        model = AutoModelForCausalLM.from_pretrained(path, trust_remote_code=False)
-    except (OSError, ValueError) as e:
-        raise TokenSuperpositionError(f"{path} holds no causal LM ({first_line(e)}); name a run's model/") from None
+    """A causal LM and its tokenizer. Raises ``TokenSuperpositionError`` if there is none, or not all of it."""
+    model = load_exactly(path)
     if torch.accelerator.is_available():
         torch.nn.Module.to(model, torch.accelerator.current_accelerator())
     return model.eval(), load_tokenizer(str(path))

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Generator
 from contextlib import contextmanager
+from pathlib import Path
 from textwrap import shorten
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import torch
 from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from token_superposition.data.store import Meta
-from token_superposition.errors import TokenSuperpositionError
+from token_superposition.errors import TokenSuperpositionError, first_line
 from token_superposition.experiment.config import Config, ModelConfig
+
+_MASK = re.compile(r"\.attn(\.attention)?\.((masked_)?bias|causal_mask)$")  # in old files of GPT-Neo, GPT-J, CodeGen
 
 
 def build_model(config: Config, meta: Meta) -> PreTrainedModel:
@@ -25,9 +29,7 @@ def build_model(config: Config, meta: Meta) -> PreTrainedModel:
 
     with _building(config.model):
         if config.model.path is not None:
-            model = AutoModelForCausalLM.from_pretrained(
-                config.model.path, dtype=torch.float32, trust_remote_code=False
-            )
+            model = load_exactly(config.model.path, torch.float32)
         else:
             settings = model_settings(config.model, meta.vocab_size, meta.eos_id, config.data.sequence_length)
             model = AutoModelForCausalLM.from_config(settings, dtype=torch.float32)
@@ -44,6 +46,35 @@ def build_model(config: Config, meta: Meta) -> PreTrainedModel:
     if not reads(model, length):
         raise TokenSuperpositionError(
             f"data.sequence_length is {length}; the model has {positions(model)} positions, give at most that"
+        )
+    return model
+
+
+def load_exactly(source: str | Path, dtype: torch.dtype | Literal["auto"] = "auto") -> Any:
+    """The causal LM of a directory or of the hub, with the weights that are there and no others. No remote code is run.
+
+    Raises ``TokenSuperpositionError`` where there is none, where it is damaged, and where weights are missing, left
+    over or of another shape, which transformers would draw at random or ignore.
+    """
+    try:
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            source, dtype=dtype, trust_remote_code=False, output_loading_info=True, ignore_mismatched_sizes=True
+        )
+    except Exception as e:  # safetensors, pickle and the models' own classes raise what they like
+        raise TokenSuperpositionError(
+            f"{source} holds no causal LM that can be loaded ({first_line(e)}); name a run's model/ or another saved "
+            "model"
+        ) from None
+    model, info = loaded
+    wrong = [
+        *(f"{name} is missing" for name in sorted(info["missing_keys"])),
+        *(f"{name} is left over" for name in sorted(info["unexpected_keys"]) if not _MASK.search(name)),
+        *(f"{name} has shape {tuple(a)}, not {tuple(b)}" for name, a, b in sorted(info["mismatched_keys"])),
+    ]
+    if wrong:
+        more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
+        raise TokenSuperpositionError(
+            f"{source} has not the weights of its config.json: {', '.join(wrong[:3])}{more}; save or fetch it again"
         )
     return model
 
