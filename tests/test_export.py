@@ -16,12 +16,15 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, GPTNeoConfig
 
-from tests.conftest import VOCAB
+from tests.conftest import VOCAB, text
 from token_superposition import TokenSuperpositionError
 from token_superposition.cli import main
+from token_superposition.data.prepare import PrepareOptions, prepare
+from token_superposition.experiment.config import load_config
 from token_superposition.experiment.export import export
 from token_superposition.experiment.metrics import read_metrics
 from token_superposition.experiment.model import load_exactly
+from token_superposition.experiment.run import train
 
 STOCK = {
     "config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json",
@@ -95,6 +98,50 @@ def test_the_model_card_has_the_figures_of_the_run(finished_run: Path, tmp_path:
         f"| steps | 8 of 12 |\n| next-token loss on held-out text, nats per token | {line['val_loss']:.4f} |"
         in card.text
     )
+
+
+def test_a_checkpoint_between_two_logged_steps_has_no_figures_of_another(
+    write_config: Callable[..., Path], tmp_path: Path
+) -> None:
+    """Losses that were not taken at its step are left out; tokens and FLOPs are those of its step."""
+    config = write_config(log_every=4, eval_every=4, save_every=5)
+    train(load_config(config), tmp_path / "run")
+    for step, raw in ((5, 5 * 4), (10, 6 * 4 + 4)):  # of 6 steps on bags of 4
+        export(tmp_path / "run", tmp_path / f"{step}", checkpoint=step)
+        card = ModelCard.load(tmp_path / f"{step}/README.md")
+        assert card.data.eval_results is None and "held-out text, nats" not in card.text
+        (flops,) = {m["flops"] / m["step"] for m in read_metrics(tmp_path / "run/metrics.jsonl")}
+        for told in (
+            f"| steps | {step} of 12 |\n",
+            f"| latent tokens (positions computed) | {step * 4 * 16:,} |",
+            f"| raw tokens (text read) | {raw * 4 * 16:,} |",
+            f"| FLOPs of training | {flops * step:.3e} |",
+        ):
+            assert told in card.text, told
+
+
+@pytest.mark.parametrize("checkpoint", [None, 8])
+def test_data_that_is_not_found_is_said(
+    checkpoint: int | None, finished_run: Path, prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where it was looked for; also where other data lies there, which is not told as this run's."""
+    shutil.copytree(finished_run, tmp_path / "run")
+    path = tmp_path / "run/config.toml"
+    path.write_text(path.read_text().replace(f'"{prepared}"', '"data"'))
+    monkeypatch.chdir(tmp_path)
+    with pytest.warns(UserWarning, match=f"looked for at {tmp_path / 'data'} .data holds no prepared data"):
+        export(tmp_path / "run", tmp_path / "a", checkpoint=checkpoint)
+    assert "SHA-256 of the data" not in (tmp_path / "a/README.md").read_text()
+    (tmp_path / "other.txt").write_text("\n\n".join(text(40)))
+    (tmp_path / "more.txt").write_text("held out")
+    files = [str(tmp_path / "other.txt"), str(tmp_path / "more.txt")]
+    prepare(files, tmp_path / "data", PrepareOptions(vocab_size=300, validation_share=0.5))
+    with pytest.warns(UserWarning, match="other data than the run read"):
+        export(tmp_path / "run", tmp_path / "b", checkpoint=checkpoint)
+    assert "SHA-256 of the data" not in (tmp_path / "b/README.md").read_text()
+    monkeypatch.chdir(prepared.parent)
+    export(tmp_path / "run", tmp_path / "c", checkpoint=checkpoint)
+    assert "SHA-256 of the data" in (tmp_path / "c/README.md").read_text()
 
 
 def test_what_cannot_be_exported(finished_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import warnings
 from dataclasses import asdict, dataclass
 from importlib.resources import files
 from pathlib import Path
@@ -11,11 +12,13 @@ from typing import Any
 import tomli_w
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
-from token_superposition.data.store import TokenStore, file_sha256
+from token_superposition.data.store import TokenStore, file_sha256, json_sha256
 from token_superposition.errors import TokenSuperpositionError
+from token_superposition.experiment.checkpoints import read_manifest
 from token_superposition.experiment.config import Config, load_config, without_none
 from token_superposition.experiment.metrics import read_metrics
 from token_superposition.experiment.result import CONFIG, METRICS, RESULT, read_result
+from token_superposition.experiment.resume import data_digest
 
 TEMPLATE = files("token_superposition") / "report" / "model_card.md.j2"
 
@@ -39,35 +42,50 @@ class Figures:
 
     @classmethod
     def of(cls, run: Path, checkpoint: int | None) -> Figures:
-        """Of the finished run, or at the step ``checkpoint``."""
+        """Of the finished run, or at the step ``checkpoint``: a loss only where it was validated at that very step."""
         config = load_config(run / CONFIG) if (run / CONFIG).exists() else None
         result: dict[str, Any] = {}
-        if checkpoint is None and (run / RESULT).exists():
+        if checkpoint is not None:
+            manifest = read_manifest(run / "checkpoints" / f"checkpoint-{checkpoint}")
+            result = {"steps": checkpoint, "data_sha256": json_sha256(manifest["data"])}
+        elif (run / RESULT).exists():
             result = asdict(read_result(run / RESULT))
-        last = {k: v for line in read_metrics(run / METRICS, checkpoint) for k, v in line.items()} | result
-        step = checkpoint if checkpoint is not None else last.get("steps", last.get("step", 0))
+        lines = read_metrics(run / METRICS)
+        step = result.get("steps", lines[-1]["step"] if lines else 0)
+        known: dict[str, Any] = {k: v for line in lines if line["step"] == step for k, v in line.items()}
+        if config is not None:
+            counts = (config.train.batch_size, config.data.sequence_length, step)
+            known["latent_tokens"] = config.schedule.latent_tokens(*counts)
+            known["raw_tokens"] = config.schedule.raw_tokens(*counts)
+        flops = next((m["flops"] / m["step"] * step for m in lines if m["step"] and "flops" in m), None)
+        known = {"flops": flops} | known | result
         return cls(
             step=step,
             total_steps=config.train.steps if config else None,
-            val_loss=last.get("val_loss"),
-            val_bpb=last.get("val_bpb"),
-            latent_tokens=last.get("latent_tokens"),
-            raw_tokens=last.get("raw_tokens"),
-            flops=last.get("flops"),
-            hardware=last.get("hardware"),
-            versions=last.get("versions", {}),
+            val_loss=known.get("val_loss"),
+            val_bpb=known.get("val_bpb"),
+            latent_tokens=known.get("latent_tokens"),
+            raw_tokens=known.get("raw_tokens"),
+            flops=known["flops"],
+            hardware=known.get("hardware"),
+            versions=known.get("versions", {}),
             config=config,
-            data=data_rows(config) if config else (),
+            data=data_rows(config, result.get("data_sha256")) if config else (),
         )
 
 
-def data_rows(config: Config) -> tuple[tuple[str, str], ...]:
-    """What the token store is, without saying where; empty if it is gone."""
+def data_rows(config: Config, digest: str | None) -> tuple[tuple[str, str], ...]:
+    """What the token store is, without saying where; empty, with a warning, if it is gone or not that of ``digest``."""
+    path = Path(config.data.path)
     try:
-        store = TokenStore(config.data.path)
-    except TokenSuperpositionError:
+        store = TokenStore(path)
+    except TokenSuperpositionError as e:
+        _warn_without_data(path, str(e).partition(";")[0])
         return ()
     meta = store.meta
+    if digest is not None and data_digest(meta) != digest:
+        _warn_without_data(path, "it is other data than the run read")
+        return ()
     return (
         (
             "training text",
@@ -77,6 +95,15 @@ def data_rows(config: Config) -> tuple[tuple[str, str], ...]:
         ("vocabulary", f"{meta.vocab_size:,}"),
         ("SHA-256 of the tokenizer", f"`{meta.tokenizer_sha256}`"),
         ("SHA-256 of the data (meta.json)", f"`{file_sha256(store.directory / 'meta.json')}`"),
+    )
+
+
+def _warn_without_data(path: Path, why: str) -> None:
+    remedy = "" if path.is_absolute() else ", or give the command where the run was started"
+    warnings.warn(
+        f"the model card says nothing of the data, which was looked for at {path.absolute()} ({why}); put the data "
+        f"there{remedy}",
+        stacklevel=1,
     )
 
 
