@@ -5,9 +5,12 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
+import shutil
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +21,13 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tests.conftest import tiny
 from tests.processes import TIMEOUT
+from token_superposition import TokenSuperpositionError
 from token_superposition.cli import main
 from token_superposition.data.prepare import PrepareOptions, prepare
+from token_superposition.experiment.config import DataConfig, load_config
 from token_superposition.experiment.evaluate import Loss, StridedText, evaluate_text, length_of, total_loss
 from token_superposition.experiment.generate import load_model
+from token_superposition.experiment.run import train
 
 TEXT = "The river carries boats to the sea; naïve façades, Ünicode 🎒 and tabs\t are text as well.\n" * 2
 
@@ -41,6 +47,61 @@ def test_held_out_text_gives_the_figure_of_the_run(
     assert loss["perplexity"] == pytest.approx(math.exp(result["val_loss"]), rel=1e-6)
     assert main(given) == 0
     assert f"{result['val_loss']:.4f}" in capsys.readouterr().out
+
+
+def test_a_run_is_evaluated_as_it_was_validated_whatever_its_model_could_read(
+    write_config: Callable[..., Path], prepared: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Sequences of the run's length and as many tokens as its last validation; elsewhere all positions of the model."""
+    config = load_config(write_config())
+    options = config.model.options | {"max_position_embeddings": 64}
+    result = train(replace(config, model=replace(config.model, options=options)), tmp_path / "run")
+    shutil.copytree(tmp_path / "run/model", tmp_path / "moved")
+    (tmp_path / "a.txt").write_text(TEXT)
+    given = ["--data", str(prepared), "--text", str(tmp_path / "a.txt"), "--json"]
+
+    def evaluated(*arguments: str) -> list[dict[str, Any]]:
+        assert main(["eval", *arguments, *given]) == 0
+        return json.loads(capsys.readouterr().out)["losses"]
+
+    for named in ("run", "run/model"):
+        data, text = evaluated(str(tmp_path / named))
+        assert data["tokens"] == 512 and data["sequence_length"] == text["sequence_length"] == 16
+        assert data["loss"] == pytest.approx(result.val_loss, rel=1e-6)
+    assert [x["sequence_length"] for x in evaluated(str(tmp_path / "run"), "--sequence-length", "32")] == [32, 32]
+    data, text = evaluated(str(tmp_path / "moved"))
+    assert data["tokens"] > 512 and data["sequence_length"] == text["sequence_length"] == 64
+    assert data["loss"] != pytest.approx(result.val_loss, rel=1e-6)
+    assert main(["eval", str(tmp_path / "run"), *given[:2]]) == 0
+    printed = capsys.readouterr().out
+    assert "sequence" in printed and re.search(rf"│ 512 +│ 16 +│ {result.val_loss:.4f} +│", printed), printed
+    assert main(["generate", str(tmp_path / "run"), "The river", "--max-new-tokens", "2"]) == 0
+
+
+def test_text_is_read_whole_or_said_to_be_cut(
+    finished_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """However long: more than the tokens that are read of data by default. What was not read is not named."""
+    model, tokenizer = load_model(finished_run)
+    files = [tmp_path / name for name in ("a.txt", "b.txt", "c.txt")]
+    for file in files:
+        file.write_text(TEXT)
+    each = len(tokenizer(TEXT, add_special_tokens=False)["input_ids"])  # pyright: ignore
+    copies = math.ceil(DataConfig.final_eval_tokens / each) + 1
+    (tmp_path / "long.txt").write_text(TEXT * copies)
+    given = ["--text", str(files[0]), str(tmp_path / "long.txt"), "--stride", "16", "--batch-size", "1024"]
+    assert main(["eval", str(finished_run), *given, "--json"]) == 0
+    (loss,) = json.loads(capsys.readouterr().out)["losses"]
+    assert loss["tokens"] > DataConfig.final_eval_tokens and loss["text"] == "a.txt, long.txt"
+    assert loss["bytes"] == (1 + copies) * len(TEXT.encode())
+    for most, told in (
+        (each - 1, f"a.txt (cut after {each - 1} tokens)"),
+        (each, f"a.txt (cut after {each} tokens)"),
+        (each + 1, f"a.txt, b.txt (cut after {each + 1} tokens)"),
+        (3 * each, "a.txt, b.txt, c.txt"),
+    ):
+        loss = evaluate_text(model, tokenizer, files, max_tokens=most)
+        assert loss.text == told and loss.tokens == most
 
 
 def test_text_is_read_in_windows_that_each_predict_what_is_new(finished_run: Path, tmp_path: Path) -> None:
@@ -107,7 +168,14 @@ def test_without_a_length_it_is_that_of_the_model_up_to_4096() -> None:
         assert length_of(tiny("llama", max_position_embeddings=positions), None) == length
     model = tiny("mamba")
     del model.config.max_position_embeddings  # as it is of a recurrence
-    assert length_of(model, None) == 1024
+    assert length_of(model, None) == 1024 and length_of(model, None, 200) == 200
+
+
+def test_a_run_that_was_trained_beyond_the_positions_that_its_model_names_is_read_so() -> None:
+    model = tiny("llama")
+    assert length_of(model, None, 100) == length_of(model, 100, 100) == 100
+    with pytest.raises(TokenSuperpositionError, match="sequence-length is 101; the model has 64 positions"):
+        length_of(model, 101, 100)
 
 
 def test_a_loss_whose_perplexity_is_no_float_is_told() -> None:
@@ -159,6 +227,7 @@ def test_what_cannot_be_evaluated(
         ([model, "--text", str(tmp_path / "bytes.txt")], "cannot be read as UTF-8"),
         ([model, "--text", str(tmp_path / "text.txt"), "--stride", "20"], "stride 20 would leave out text"),
         ([model, "--text", str(tmp_path / "text.txt"), "--max-tokens", "0"], "max-tokens is 0"),
+        ([model, "--data", str(prepared), "--stride", "8"], "stride is 8, which only --text has"),
     ):
         assert main(["eval", *arguments]) == 2
         assert message in capsys.readouterr().err, message

@@ -6,7 +6,7 @@ import importlib
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import tyro
 
@@ -18,10 +18,10 @@ from token_superposition.errors import TokenSuperpositionError
 class EvalCommand:
     """Next-token loss, perplexity and bits per byte of a causal LM of transformers, and benchmark tasks.
 
-    MODEL is a run's model/, an exported directory or any other one. On held-out tokens of prepared data the figure is
-    the one that a run ends with. Text files are read in windows that overlap by half, so that every token has context;
-    bits per byte compare models with different tokenizers. Tasks are run by lm-evaluation-harness, 0-shot
-    (pip install 'token-superposition[eval]').
+    MODEL is a run, its model/, an exported directory or any other one. On held-out tokens of a run's data the figure is
+    the one that the run ended with: sequence length and number of tokens are the run's. Text files are read whole, in
+    windows that overlap by half, so that every token has context; bits per byte compare models with different
+    tokenizers. Tasks are run by lm-evaluation-harness, 0-shot (pip install 'token-superposition[eval]').
 
     Example: held-out tokens, any text, benchmarks
       tst eval run/model --data data                    the held-out part of tst prepare's data
@@ -32,7 +32,7 @@ class EvalCommand:
     """
 
     model: tyro.conf.Positional[str]
-    """Directory of the model."""
+    """Directory of the run or of the model."""
     data: Path | None = None
     """Directory written by tst prepare, with the model's tokenizer."""
     text: tuple[Path, ...] = ()
@@ -40,11 +40,11 @@ class EvalCommand:
     tasks: tuple[str, ...] = ()
     """Tasks of lm-evaluation-harness, also joined by commas; YAML files of tasks; paper for the paper's eight."""
     sequence_length: int | None = None
-    """Tokens of a sequence; by default all positions of the model, up to 4096."""
+    """Tokens of a sequence; by default those of the run, else all positions of the model, up to 4096."""
     stride: int | None = None
-    """Tokens of a text that each window predicts; by default half of the sequence."""
-    max_tokens: int | None = 524_288
-    """Tokens to read of data or text; None for all."""
+    """Tokens of a text (--text) that each window predicts; by default half of the sequence."""
+    max_tokens: int | Literal["auto"] | None = "auto"
+    """Tokens to read; None for all. auto: all of a text; of data as many as the run's last validation, or 524288."""
     limit: int | None = None
     """Documents of each task; all by default."""
     batch_size: int = 8
@@ -59,7 +59,9 @@ def run(args: Sequence[str]) -> None:
     options = parse(EvalCommand, "eval", args)
     if options.data is None and not options.text and not options.tasks:
         raise TokenSuperpositionError("there is nothing to evaluate on; give --data, --text or --tasks")
-    if (most := options.max_tokens) is not None and most < 1:
+    if options.stride is not None and not options.text:
+        raise TokenSuperpositionError(f"stride is {options.stride}, which only --text has; give it or leave this out")
+    if isinstance(most := options.max_tokens, int) and most < 1:
         raise TokenSuperpositionError(f"max-tokens is {most}; give at least 1, or None")
     if (limit := options.limit) is not None and limit < 1:
         raise TokenSuperpositionError(f"limit is {limit}; give at least 1, or None")
@@ -70,21 +72,27 @@ def run(args: Sequence[str]) -> None:
     quiet()
     if options.tasks:
         importlib.import_module("token_superposition.experiment.tasks")  # refuses before anything is computed
-    from token_superposition.experiment.evaluate import Loss, evaluate_store, evaluate_text
+    from token_superposition.experiment.config import DataConfig
+    from token_superposition.experiment.evaluate import Loss, evaluate_store, evaluate_text, settings_of
     from token_superposition.experiment.generate import load_model
     from token_superposition.experiment.result import write_json
 
     model, tokenizer = load_model(options.model)
+    trained = settings_of(options.model)
     common: dict[str, Any] = {
         "sequence_length": options.sequence_length,
-        "max_tokens": most,
+        "trained_length": trained.get("sequence_length"),
         "batch_size": options.batch_size,
     }
     losses: list[Loss] = []
     if options.data is not None:
-        losses.append(evaluate_store(model, tokenizer, options.data, **common))
+        of_data = trained.get("final_eval_tokens", DataConfig.final_eval_tokens) if most == "auto" else most
+        losses.append(evaluate_store(model, tokenizer, options.data, max_tokens=of_data, **common))
     if options.text:
-        losses.append(evaluate_text(model, tokenizer, options.text, stride=options.stride, **common))
+        of_text = None if most == "auto" else most
+        losses.append(
+            evaluate_text(model, tokenizer, options.text, stride=options.stride, max_tokens=of_text, **common)
+        )
     scores: dict[str, dict[str, float]] = {}
     if options.tasks:
         from token_superposition.experiment.tasks import evaluate_tasks

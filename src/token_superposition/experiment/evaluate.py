@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
+import tomllib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -19,6 +20,8 @@ from token_superposition.data.store import TokenStore
 from token_superposition.data.tokenizer import load_tokenizer
 from token_superposition.engines.transformers.head import HiddenStates, read_head
 from token_superposition.errors import TokenSuperpositionError, require_int
+from token_superposition.experiment.generate import run_of
+from token_superposition.experiment.result import CONFIG
 from token_superposition.loss import linear_multi_hot_cross_entropy, multi_hot_cross_entropy
 
 DEFAULT_LENGTH, LONGEST_DEFAULT = 1024, 4096
@@ -30,6 +33,7 @@ class Loss:
     """How well a model predicts a text."""
 
     text: str
+    """What was read, and where it was cut."""
     tokens: int
     """That were predicted."""
     bytes: float
@@ -78,15 +82,16 @@ def evaluate_store(
     directory: Path,
     *,
     sequence_length: int | None = None,
+    trained_length: int | None = None,
     max_tokens: int | None = None,
     batch_size: int = 8,
 ) -> Loss:
-    """The figure that a run ends with, on the held-out part of a token store.
+    """The figure that a run ends with, on the held-out part of a token store, by the run's length and ``max_tokens``.
 
     Raises ``TokenSuperpositionError`` if the store was made with another tokenizer than the model's.
     """
     store = TokenStore(directory, "validation")
-    length = length_of(model, sequence_length)
+    length = length_of(model, sequence_length, trained_length)
     if load_tokenizer(str(directory / "tokenizer")).get_vocab() != tokenizer.get_vocab():
         raise TokenSuperpositionError(
             f"{directory} was prepared with another tokenizer than the model's; give its text with --text, or prepare "
@@ -103,6 +108,7 @@ def evaluate_text(
     files: Sequence[Path],
     *,
     sequence_length: int | None = None,
+    trained_length: int | None = None,
     stride: int | None = None,
     max_tokens: int | None = None,
     batch_size: int = 8,
@@ -110,20 +116,24 @@ def evaluate_text(
     """On UTF-8 files, each a document of its own, after the token that begins one (which is not counted).
 
     Bytes are those of the files: figures of models with different tokenizers may be compared. With ``max_tokens`` a
-    file is cut after that many tokens in all, and the bytes are those of the text that remains.
+    file is cut after that many tokens in all, and the bytes are those of the text that remains; ``Loss.text`` says so,
+    and names the files that were read.
 
     Raises ``TokenSuperpositionError`` for a file that cannot be read or is not UTF-8, if no file has text, for a
     ``sequence_length`` that ``length_of`` refuses, a ``stride`` that is no whole number from 1 to that length, and a
     ``batch_size`` that is none of at least 1.
     """
-    length = length_of(model, sequence_length)
+    length = length_of(model, sequence_length, trained_length)
     stride = require_int("stride", length // 2 if stride is None else stride, 1)
     if stride > length:
         raise TokenSuperpositionError(f"stride {stride} would leave out text; give at most {length}")
     begin: Any = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
     parts: list[StridedText] = []
-    left, size = max_tokens, 0
+    names: list[str] = []
+    left, size, cut = max_tokens, 0, False
     for file in files:
+        if cut := left == 0:
+            break
         try:
             text = file.read_bytes().decode()
         except (OSError, UnicodeDecodeError) as e:
@@ -133,26 +143,40 @@ def evaluate_text(
         )
         ids: list[int] = encoded["input_ids"][:left]
         if left is not None and len(ids) < len(encoded["input_ids"]):
-            text = text[: encoded["offset_mapping"][len(ids) - 1][1]] if ids else ""
+            text, cut = text[: encoded["offset_mapping"][len(ids) - 1][1]], True
         if ids:
+            names.append(file.name)
             parts.append(StridedText(torch.tensor([begin, *ids]), length, stride))
         left, size = None if left is None else left - len(ids), size + len(text.encode())
     if not parts:
         raise TokenSuperpositionError(f"there is no text in {', '.join(map(str, files)) or 'no file'}")
     nats, tokens = total_loss(model, ConcatDataset(parts), batch_size)
-    return Loss.of(", ".join(file.name for file in files), nats, tokens, size, length, stride)
+    read = ", ".join(names) + (f" (cut after {tokens:,} tokens)" if cut else "")
+    return Loss.of(read, nats, tokens, size, length, stride)
 
 
-def length_of(model: Any, wanted: int | None) -> int:
-    """Tokens of a sequence: what is wanted, or all that the model has positions for, up to 4,096.
+def settings_of(model: str | Path) -> dict[str, int]:
+    """The numbers in [data] of the run that ``model`` names; empty where it is no run, or its file cannot be read."""
+    if (run := run_of(model)) is None:
+        return {}
+    try:  # not ``load_config``: a run of another version has them, too
+        data: Any = tomllib.loads((run / CONFIG).read_text(encoding="utf-8")).get("data")
+    except (OSError, ValueError):
+        return {}
+    found = cast(dict[str, Any], data) if isinstance(data, dict) else {}
+    return {name: value for name, value in found.items() if type(value) is int}
 
-    Raises ``TokenSuperpositionError`` if more are wanted than the model has positions for, or no whole number of at
-    least 1.
+
+def length_of(model: Any, wanted: int | None, trained: int | None = None) -> int:
+    """Tokens of a sequence: what is wanted, or was ``trained`` with, or all positions of the model, up to 4,096.
+
+    Raises ``TokenSuperpositionError`` if more are wanted than the model has positions for or was trained with, or no
+    whole number of at least 1.
     """
     positions: int | None = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     if wanted is None:
-        return min(positions or DEFAULT_LENGTH, LONGEST_DEFAULT)
-    if positions is not None and wanted > positions:
+        return trained or min(positions or DEFAULT_LENGTH, LONGEST_DEFAULT)
+    if positions is not None and wanted > max(positions, trained or 0):
         raise TokenSuperpositionError(
             f"sequence-length is {wanted}; the model has {positions} positions, give at most that"
         )

@@ -11,14 +11,27 @@ from transformers import PreTrainedTokenizerBase, set_seed
 from token_superposition.data.tokenizer import load_tokenizer
 from token_superposition.errors import TokenSuperpositionError
 from token_superposition.experiment.model import load_exactly, positions, reads
+from token_superposition.experiment.result import CONFIG, MODEL
 
 
 def load_model(path: str | Path) -> tuple[Any, PreTrainedTokenizerBase]:
-    """A causal LM and its tokenizer. Raises ``TokenSuperpositionError`` if there is none, or not all of it."""
+    """A causal LM and its tokenizer; of a run, its finished model.
+
+    Raises ``TokenSuperpositionError`` if there is none, or not all of it.
+    """
+    if Path(path).absolute() == run_of(path):
+        path = Path(path) / MODEL
     model = load_exactly(path)
     if torch.accelerator.is_available():
         torch.nn.Module.to(model, torch.accelerator.current_accelerator())
     return model.eval(), load_tokenizer(str(path))
+
+
+def run_of(model: str | Path) -> Path | None:
+    """The finished run that ``model`` names, by its directory or its model/; None for anything else."""
+    path = Path(model).absolute()
+    run = path.parent if path.name == MODEL and not (path / CONFIG).exists() else path
+    return run if (run / CONFIG).is_file() and (run / MODEL / "config.json").is_file() else None
 
 
 def generate(

@@ -15,10 +15,10 @@ if TYPE_CHECKING:
 
 def print_evaluation(losses: Sequence[Loss], tasks: Mapping[str, Mapping[str, float]], console: Console) -> None:
     if losses:
-        table = Table("text", "tokens", "nats/token", "perplexity", "bits/byte")
+        table = Table("text", "tokens", "sequence", "nats/token", "perplexity", "bits/byte")
         for x in losses:
-            figures = (f"{x.tokens:,}", f"{x.loss:.4f}", f"{x.perplexity:.2f}", f"{x.bits_per_byte:.4f}")
-            table.add_row(escape(x.text), *figures)
+            figures = (f"{x.loss:.4f}", f"{x.perplexity:.2f}", f"{x.bits_per_byte:.4f}")
+            table.add_row(escape(x.text), f"{x.tokens:,}", f"{x.sequence_length:,}", *figures)
         console.print(table)
     if tasks:
         table = Table("task", "metric", "value")
