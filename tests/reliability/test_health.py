@@ -43,7 +43,7 @@ def poisoned(write_config: Write, tmp_path: Path, **changes: Any) -> tuple[Confi
         samples = (plan[i]["input_ids"] for i in range(len(plan)))
         return sorted({i // 4 + 1 for i, ids in enumerate(samples) if (ids == token).any()})
 
-    token = next(t for t in range(320) if len(readers(t)) > 1 and readers(t)[0] > 4)
+    token = next(t for t in range(320) if len(readers(t)) > 1 and readers(t)[0] > 2)  # a checkpoint is saved before
     model = tiny("llama")
     with torch.no_grad():
         model.get_input_embeddings().weight[token] = torch.inf
