@@ -7,14 +7,18 @@ import os
 import random
 import shutil
 import signal
+import subprocess
+import sys
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from tests.conftest import tst
 from tests.processes import begin, call, command
-from tests.reliability.harness import EVERY, FAULTS, STEPS, Runs, outcome, pair, steps_done, until
+from tests.reliability.harness import DEADLINE, EVERY, FAULTS, STEPS, Runs, outcome, pair, steps_done, until
+from tests.test_cli import wait_for
 from token_superposition.data.plan import PlannedDataset
 from token_superposition.data.store import TokenStore
 from token_superposition.experiment.checkpoints import checkpoints_in, damage, step_of
@@ -174,6 +178,24 @@ def test_a_signal_for_the_whole_group_leaves_the_loader_to_the_run(runs: Runs, t
     assert runs.wait(process) == 143, (tmp_path / "log.err").read_text()
     newest = checkpoints_in(out / "checkpoints")[-1]
     assert step_of(newest) == steps_done(out) and damage(newest) is None
+
+
+def test_an_interrupted_comparison_loses_no_step(runs: Runs, tmp_path: Path) -> None:
+    """A terminal sends Ctrl-C to the comparison and to its runs alike. The same command ends as if it had not been."""
+    options = [str(runs.config), "--train.save-every", "0", "--train.steps", "200", "--compare.parallel", "2", "--out"]
+    whole, out = tmp_path / "whole", tmp_path / "out"
+    tst("train", *options, whole, OMP_NUM_THREADS="1")
+    line = [sys.executable, "-m", "token_superposition", "compare", *options, str(out)]
+    process = subprocess.Popen(line, stdout=subprocess.PIPE, text=True, start_new_session=True)
+    wait_for(lambda: steps_done(out / "runs/tst") >= 3)
+    os.killpg(process.pid, signal.SIGINT)
+    printed, _ = process.communicate(timeout=DEADLINE)
+    assert process.returncode == 130, printed
+    (saved,) = checkpoints_in(out / "runs/tst/checkpoints")
+    assert step_of(saved) == steps_done(out / "runs/tst") < 200
+    assert f"tst: saved after step {step_of(saved)}\n" in printed and "the same command goes on" in printed
+    tst("compare", *options, out)
+    assert outcome(out / "runs/tst") == outcome(whole)
 
 
 def test_both_signals_are_caught_only_while_training() -> None:

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -16,6 +19,7 @@ from rich.markup import escape
 from token_superposition.data.plan import count_blocks
 from token_superposition.data.store import Meta
 from token_superposition.errors import TokenSuperpositionError
+from token_superposition.experiment.checkpoints import checkpoints_in, step_of
 from token_superposition.experiment.config import CompareConfig, Config, SweepConfig, load_config, save_config
 from token_superposition.experiment.launch import Launch
 from token_superposition.experiment.metrics import read_metrics
@@ -79,7 +83,8 @@ def run_jobs(
 ) -> None:
     """Train every unfinished job with ``tst train`` in a process of its own; ``finished`` is called after each.
 
-    A run that diverges is told of and is over, too: the others go on.
+    A run that diverges is told of and is over, too: the others go on. Those that are interrupted, by Ctrl-C, SIGTERM or
+    the failure of another one, save a checkpoint each, from which the next call goes on.
     Raises ``TokenSuperpositionError`` where a run failed in another way, and before any where the finished ones were
     trained in another precision than the others would be.
     """
@@ -108,10 +113,22 @@ def run_jobs(
                         finished(job)
                 time.sleep(0.5)
     finally:
-        for _, process in running.values():
-            process.terminate()
-        for _, process in running.values():
-            process.wait()
+        if running:
+            _stop(list(running.values()), out, console)
+
+
+def _stop(running: list[tuple[Job, subprocess.Popen[bytes]]], out: Path, console: Console) -> None:
+    """Let each run save a checkpoint and end. Ctrl-C stops the waiting alone: they have got their signal."""
+    for _, process in running:
+        process.terminate()
+    console.print("stopping: each run that has begun saves a checkpoint", highlight=False)
+    for job, process in running:
+        process.wait()
+        saved = checkpoints_in(out / "runs" / job.directory / "checkpoints")
+        kept = f"saved after step {step_of(saved[-1])}" if saved else "begins anew"
+        done = "done" if _over(out, job.directory) else kept
+        console.print(f"{job.directory}: {done}", markup=False, highlight=False, soft_wrap=True)
+    console.print("the same command goes on from there", highlight=False)
 
 
 def check_precision(job: Job, out: Path) -> None:
@@ -161,8 +178,22 @@ def _start(job: Job, out: Path, slot: int, parallel: int) -> subprocess.Popen[by
     if trunk is not None and trunk.exists():  # else it trains from the start
         command += ["--branch-from", str(trunk)]
     environment = os.environ | share(slot, parallel)
-    with _log(job, out).open("ab") as log:
+    with _log(job, out).open("ab") as log, _interrupts_ignored():
         return subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=environment)
+
+
+@contextmanager
+def _interrupts_ignored() -> Generator[None]:
+    """What is started inside ignores SIGINT for good: a terminal sends Ctrl-C to every process of the group, and a run
+    that it reached would end without a checkpoint."""
+    if threading.current_thread() is not threading.main_thread():  # which alone may set a handler
+        yield
+        return
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def share(slot: int, parallel: int) -> dict[str, str]:
