@@ -16,6 +16,7 @@ from scipy import stats
 from tests.conftest import VOCAB, tiny
 from tests.test_accountings import run
 from token_superposition import TokenSuperpositionError
+from token_superposition.cli import main
 from token_superposition.data.tokenizer import load_tokenizer
 from token_superposition.experiment import jobs as jobs_module
 from token_superposition.experiment.compare import checked_jobs, jobs_of, prompt_of, samples
@@ -63,6 +64,30 @@ def test_more_seeds_and_variants_find_the_others_done(two_seeds: tuple[Path, Pat
         checked_jobs(longer, out)
     smaller = replace(config, train=replace(config.train, micro_batch_size=2, timeout_minutes=5.0))
     assert not unfinished(checked_jobs(smaller, out), out)  # neither changes what is learnt
+
+
+def test_a_file_of_the_users_own_is_not_overwritten(
+    two_seeds: tuple[Path, Path, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Also beside runs of its own; what a comparison, or a run of it, has written may be given again."""
+    path, finished, _ = two_seeds
+    own = tmp_path / "config.toml"
+    shutil.copy(path, own)
+    (tmp_path / "runs/s8").mkdir(parents=True)
+    for typed in (["compare"], ["sweep", "--sweep.bag-sizes", "2", "4"]):
+        assert main([typed[0], str(own), *typed[1:], "--out", str(tmp_path)]) == 2
+        assert "config.toml would be overwritten, and no comparison" in capsys.readouterr().err
+    (tmp_path / "runs/s8").rmdir()
+    (tmp_path / "runs").rmdir()
+    assert main(["train", str(own), "--out", str(tmp_path)]) == 2
+    assert "config.toml would be overwritten, and no run" in capsys.readouterr().err
+    assert own.read_bytes() == path.read_bytes() and list(tmp_path.iterdir()) == [own]
+    out = shutil.copytree(finished, tmp_path / "copy")
+    assert checked_jobs(load_config(out / "config.toml"), out)
+    assert checked_jobs(replace(load_config(path), compare=CompareConfig(seeds=(3,))), out)
+    run_there = out / "runs/tst-seed3"
+    (run_there / "run.json").unlink()
+    assert main(["train", str(run_there / "config.toml"), "--out", str(run_there), "--train.keep", "5"]) == 0
 
 
 def test_runs_on_another_text_are_not_compared(two_seeds: tuple[Path, Path, str], tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from token_superposition.data.store import Meta, TokenStore
 from token_superposition.errors import TokenSuperpositionError
 from token_superposition.experiment.config import Config, Variant, load_config, save_config
 from token_superposition.experiment.generate import generate, load_model
-from token_superposition.experiment.jobs import Job, alone, check_jobs, run_jobs
+from token_superposition.experiment.jobs import Job, alone, check_directory, check_jobs, run_jobs
 from token_superposition.experiment.result import CONFIG, MODEL, SUMMARY, SWEEP, write_json
 from token_superposition.experiment.summary import Run, comparison, load_runs
 from token_superposition.experiment.superposition import BASELINE
@@ -72,6 +72,7 @@ def checked_jobs(config: Config, out: Path) -> list[Job]:
                 f"{v.name} superposes none of its {steps} steps (bag_size {s.bag_size}, ratio {s.ratio:g}): it would "
                 "be the baseline again; give a bag_size of at least 2 and a ratio of at least one step"
             )
+    check_directory(config, out)
     jobs = jobs_of(config, out)
     check_jobs(jobs, out)
     return jobs

@@ -97,7 +97,7 @@ class TrainConfig:
     save_every: int = 0
     """Steps between checkpoints; 0 for none but the finished model."""
     save_at: tuple[int, ...] = ()
-    """Steps at which a checkpoint is written as well; these stay."""
+    """Steps at which a checkpoint is written as well (tst train); these stay."""
     keep: int = 3
     """Newest checkpoints that stay (tst train), beside those of save_at and of the switches; 0 keeps all."""
     on_nonfinite: Literal["stop", "skip"] = "stop"

@@ -25,7 +25,7 @@ from token_superposition.experiment.launch import Launch
 from token_superposition.experiment.metrics import read_metrics
 from token_superposition.experiment.progress import RunProgress
 from token_superposition.experiment.result import CONFIG, DIVERGED, METRICS, read_result, result_file
-from token_superposition.experiment.resume import changes, data_digest
+from token_superposition.experiment.resume import changes, data_digest, says_all
 from token_superposition.experiment.speed import cores, default_parallel, gpus
 
 HUGE_PAGES = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
@@ -51,6 +51,20 @@ class Job:
 def alone(config: Config) -> Config:
     """``config`` without what it says of other runs."""
     return replace(config, compare=CompareConfig(), sweep=SweepConfig())
+
+
+def check_directory(config: Config, out: Path) -> None:
+    """Raise ``TokenSuperpositionError`` for what would not stay in ``out``: somebody else's file, or checkpoints."""
+    own = next(out.glob("runs/*/log.txt"), None) is not None or says_all(out / CONFIG, config)
+    if (out / CONFIG).exists() and not own:
+        raise TokenSuperpositionError(
+            f"{out / CONFIG} would be overwritten, and no comparison or sweep wrote it; choose another --out"
+        )
+    if config.train.save_at:
+        raise TokenSuperpositionError(
+            f"train.save_at is {list(config.train.save_at)}, and a comparison or sweep keeps no checkpoints; leave it "
+            "out, or use tst train"
+        )
 
 
 def check_jobs(jobs: list[Job], out: Path) -> None:

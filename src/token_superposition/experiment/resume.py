@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tomllib
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from hashlib import sha256
@@ -69,6 +70,15 @@ def changes(old: Config, new: Config) -> list[str]:
         for name in a.__dataclass_fields__
         if getattr(a, name) != getattr(b, name) and not (section == "train" and name in MAY_CHANGE)
     ]
+
+
+def says_all(path: Path, config: Config) -> bool:
+    """Whether ``save_config`` would write into the file just what it says: with every default, so that hardly anybody
+    has written it by hand."""
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8")) == without_none(asdict(config))
+    except (OSError, ValueError):
+        return False
 
 
 def facts(config: Config, meta: Meta, precision: str) -> dict[str, Any]:

@@ -55,7 +55,7 @@ from token_superposition.experiment.result import (
     StepTimes,
     write_json,
 )
-from token_superposition.experiment.resume import Resume, Start, changes, check_start, facts
+from token_superposition.experiment.resume import Resume, Start, changes, check_start, facts, says_all
 from token_superposition.experiment.shards import weights_only
 from token_superposition.experiment.tracking import (
     Rates,
@@ -326,6 +326,9 @@ def prepare_directory(config: Config, out: Path) -> None:
         raise TokenSuperpositionError(
             f"{out} holds a run of another configuration ({'; '.join(differences)}); choose another --out"
         )
+    begun = any((out / name).exists() for name in ("checkpoints", METRICS))
+    if (out / CONFIG).exists() and not begun and not says_all(out / CONFIG, config):
+        raise TokenSuperpositionError(f"{out / CONFIG} would be overwritten, and no run wrote it; choose another --out")
     out.mkdir(parents=True, exist_ok=True)
     (out / DIVERGED).unlink(missing_ok=True)  # it is tried again
     written = out / f".{CONFIG}.{os.getpid()}.partial"  # every process writes it, and none reads half of another's

@@ -19,7 +19,7 @@ from token_superposition.experiment.dry_run import DryRun, cost_of_rounds
 from token_superposition.experiment.grid import Cell, Grid, directory, grid_of
 from token_superposition.experiment.halving import Best, Design, Round
 from token_superposition.experiment.intervals import CONFIDENCE
-from token_superposition.experiment.jobs import Job, check_jobs, run_jobs, unfinished
+from token_superposition.experiment.jobs import Job, check_directory, check_jobs, run_jobs, unfinished
 from token_superposition.experiment.result import (
     CONFIG,
     MODEL,
@@ -128,6 +128,7 @@ def checked(config: Config, out: Path) -> tuple[Grid, Design]:
     config.check()
     if (out / SUMMARY).exists():
         raise TokenSuperpositionError(f"{out} holds a comparison; choose another --out for the sweep")
+    check_directory(config, out)
     grid = grid_of(config)
     check_jobs([grid.job(c, seed) for c in (*grid.baselines, *grid.candidates) for seed in grid.seeds], out)
     wanted = config.sweep
