@@ -139,6 +139,21 @@ def test_flops_of_attention_of_another_form(architecture: str) -> None:
         assert shape.flops_per_token(length) * length == pytest.approx(counted, rel=0.01)
 
 
+def test_what_sees_costs_a_text_no_more_flops() -> None:
+    """Of ``gemma3``, a text goes through what ``gemma3_text`` is; the vision tower is weights that are kept."""
+    seeing = shape_of(Config(ModelConfig("gemma3")), VOCAB)
+    text = shape_of(Config(ModelConfig("gemma3_text")), seeing.vocab_size)
+    assert seeing.parameters > text.parameters + 90_000_000
+    assert replace(seeing, parameters=text.parameters, optimizer_bytes=text.optimizer_bytes) == text
+
+
+def test_widths_that_each_layer_names_count_by_their_mean() -> None:
+    options: dict[str, Any] = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "head_dim": 16}
+    options |= {"num_key_value_heads": 1, "intermediate_size": [48, 96], "num_kv_shared_layers": 0}
+    options |= {"layer_types": ["full_attention"] * 2, "activation_sparsity_pattern": [0.0, 0.0]}
+    assert shape_of(Config(ModelConfig("gemma3n_text", options)), VOCAB).mlp_width == 72
+
+
 def kept_bytes(model: PreTrainedModel, tokens: int) -> int:
     """Bytes that autograd keeps for the backward pass of the decoder, without the parameters."""
     parameters = {p.untyped_storage().data_ptr() for p in model.parameters()}

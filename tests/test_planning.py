@@ -129,6 +129,9 @@ def test_checkpoints_are_counted_without_going_through_them() -> None:
     assert plan(config).checkpoints == len({1, 3, 2, 4, 6, 8, 10})
     long = replace(config, train=replace(train, steps=10**20, save_every=1))
     assert plan(long).checkpoints == 10**20
+    for kept in ((), (14,)):  # one is written at the end in any case; the switch is after step 3
+        at_the_end = replace(config, train=replace(train, steps=14, save_every=5, save_at=kept))
+        assert at_the_end.kept_steps == (*kept, 3) and plan(at_the_end).checkpoints == len({3, 5, 10, 14})
 
 
 def test_memory_with_activation_checkpointing_is_what_is_needed() -> None:
@@ -232,6 +235,7 @@ def test_prepared_data_decide_vocabulary_and_tokens(prepared: Path) -> None:
         (["600m", "--vocab-size", "0"], "vocab-size is 0"),
         (["600m", "--train.steps", "2000"], "do not fit in 2000 steps"),
         (["600m", "--model.architecture", "lama"], "model.architecture is 'lama'; did you mean llama?"),
+        (["--model.architecture", "blt"], "the sizes of the model blt cannot be read ('BltConfig' object has no"),
     ],
 )
 def test_a_wrong_plan_has_one_line(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:

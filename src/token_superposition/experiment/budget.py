@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any, Literal
+from textwrap import shorten
+from typing import Any, Literal, cast
 
 from token_superposition.errors import TokenSuperpositionError, require_int
 from token_superposition.experiment.config import Config
@@ -100,22 +101,36 @@ def mtp_parameters(heads: int, hidden_size: int, vocab_size: int) -> int:
 
 
 def shape_of(config: Config, vocab_size: int) -> Shape:
-    """Raises ``TokenSuperpositionError`` for a model that cannot be built."""
+    """Raises ``TokenSuperpositionError`` for a model that cannot be built, or whose configuration names no sizes."""
+    from token_superposition.experiment.model import empty_model
+
+    model = empty_model(config, vocab_size)
+    try:
+        return _shape(model, config.train.optimizer == "muon")
+    except Exception as e:  # each model names them in its way
+        why = shorten(str(e), 150, placeholder=" ...")
+        raise TokenSuperpositionError(
+            f"the sizes of the model {cast(Any, model).config.model_type} cannot be read ({why}), so what it costs is "
+            "not known; give them in model.options, or train it without a plan or --dry-run"
+        ) from e
+
+
+def _shape(model: Any, muon: bool) -> Shape:
     from torch import nn
 
     from token_superposition.engines.transformers.muon import split_parameters
-    from token_superposition.experiment.model import empty_model
 
-    model: Any = empty_model(config, vocab_size)
-    settings = model.config
+    settings = model.config.get_text_config()
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
-    named = dict(model.named_parameters())  # tied weights once
+    # Of a model that also sees or hears, what a text goes through.
+    text = model if settings is model.config else nn.ModuleDict({"decoder": model.get_decoder(), "head": head})
+    named = dict(text.named_parameters())  # tied weights once
     experts = sum(p.numel() for name, p in named.items() if ".experts." in name)
     used = getattr(settings, "num_experts_per_tok", 0) if experts else 0
     total = next((n for k in ("num_local_experts", "num_experts", "n_routed_experts") if (n := _get(settings, k))), 1)
     idle = experts - experts * used // total
-    parameters = sum(p.numel() for p in named.values())
-    lookups = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)} - {id(head.weight)}
+    parameters = sum(p.numel() for p in model.parameters())
+    lookups = {id(m.weight) for m in text.modules() if isinstance(m, nn.Embedding)} - {id(head.weight)}
     matrices = sum(p.numel() for p in named.values() if p.dim() > 1 and id(p) not in lookups)
     layers: dict[str, int] = {}
     for name, p in named.items():
@@ -127,12 +142,12 @@ def shape_of(config: Config, vocab_size: int) -> Shape:
     keys = attention // max(heads, 1) * (_get(settings, "num_key_value_heads") or heads)
     if latent := _get(settings, "qk_nope_head_dim"):  # multi-head latent attention: keys and values of every head
         attention = keys = heads * (latent + _get(settings, "qk_rope_head_dim") + _get(settings, "v_head_dim")) // 2
-    muon = sum(p.numel() for p in split_parameters(model)[0]) if config.train.optimizer == "muon" else 0
+    in_muon = sum(p.numel() for p in split_parameters(model)[0]) if muon else 0
     kinds = getattr(settings, "layer_types", None) or ["full_attention"] * settings.num_hidden_layers
     mlp: int = _get(settings, "moe_intermediate_size") * used or _get(settings, "intermediate_size") * max(used, 1)
     return Shape(
         parameters=parameters,
-        active_parameters=parameters - idle,
+        active_parameters=sum(p.numel() for p in named.values()) - idle,
         embedding_parameters=sum(p.numel() for p in {id(p): p for p in (embedding.weight, head.weight)}.values()),
         matrix_parameters=matrices - idle,
         layer_parameters=max(layers.values()),
@@ -145,12 +160,14 @@ def shape_of(config: Config, vocab_size: int) -> Shape:
         mlp_width=mlp or 4 * hidden,
         experts_per_token=used,
         normalizes_queries=any("q_norm" in name for name in named),
-        optimizer_bytes=8 * parameters - 4 * muon,
+        optimizer_bytes=8 * parameters - 4 * in_muon,
     )
 
 
 def _get(settings: Any, name: str) -> int:
-    return getattr(settings, name, None) or 0
+    """0 where the model has no such size; the mean where each layer has its own."""
+    value = getattr(settings, name, None) or 0
+    return sum(value) // len(value) if isinstance(value, (list, tuple)) else value
 
 
 @dataclass(frozen=True)

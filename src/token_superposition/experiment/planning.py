@@ -159,9 +159,9 @@ def plan(
 
 
 def _checkpoints(config: Config) -> int:
-    every, keep = config.train.save_every, config.train.keep
-    kept = {step for step in config.kept_steps if step <= config.train.steps}
-    ordinary = config.train.steps // every - sum(step > 0 and step % every == 0 for step in kept) if every else 0
+    steps, every, keep = config.train.steps, config.train.save_every, config.train.keep
+    kept = {step for step in config.kept_steps if step <= steps}
+    ordinary = -(-steps // every) - sum(s == steps or s % every == 0 for s in kept) if every else 0  # one at the end
     return len(kept) + (min(ordinary, keep) if keep else ordinary)
 
 
