@@ -14,7 +14,8 @@ from token_superposition.data.installation import installed_documents
 from token_superposition.data.prepare import PrepareOptions, Progress, prepare
 from token_superposition.errors import TokenSuperpositionError
 from token_superposition.experiment.compare import compare
-from token_superposition.experiment.config import load_preset
+from token_superposition.experiment.config import Config, load_config, load_preset, save_config
+from token_superposition.experiment.result import CONFIG, SUMMARY
 from token_superposition.experiment.speed import default_parallel, seconds_per_step
 
 VOCAB_SIZE = 2048
@@ -33,22 +34,25 @@ def demo(out: str | Path, minutes: float | None, console: Console, bars: Bars, s
     """Prepare the data, train both runs side by side and write ``summary.json``.
 
     ``minutes`` is the time of the two runs together, and how fast this machine is decides the number of steps; None
-    takes the steps with which TST was seen to win. Returns a warning if the steps are fewer. Raises
-    ``TokenSuperpositionError`` if ``out`` is in use or the minutes are not enough for any run.
+    takes the steps with which TST was seen to win. A demo that was interrupted goes on, with the steps that it has.
+    Returns a warning if the steps are fewer. Raises ``TokenSuperpositionError`` if ``out`` is in use or the minutes are
+    not enough for any run.
     """
     out = Path(out)
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise TokenSuperpositionError(f"{out} exists already; choose another --out or remove it")
+    config = replace(DEMO, data=replace(DEMO.data, path=str(out / "data")), train=replace(DEMO.train, seed=seed))
+    begun = unfinished(out, config)
     if minutes is not None and not 0 < minutes < 10_000:
         raise TokenSuperpositionError(f"minutes is {minutes}; give a number above 0, such as 10")
-    config = replace(DEMO, data=replace(DEMO.data, path=str(out / "data")), train=replace(DEMO.train, seed=seed))
     config.check()
     with console.status("measuring the speed of this machine"):
         step_minutes = seconds_per_step(config, VOCAB_SIZE, default_parallel(2)) / 60
     # The baseline's process also runs the decay of the shorter baseline.
     step_minutes *= OVERHEAD * (1 + min(config.compare.baseline_lengths) * config.train.decay_ratio)
+    if begun is not None:
+        console.print(f"going on with the {begun:,} steps that were begun in {out}", highlight=False, soft_wrap=True)
+        minutes = round(begun * step_minutes, 2)
     minutes = STEPS * step_minutes if minutes is None else minutes
-    steps = round(minutes / step_minutes)
+    steps = begun or round(minutes / step_minutes)
     fewest = 3 * config.train.warmup_steps  # the short baseline needs its warm-up, too
     if steps < fewest:
         raise TokenSuperpositionError(
@@ -69,9 +73,27 @@ def demo(out: str | Path, minutes: float | None, console: Console, bars: Bars, s
     options = PrepareOptions(
         vocab_size=VOCAB_SIZE, max_bytes=text_bytes, tokenizer_bytes=10 * 2**20, validation_share=0.05
     )
-    with bars() as progress:
-        prepare((), out / "data", options, progress, installed_documents)
+    out.mkdir(parents=True, exist_ok=True)
+    save_config(config, out / CONFIG)  # first, so that also what is interrupted before the runs can go on
+    if not (out / "data").exists():
+        with bars() as progress:
+            prepare((), out / "data", options, progress, installed_documents)
     about = f"about {steps * step_minutes:.0f} minutes" if steps * step_minutes >= 1 else "less than a minute"
     console.print(f"training baseline and TST side by side: {steps:,} steps each, {about}")
     compare(config, out, console, note)
     return note
+
+
+def unfinished(out: Path, config: Config) -> int | None:
+    """The steps of the demo that was begun in ``out``, None where there is none.
+
+    Raises ``TokenSuperpositionError`` where ``out`` holds anything else, or a finished one.
+    """
+    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
+        return None
+    if (out / CONFIG).exists() and not (out / SUMMARY).exists():
+        there = load_config(out / CONFIG)
+        of_time = {name: getattr(there.train, name) for name in ("steps", "eval_every")}
+        if there == replace(config, train=replace(config.train, **of_time)):
+            return there.train.steps
+    raise TokenSuperpositionError(f"{out} exists already; choose another --out or remove it")
