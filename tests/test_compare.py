@@ -7,11 +7,14 @@ import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from rich.console import Console
 from scipy import stats
+from torch.nn.modules.module import register_module_forward_hook
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from tests.conftest import VOCAB, tiny
 from tests.test_accountings import run
@@ -24,6 +27,8 @@ from token_superposition.experiment.config import CompareConfig, Config, Variant
 from token_superposition.experiment.dry_run import START_SECONDS, cost_of_job, dry_run, makespan
 from token_superposition.experiment.jobs import run_jobs, share, slots, unfinished
 from token_superposition.experiment.speed import time_steps
+from token_superposition.report.contents import duration
+from token_superposition.report.dry_run import print_dry_run
 
 
 def test_the_dry_run_counts_what_is_then_run(two_seeds: tuple[Path, Path, str]) -> None:
@@ -226,6 +231,43 @@ def test_a_step_is_timed_in_micro_batches(write_config: Callable[..., Path]) -> 
         for b, m in ((8, 8), (1024, 8))
     ]
     assert 0 < times[0] < 10 and times[1] > 20 * times[0]
+
+
+def test_a_step_is_timed_as_it_is_trained(write_config: Callable[..., Path]) -> None:
+    """With the optimizer of the configuration, and computing the layers again where it says so."""
+    config = load_config(write_config(steps=12))
+    config = replace(config, train=replace(config.train, batch_size=1, micro_batch_size=1))
+    layers: list[str] = []
+    muons: list[str] = []
+    counted = [
+        register_module_forward_hook(lambda module, *_: layers.append(type(module).__name__)),
+        register_optimizer_step_post_hook(lambda optimizer, *_: muons.append(type(optimizer).__name__)),
+    ]
+
+    def times(**train: Any) -> tuple[int, set[str]]:
+        layers.clear()
+        muons.clear()
+        assert time_steps(replace(config, train=replace(config.train, **train)), VOCAB, 1) > 0
+        return layers.count("LlamaAttention"), set(muons)
+
+    plain, again, muon = times(), times(activation_checkpointing=True), times(optimizer="muon")
+    for handle in counted:
+        handle.remove()
+    assert again[0] == 2 * plain[0] > 0 and plain[1] == {"AdamW"} and "MuonAdamW" in muon[1]
+
+
+def test_the_rows_of_a_dry_run_add_up_to_its_total(write_config: Callable[..., Path], tmp_path: Path) -> None:
+    """With one run at a time; short runs are mostly the start of their processes."""
+    config = load_config(write_config())
+    dry = dry_run(replace(config, compare=CompareConfig(parallel=1)), tmp_path / "out")
+    assert sum(job.seconds(dry.step_seconds) for job in dry.jobs) == pytest.approx(dry.seconds)
+    console = Console(record=True, width=120)
+    print_dry_run(dry, console)
+    printed = console.export_text()
+    for job in dry.jobs:
+        (row,) = [line for line in printed.splitlines() if line.split()[:1] == [job.directory]]
+        assert row.split()[-2:] == duration(START_SECONDS + job.step_equivalents * dry.step_seconds).split()
+    assert "with 1 run at a time" in printed
 
 
 @pytest.mark.skipif(torch.accelerator.is_available(), reason="there is a GPU")

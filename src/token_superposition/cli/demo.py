@@ -14,8 +14,8 @@ class DemoCommand:
     """Train a small model with and without TST on the text of this Python installation, and show the difference.
 
     No configuration, no network. Reads source code and documentation of the standard library and the installed
-    packages; nothing of it leaves this machine. Writes the same files as tst compare. Calling it again goes on with what
-    is not done.
+    packages; nothing of it leaves this machine. Writes the same files as tst compare. Calling it again goes on with
+    what is not done.
 
     Example: tst demo --minutes 20 --out my-demo
     """

@@ -40,6 +40,10 @@ class JobCost:
     step with heads for further tokens longer by its FLOPs."""
     trunk: str | None
 
+    def seconds(self, step_seconds: float) -> float:
+        """Of what is left of the run, with the start of its process."""
+        return START_SECONDS + self.step_equivalents * step_seconds
+
 
 @dataclass(frozen=True)
 class DryRun:
@@ -133,7 +137,7 @@ def makespan(jobs: list[JobCost], parallel: int, step_seconds: float) -> float:
         ready = [j for j in waiting if j.trunk not in own or ends.get(j.trunk or "", now + 1) <= now]
         for job in ready[: parallel - len(running)]:
             waiting.remove(job)
-            running.append((now + START_SECONDS + job.step_equivalents * step_seconds, job.directory))
+            running.append((now + job.seconds(step_seconds), job.directory))
         running.sort()
         now, directory = running.pop(0)
         ends[directory] = now

@@ -45,6 +45,7 @@ def time_steps(config: Config, vocab_size: int, threads: int) -> float:
 
     from token_superposition.experiment.launch import Launch
     from token_superposition.experiment.model import model_settings
+    from token_superposition.experiment.run import muon
     from token_superposition.loss import linear_multi_hot_cross_entropy
 
     torch.set_num_threads(threads)
@@ -52,7 +53,9 @@ def time_steps(config: Config, vocab_size: int, threads: int) -> float:
     device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
     settings = model_settings(config.model, vocab_size, 0, config.data.sequence_length)
     model: Any = torch.nn.Module.to(AutoModelForCausalLM.from_config(settings, dtype=torch.float32), device)
-    optimizer = torch.optim.AdamW(model.parameters())
+    if config.train.activation_checkpointing:
+        model.activation_checkpointing_enable()
+    optimizer = muon(config, model) or torch.optim.AdamW(model.parameters())
     autocast = torch.autocast(device.type, torch.bfloat16, Launch().bfloat16(config.train.precision))
 
     def step(sequences: int) -> float:

@@ -18,7 +18,7 @@ def print_dry_run(dry: DryRun, console: Console) -> None:
     table = _table("run")
     for job in dry.jobs:
         part = f"{job.steps:,} of " if 0 < job.steps < job.total_steps else ""
-        time = duration(job.step_equivalents * dry.step_seconds) if job.steps else "done"
+        time = duration(job.seconds(dry.step_seconds)) if job.steps else "done"
         table.add_row(escape(job.directory), f"{part}{job.total_steps:,}", *_counts([job]), time)
     _print(table, dry, console, "compare")
 
@@ -27,10 +27,10 @@ def print_rounds(dry: DryRun, console: Console) -> None:
     """A line for each round of a sweep."""
     table = _table("round")
     for number, jobs in enumerate(dry.rounds, 1):
-        left = sum(job.steps > 0 for job in jobs)
+        left = [job for job in jobs if job.steps]
         steps = sum(job.steps for job in jobs)
-        time = duration(sum(job.step_equivalents for job in jobs) * dry.step_seconds) if left else "done"
-        what = f"{number}: {len(jobs)} runs" + (f", {left} to train" if left < len(jobs) else "")
+        time = duration(sum(job.seconds(dry.step_seconds) for job in left)) if left else "done"
+        what = f"{number}: {len(jobs)} runs" + (f", {len(left)} to train" if len(left) < len(jobs) else "")
         table.add_row(what, f"{steps:,}", *_counts(jobs), time)
     _print(table, dry, console, "sweep")
     if len(dry.rounds) > 1:
@@ -64,11 +64,13 @@ def _print(table: Table, dry: DryRun, console: Console, command: str) -> None:
     if dry.seconds == 0:
         console.print(f"Every run is done; tst {command} would write the report again. Nothing was written.")
         return
+    runs = f"{dry.parallel} runs" if dry.parallel > 1 else "1 run"
     console.print(
-        f"{short(dry.parameters)} parameters; {dry.step_seconds:.2g} s a step on this machine with {dry.parallel} "
-        f"run{'s' if dry.parallel > 1 else ''} at a time, measured on random tokens. What is left takes about "
-        f"{duration(dry.seconds)}, validation included. A run of which fewer steps are trained branches off a "
-        "longer one or goes on from a checkpoint. latent and raw count tokens. Nothing was written.",
+        f"{short(dry.parameters)} parameters; {dry.step_seconds:.2g} s a step on this machine with {runs} at a time, "
+        "measured on random tokens. The rows add up the time of each run by itself, start and validation included; the "
+        f"total, about {duration(dry.seconds)}, is that of all with {runs} at a time. A run of which fewer steps are "
+        "trained branches off a longer one or goes on from a checkpoint. latent and raw count tokens. Nothing was "
+        "written.",
         highlight=False,
         soft_wrap=True,
     )
