@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import logging
 import math
@@ -313,6 +314,20 @@ def test_generate_continues_the_prompt_and_repeats_itself(comparison: Path) -> N
     first = tst("generate", model, "The river", "--max-new-tokens", "5").stdout
     assert first.startswith("The river") and len(first) > len("The river\n")
     assert tst("generate", model, "The river", "--max-new-tokens", "5").stdout == first
+
+
+def test_a_prompt_may_come_from_standard_input(
+    comparison: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = str(comparison / "runs/tst/model")
+
+    def continued(prompt: str, given: bytes = b"") -> str:
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(given)))
+        main(["generate", model, prompt, "--max-new-tokens", "5"])
+        return "".join(capsys.readouterr())
+
+    assert continued("-", "Où\nva le fleuve ?\n".encode()) == continued("Où\nva le fleuve ?")
+    assert "the prompt is not UTF-8: character 2 is" in continued("-", b"a\xff")
 
 
 def test_top_p_alone_decides_from_how_many_tokens_is_drawn(comparison: Path) -> None:

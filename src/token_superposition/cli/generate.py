@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -22,7 +23,7 @@ class GenerateCommand:
     model: tyro.conf.Positional[str]
     """Directory of the model."""
     prompt: tyro.conf.Positional[str]
-    """Text to continue."""
+    """Text to continue; - reads it from standard input, without the end of its last line."""
     max_new_tokens: int = 64
     """Tokens to add."""
     temperature: float = 0.8
@@ -41,11 +42,14 @@ def run(args: Sequence[str]) -> None:
             "give at least 1, at least 0, and a share in (0, 1]"
         )
     require_seed("seed", options.seed)
+    prompt = options.prompt
+    if prompt == "-":
+        prompt = sys.stdin.buffer.read().decode(errors="surrogateescape").removesuffix("\n")
     try:
-        options.prompt.encode()
+        prompt.encode()
     except UnicodeEncodeError as e:
         raise TokenSuperpositionError(
-            f"the prompt is not UTF-8: character {e.start + 1} is {options.prompt[e.start]!r}; give it in UTF-8"
+            f"the prompt is not UTF-8: character {e.start + 1} is {prompt[e.start]!r}; give it in UTF-8"
         ) from None
     from token_superposition.cli.quiet import quiet
     from token_superposition.experiment.generate import generate, load_model
@@ -53,4 +57,4 @@ def run(args: Sequence[str]) -> None:
     quiet()
     model, tokenizer = load_model(options.model)
     sampling = (options.temperature, options.top_p, options.seed)
-    print(options.prompt + generate(model, tokenizer, options.prompt, options.max_new_tokens, *sampling))
+    print(prompt + generate(model, tokenizer, prompt, options.max_new_tokens, *sampling))
