@@ -23,7 +23,7 @@ class GenerateCommand:
     model: tyro.conf.Positional[str]
     """Directory of the model."""
     prompt: tyro.conf.Positional[str]
-    """Text to continue; - reads it from standard input, without the end of its last line."""
+    """Text to continue; - reads it from standard input."""
     max_new_tokens: int = 64
     """Tokens to add."""
     temperature: float = 0.8
