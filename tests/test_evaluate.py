@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 import torch
+from tokenizers import processors
 from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -26,7 +27,7 @@ from token_superposition.cli import main
 from token_superposition.data.prepare import PrepareOptions, prepare
 from token_superposition.experiment.config import DataConfig, load_config
 from token_superposition.experiment.evaluate import Loss, StridedText, evaluate_text, length_of, total_loss
-from token_superposition.experiment.generate import load_model
+from token_superposition.experiment.generate import generate, load_model
 from token_superposition.experiment.run import train
 
 TEXT = "The river carries boats to the sea; naïve façades, Ünicode 🎒 and tabs\t are text as well.\n" * 2
@@ -184,21 +185,29 @@ def test_a_loss_whose_perplexity_is_no_float_is_told() -> None:
 
 
 def test_a_text_begins_with_the_token_that_begins_one(finished_run: Path, tmp_path: Path) -> None:
-    """Where the tokenizer has none, with the one that ends a text."""
+    """That the tokenizer itself begins one with, as in the data; else with the one that ends a text."""
+    tokenizer: Any
     model, tokenizer = load_model(finished_run / "model")
     (tmp_path / "a.txt").write_text("short")
 
     def nats(first: int) -> float:
-        ids = torch.tensor([first, *tokenizer("short", add_special_tokens=False)["input_ids"]])  # pyright: ignore
+        ids = torch.tensor([first, *tokenizer("short", add_special_tokens=False)["input_ids"]])
         with torch.no_grad():
             return cross_entropy(model(ids[None, :-1]).logits[0], ids[1:]).item()
 
+    def continued(first: int) -> str:
+        out = model.generate(torch.tensor([[first]]), max_new_tokens=12, do_sample=False, pad_token_id=0)
+        return tokenizer.decode(out[0, 1:], skip_special_tokens=True)
+
     tokenizer.bos_token, other = "e", tokenizer.convert_tokens_to_ids("e")
-    assert other != tokenizer.eos_token_id
-    assert evaluate_text(model, tokenizer, [tmp_path / "a.txt"]).loss == pytest.approx(nats(other), rel=1e-5)
-    tokenizer.bos_token = None
-    ended = evaluate_text(model, tokenizer, [tmp_path / "a.txt"]).loss
-    assert ended == pytest.approx(nats(tokenizer.eos_token_id), rel=1e-5) != pytest.approx(nats(other), rel=1e-5)
+    ending = tokenizer.eos_token_id
+    assert nats(other) != pytest.approx(nats(ending), rel=1e-5) and continued(other) != continued(ending)
+    for first in (ending, other):
+        assert evaluate_text(model, tokenizer, [tmp_path / "a.txt"]).loss == pytest.approx(nats(first), rel=1e-5)
+        assert generate(model, tokenizer, "", 12, temperature=0) == continued(first)
+        begin: Any = [("e", other)]
+        template = processors.TemplateProcessing(single="e $A", special_tokens=begin)
+        tokenizer.backend_tokenizer.post_processor = template
 
 
 def test_a_special_token_that_a_text_spells_is_text(finished_run: Path, tmp_path: Path) -> None:

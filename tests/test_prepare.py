@@ -22,7 +22,7 @@ from token_superposition import TokenSuperpositionError
 from token_superposition.data.files import OTHER_FILE, find_files
 from token_superposition.data.prepare import PrepareOptions, prepare
 from token_superposition.data.sources import read_documents
-from token_superposition.data.store import TokenStore
+from token_superposition.data.store import Meta, TokenStore
 from token_superposition.data.verify import verify_store
 
 OPTIONS = PrepareOptions(vocab_size=VOCAB, validation_share=0.1)
@@ -175,17 +175,32 @@ def test_no_document_is_begun_after_the_last_byte(prepared: Path, tmp_path: Path
     assert meta.train.documents + meta.validation.documents == 10 and meta.train.bytes + meta.validation.bytes == 110
 
 
-def test_a_token_that_a_tokenizer_puts_before_every_text_is_left_out(prepared: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("is_bos", [True, False])
+def test_a_document_begins_with_the_bos_that_the_tokenizer_itself_puts_before_a_text(
+    is_bos: bool, prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As Llama 3's does. Once, also where a document is tokenised in pieces. Any other token there is left out."""
+    monkeypatch.setattr("token_superposition.data.prepare.PIECE_CHARS", 30)
     tokenizer = AutoTokenizer.from_pretrained(prepared / "tokenizer")
     tokenizer.add_tokens(["<begin>"])
-    begin: Any = [("<begin>", tokenizer.convert_tokens_to_ids("<begin>"))]
-    template = processors.TemplateProcessing(single="<begin> $A", special_tokens=begin)
+    begin = tokenizer.convert_tokens_to_ids("<begin>")
+    if is_bos:
+        tokenizer.bos_token = "<begin>"
+    specials: Any = [("<begin>", begin)]
+    template = processors.TemplateProcessing(single="<begin> $A", special_tokens=specials)
     tokenizer.backend_tokenizer.post_processor = template
     tokenizer.save_pretrained(tmp_path / "tokenizer")
     options = PrepareOptions(tokenizer=str(tmp_path / "tokenizer"), validation_share=0.3)
-    texts = [f"document {i}" for i in range(20)]
-    prepare((), tmp_path / "data", options, documents=lambda _: iter(texts))
-    assert sorted(t for store in stores_of(tmp_path / "data") for t in documents_of(store)) == sorted(texts)
+    texts = [f"document {i}\n" * (1 + i) for i in range(20)]
+    meta = prepare((), tmp_path / "data", options, documents=lambda _: iter(texts))
+    assert meta == Meta.load(tmp_path / "data") and meta.bos_id == (begin if is_bos else None)
+    for store in stores_of(tmp_path / "data"):
+        starts = store.document_starts().tolist() if is_bos else []
+        assert np.flatnonzero(store[:] == begin).tolist() == starts
+        assert np.count_nonzero(store[:] == meta.eos_id) == store.split.documents
+    read = [text for store in stores_of(tmp_path / "data") for text in documents_of(store)]
+    assert sorted(read) == sorted("<begin>" * is_bos + text for text in texts)
+    assert verify_store(tmp_path / "data") == []
 
 
 def tokenizer_of(kind: str, folder: Path) -> Any:

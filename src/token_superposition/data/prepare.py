@@ -6,7 +6,6 @@ import hashlib
 import os
 import shutil
 import sqlite3
-from array import array
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -19,17 +18,9 @@ import numpy as np
 
 from token_superposition.data.files import check_files, estimated_bytes, find_files
 from token_superposition.data.sources import CUT, Continued, cut_at_lines, read_documents
-from token_superposition.data.store import (
-    SPLITS,
-    Meta,
-    Shard,
-    Split,
-    SplitMeta,
-    block_crc32,
-    file_sha256,
-    partial_of,
-)
-from token_superposition.data.tokenizer import can_be_cut, load_tokenizer, tokenizer_sha256, train_bpe
+from token_superposition.data.store import SPLITS, Meta, Split, partial_of
+from token_superposition.data.tokenizer import begin_token, can_be_cut, load_tokenizer, tokenizer_sha256, train_bpe
+from token_superposition.data.writer import ShardWriter
 from token_superposition.errors import TokenSuperpositionError, first_line, require_int
 
 BATCH_BYTES = 2 * 2**20
@@ -178,15 +169,15 @@ def _prepare(
         sample = _sample(parts, options, lambda done: progress("train tokenizer", done, total))
         tokenizer = train_bpe(sample, options.vocab_size)
     tokenizer.save_pretrained(str(out / "tokenizer"))
-    eos = cast(int, tokenizer.eos_token_id)
+    bos, eos = begin_token(tokenizer), cast(int, tokenizer.eos_token_id)
     vocab_size = max(tokenizer.get_vocab().values()) + 1  # ids may have gaps
     dtype = "uint16" if vocab_size <= 2**16 else "uint32"
-    writers: dict[Split, _ShardWriter] = {
-        split: _ShardWriter(out, split, dtype, vocab_size, options.shard_tokens) for split in SPLITS
+    writers: dict[Split, ShardWriter] = {
+        split: ShardWriter(out, split, dtype, vocab_size, options.shard_tokens) for split in SPLITS
     }
     kept = _deduplicate(_read(documents, dropped), out, options, dropped)
     done = 0
-    for split, size, tokens in _tokenise(kept, tokenizer, eos, dtype):
+    for split, size, tokens in _tokenise(kept, tokenizer, bos, eos, dtype):
         if (tokens[:-1] == eos).any():  # a model of whole words, or of Unigram, that has it among them
             dropped["spells the end-of-text token, which this tokenizer does not give as text"] += 1
             continue
@@ -213,6 +204,7 @@ def _prepare(
         validation=validation,
         dropped=dict(sorted(dropped.items())),
         cut=cut,
+        bos_id=bos,
     )
 
 
@@ -289,14 +281,18 @@ def _deduplicate(
 
 
 def _tokenise(
-    documents: Iterator[tuple[Split, int, str]], tokenizer: Any, eos: int, dtype: str
+    documents: Iterator[tuple[Split, int, str]], tokenizer: Any, bos: int | None, eos: int, dtype: str
 ) -> Iterator[tuple[Split, int, np.ndarray]]:
-    """Tokens of each document with EOS at its end, in order. The Rust tokenizer uses all cores and frees the GIL."""
+    """Tokens of each document, after BOS if there is one and before EOS, in order.
+
+    The Rust tokenizer uses all cores and frees the GIL.
+    """
     backend = tokenizer.backend_tokenizer
     backend.no_truncation()
     backend.no_padding()
     backend.encode_special_tokens = True  # where a text spells one, it is text: EOS is only where a document ends
     whole = not can_be_cut(backend)
+    begin, end = np.array([] if bos is None else [bos], dtype), np.array([eos], dtype)
 
     def encode(batch: list[tuple[Split, int, str]]) -> list[tuple[Split, int, np.ndarray]]:
         pieces = [[text] if whole else list(cut_at_lines(text, PIECE_CHARS)) for _, _, text in batch]
@@ -304,7 +300,7 @@ def _tokenise(
         result: list[tuple[Split, int, np.ndarray]] = []
         for (split, size, _), ps in zip(batch, pieces, strict=True):
             parts = [np.array(next(flat).ids, dtype) for _ in ps]
-            result.append((split, size, np.concatenate([*parts, np.array([eos], dtype)])))
+            result.append((split, size, np.concatenate([begin, *parts, end])))
         return result
 
     with ThreadPoolExecutor(1) as pool:
@@ -329,46 +325,3 @@ def _batches(documents: Iterator[tuple[Split, int, str]]) -> Iterator[list[tuple
             batch, size = [], 0
     if batch:
         yield batch
-
-
-class _ShardWriter:
-    """Collects the documents of one split and writes a shard whenever it is full."""
-
-    def __init__(self, directory: Path, split: Split, dtype: str, vocab_size: int, shard_tokens: int):
-        self.directory, self.split, self.vocab_size, self.shard_tokens = directory, split, vocab_size, shard_tokens
-        self.shards: list[Shard] = []
-        self.buffer = np.empty(shard_tokens, dtype)
-        self.filled = self.bytes = 0
-        self.starts = array("Q")
-
-    def add(self, tokens: np.ndarray, size: int) -> None:
-        if (largest := int(tokens.max())) >= self.vocab_size:
-            raise TokenSuperpositionError(
-                f"the tokenizer gave token {largest}, its vocabulary has {self.vocab_size}; mend its tokenizer.json"
-            )
-        self.bytes += size
-        self.starts.append(self.filled)
-        while len(tokens):
-            part = tokens[: self.shard_tokens - self.filled]
-            self.buffer[self.filled : self.filled + len(part)] = part
-            self.filled, tokens = self.filled + len(part), tokens[len(part) :]
-            if self.filled == self.shard_tokens:
-                self._flush()
-
-    def finish(self) -> SplitMeta:
-        if self.filled:
-            self._flush()
-        tokens, documents = sum(s.tokens for s in self.shards), sum(s.documents for s in self.shards)
-        return SplitMeta(tokens, documents, self.bytes, self.shards)
-
-    def _flush(self) -> None:
-        name = f"{self.split}-{len(self.shards):05d}"
-        tokens = self.buffer[: self.filled]
-        contents = {"": tokens, ".documents": np.array(self.starts, np.uint64), ".crc32": block_crc32(tokens)}
-        checksums: list[str] = []
-        for kind, content in contents.items():
-            path = self.directory / f"{name}{kind}.npy"
-            np.save(path, content)
-            checksums.append(file_sha256(path))
-        self.shards.append(Shard(f"{name}.npy", self.filled, len(self.starts), *checksums))
-        self.filled, self.starts = 0, array("Q")

@@ -4,7 +4,8 @@ A store is a directory:
 
     meta.json                        counts, checksums, tokenizer hash (``Meta``), and a checksum of all that
     tokenizer/                       the tokenizer, as transformers loads it
-    train-00000.npy                  tokens of consecutive documents, uint16 or uint32, each document ending in EOS
+    train-00000.npy                  tokens of consecutive documents, uint16 or uint32, each document ending in EOS,
+                                     and beginning with BOS if the tokenizer begins a text with it
     train-00000.documents.npy        uint64 index in the shard of the first token of each document
     train-00000.crc32.npy            uint32 CRC-32 of every ``BLOCK_TOKENS`` tokens, the last block may be shorter
     validation-00000.npy ...         the same for the held-out documents
@@ -91,6 +92,8 @@ class Meta:
     """Documents and files that were left out, by reason."""
     cut: int = 0
     """Documents that were too long for one and became several."""
+    bos_id: int | None = None
+    """The token before each document, where the tokenizer begins a text with one."""
     format: int = FORMAT
 
     def save(self, path: Path) -> None:

@@ -20,7 +20,8 @@ class StreamedPlan(IterableDataset[Sample]):
     """Iterable dataset of a whole run: ``total_steps * batch_size`` samples, each from the tokens after the last one's.
 
     ``documents`` yields mappings with ``input_ids`` (a tokenised ``datasets.IterableDataset``, or anything that can be
-    iterated over again); they are joined end to end, so let the tokenizer end each with its EOS token. A sample of bag
+    iterated over again); they are joined end to end, so let the tokenizer end each with its EOS token (one that
+    begins a text with BOS, as Llama 3's does, puts no EOS by itself: keep the one and add the other). A sample of bag
     size ``a`` takes the next ``sequence_length * a`` tokens and looks as far ahead as its last targets; samples are
     those of ``PlannedDataset``: input_ids (L,) or (L, a), shift_labels (L,) or (L, b), int64. ``batch_size`` is the
     number of sequences of one optimizer step over all processes and accumulated micro-batches.

@@ -64,6 +64,15 @@ def load_tokenizer(name_or_path: str) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
+def begin_token(tokenizer: Any) -> int | None:
+    """The token that the tokenizer itself puts before a text, if that is its BOS, as with Llama 3's; else None.
+
+    None, too, where BOS is the end-of-text token: the document before ends with it.
+    """
+    first: int = tokenizer("text")["input_ids"][0]
+    return first if first == tokenizer.bos_token_id != tokenizer.eos_token_id else None
+
+
 def can_be_cut(backend: Any) -> bool:
     """Whether a long text may be tokenised in pieces: not where a tokenizer adds a space before every text.
 

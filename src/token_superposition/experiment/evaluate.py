@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerBase
 
 from token_superposition.data.plan import ValidationSet
 from token_superposition.data.store import TokenStore
-from token_superposition.data.tokenizer import load_tokenizer
+from token_superposition.data.tokenizer import begin_token, load_tokenizer
 from token_superposition.engines.transformers.head import HiddenStates, read_head
 from token_superposition.errors import TokenSuperpositionError, require_int
 from token_superposition.experiment.generate import run_of
@@ -127,7 +127,8 @@ def evaluate_text(
     stride = require_int("stride", length // 2 if stride is None else stride, 1)
     if stride > length:
         raise TokenSuperpositionError(f"stride {stride} would leave out text; give at most {length}")
-    begin: Any = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
+    bos = begin_token(tokenizer)
+    begin: Any = tokenizer.eos_token_id if bos is None else bos
     parts: list[StridedText] = []
     names: list[str] = []
     left, size, cut = max_tokens, 0, False

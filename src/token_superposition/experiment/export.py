@@ -114,7 +114,8 @@ def whole_weights(run: Path, source: Path) -> Generator[Path]:
             raise TokenSuperpositionError(
                 f"{source / SHARDS} holds more than tensors and plain values, or is damaged; take another checkpoint"
             ) from e
-        model_settings(config.model, meta.vocab_size, meta.eos_id, config.data.sequence_length).save_pretrained(merged)
+        settings = (config.model, meta.vocab_size, meta.eos_id, config.data.sequence_length, meta.bos_id)
+        model_settings(*settings).save_pretrained(merged)
         yield Path(merged)
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerBase, set_seed
 
-from token_superposition.data.tokenizer import load_tokenizer
+from token_superposition.data.tokenizer import begin_token, load_tokenizer
 from token_superposition.errors import TokenSuperpositionError
 from token_superposition.experiment.model import load_exactly, positions, reads
 from token_superposition.experiment.result import CONFIG, MODEL
@@ -49,7 +49,9 @@ def generate(
     """
     set_seed(seed)
     encoded: Any = tokenizer(prompt, add_special_tokens=False)
-    ids: list[Any] = encoded["input_ids"] or [tokenizer.eos_token_id]
+    ids: list[Any] = encoded["input_ids"]
+    if not ids:  # as a document begins in a token store
+        ids = [tokenizer.eos_token_id if (bos := begin_token(tokenizer)) is None else bos]
     length = len(ids) + max_new_tokens - 1  # the last one is not read
     if not reads(model, length):
         raise TokenSuperpositionError(

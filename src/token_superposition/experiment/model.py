@@ -31,7 +31,9 @@ def build_model(config: Config, meta: Meta) -> PreTrainedModel:
         if config.model.path is not None:
             model = load_exactly(config.model.path, torch.float32)
         else:
-            settings = model_settings(config.model, meta.vocab_size, meta.eos_id, config.data.sequence_length)
+            settings = model_settings(
+                config.model, meta.vocab_size, meta.eos_id, config.data.sequence_length, meta.bos_id
+            )
             model = AutoModelForCausalLM.from_config(settings, dtype=torch.float32)
             if "pad_token_id" not in config.model.options:
                 cast(Any, model).get_input_embeddings().padding_idx = None  # whose row would learn nothing
@@ -105,7 +107,9 @@ def empty_model(config: Config, vocab_size: int) -> PreTrainedModel:
         return AutoModelForCausalLM.from_config(settings, dtype=torch.float32)
 
 
-def model_settings(wanted: ModelConfig, vocab_size: int, eos_id: int, sequence_length: int) -> PretrainedConfig:
+def model_settings(
+    wanted: ModelConfig, vocab_size: int, eos_id: int, sequence_length: int, bos_id: int | None = None
+) -> PretrainedConfig:
     """The model's configuration in transformers.
 
     Raises ``TokenSuperpositionError`` for an architecture or a field that does not exist.
@@ -113,7 +117,11 @@ def model_settings(wanted: ModelConfig, vocab_size: int, eos_id: int, sequence_l
     with _building(wanted):
         if wanted.path is not None:
             return AutoConfig.from_pretrained(wanted.path, trust_remote_code=False)
-        options = {"vocab_size": vocab_size, "bos_token_id": eos_id, "eos_token_id": eos_id}
+        options = {
+            "vocab_size": vocab_size,
+            "bos_token_id": eos_id if bos_id is None else bos_id,
+            "eos_token_id": eos_id,
+        }
         # Stock defaults may name a padding token beyond a small vocabulary.
         options |= {"pad_token_id": None, "max_position_embeddings": sequence_length}
         if wanted.architecture not in CONFIG_MAPPING:

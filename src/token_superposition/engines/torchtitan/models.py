@@ -48,12 +48,14 @@ FIXED: dict[str, Any] = {
 }
 
 
-def checked_settings(model: ModelConfig, vocab_size: int, eos_id: int, sequence_length: int) -> PretrainedConfig:
+def checked_settings(
+    model: ModelConfig, vocab_size: int, eos_id: int, sequence_length: int, bos_id: int | None = None
+) -> PretrainedConfig:
     """The configuration of transformers that describes the model: read to build it, saved beside its exported weights.
 
     Raises ``TokenSuperpositionError`` for a field that does not exist or that torchtitan's model does not have.
     """
-    settings = model_settings(model, vocab_size, eos_id, sequence_length)
+    settings = model_settings(model, vocab_size, eos_id, sequence_length, bos_id)
     if settings.model_type not in ARCHITECTURES:
         raise TokenSuperpositionError(
             f"model.architecture is {settings.model_type}; the torchtitan engine has {', '.join(ARCHITECTURES)}"

@@ -82,7 +82,8 @@ class TSTTrainer(Trainer):
         meta = Meta.load(self.store)
         self.settings = None
         if config.model_spec is None:
-            self.settings = checked_settings(config.model, meta.vocab_size, meta.eos_id, training.seq_len)
+            known = (meta.vocab_size, meta.eos_id, training.seq_len, meta.bos_id)
+            self.settings = checked_settings(config.model, *known)
             model_divides(self.settings, parallelism)
             if not routers_balance(self.settings, parallelism, config.compile.enable):
                 logger.warning(
