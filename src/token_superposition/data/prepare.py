@@ -7,8 +7,9 @@ import os
 import shutil
 import sqlite3
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import dataclass
 from functools import partial as bind
 from pathlib import Path
@@ -17,9 +18,17 @@ from typing import Any, cast
 import numpy as np
 
 from token_superposition.data.files import check_files, estimated_bytes, find_files
+from token_superposition.data.held_out import HeldOut, Piece, choose_held_out
 from token_superposition.data.sources import CUT, Continued, cut_at_lines, read_documents
 from token_superposition.data.store import SPLITS, Meta, Split, partial_of
-from token_superposition.data.tokenizer import begin_token, can_be_cut, load_tokenizer, tokenizer_sha256, train_bpe
+from token_superposition.data.tokenizer import (
+    begin_token,
+    can_be_cut,
+    check_vocab_size,
+    load_tokenizer,
+    tokenizer_sha256,
+    train_bpe,
+)
 from token_superposition.data.writer import ShardWriter
 from token_superposition.errors import TokenSuperpositionError, first_line, require_int
 
@@ -43,7 +52,7 @@ class PrepareOptions:
     text_field: str = "text"
     """Field of JSON lines, column of Parquet and of hub datasets that holds the text."""
     validation_share: float = 0.01
-    """Share of the documents held out for validation, chosen by their hash."""
+    """Share of the documents held out for validation, chosen by their hash; of the text, where they are too few."""
     tokenizer_bytes: int = 64 * 2**20
     """Bytes of text on which the BPE is trained, spread over all that is read. How much a dataset of the hub holds is
     not known: without --max-bytes, each gives its first bytes, and the files together as many, from everywhere."""
@@ -65,9 +74,9 @@ def prepare(
     """Tokenise ``sources`` into the directory ``out``, which appears only when it is whole.
 
     Exact duplicates of a document are dropped. The same text, options and seed give the same bytes. ``documents``
-    replaces the reading of ``sources`` by an iterator over texts (called twice: to train the tokenizer, of which they
-    give the first ``tokenizer_bytes`` unless ``max_bytes`` is set, then to tokenise; it counts in its argument what it
-    drops).
+    replaces the reading of ``sources`` by an iterator over texts (called three times: to see that there is text to
+    train on and to hold out, to train the tokenizer, of which they give the first ``tokenizer_bytes`` unless
+    ``max_bytes`` is set, then to tokenise; it counts in its argument what it drops).
 
     Raises ``TokenSuperpositionError`` for unusable options or sources, an empty corpus, or a full disk.
     """
@@ -148,6 +157,8 @@ def _check(options: PrepareOptions, out: Path) -> None:
         )
     for name in ("vocab_size", "tokenizer_bytes", "shard_tokens"):
         require_int(name, getattr(options, name), 1)
+    if options.tokenizer is None:
+        check_vocab_size(options.vocab_size)
     if require_int("seed", options.seed, 0) >= 2**64:
         raise TokenSuperpositionError(f"seed is {options.seed}; give a whole number below 2**64")
     if options.max_bytes is not None:
@@ -165,7 +176,9 @@ def _prepare(
 ) -> Meta:
     if options.tokenizer is not None:
         tokenizer = load_tokenizer(options.tokenizer)
+        held_out = _choose_held_out(documents, out, options, dropped)
     else:
+        held_out = _choose_held_out(documents, out, options, dropped)
         sample = _sample(parts, options, lambda done: progress("train tokenizer", done, total))
         tokenizer = train_bpe(sample, options.vocab_size)
     tokenizer.save_pretrained(str(out / "tokenizer"))
@@ -177,7 +190,7 @@ def _prepare(
     }
     kept = _deduplicate(_read(documents, dropped), out, options, dropped)
     done = 0
-    for split, size, tokens in _tokenise(kept, tokenizer, bos, eos, dtype):
+    for split, size, tokens in _tokenise(held_out.split(kept), tokenizer, bos, eos, dtype):
         if (tokens[:-1] == eos).any():  # a model of whole words, or of Unigram, that has it among them
             dropped["spells the end-of-text token, which this tokenizer does not give as text"] += 1
             continue
@@ -188,11 +201,7 @@ def _prepare(
     cut = dropped.pop(CUT, 0)
     if not train.tokens or not validation.tokens:
         empty = "validation" if train.tokens else "training"
-        raise TokenSuperpositionError(
-            f"no document is left for {empty}: {train.documents + validation.documents} usable in all"
-            + (f" ({', '.join(f'{n} dropped: {why}' for why, n in dropped.items())})" if dropped else "")
-            + "; give more text or another --validation-share"
-        )
+        raise _nothing_left(empty, train.documents + validation.documents, dropped)
     return Meta(
         vocab_size=vocab_size,
         eos_id=eos,
@@ -205,6 +214,23 @@ def _prepare(
         dropped=dict(sorted(dropped.items())),
         cut=cut,
         bos_id=bos,
+    )
+
+
+def _choose_held_out(documents: Documents, out: Path, options: PrepareOptions, dropped: Counter[str]) -> HeldOut:
+    """By what is read before any work, mostly little: what cannot be split is told before a tokenizer is trained."""
+    counted = Counter(dropped)
+    with closing(_deduplicate(_read(documents, counted), out, options, counted)) as pieces:
+        held_out = choose_held_out(pieces, options.validation_share)
+    if held_out is None:
+        raise _nothing_left("training", 0, counted)
+    return held_out
+
+
+def _nothing_left(split: str, usable: int, dropped: Counter[str]) -> TokenSuperpositionError:
+    why = f" ({', '.join(f'{n} dropped: {why}' for why, n in dropped.items())})" if dropped else ""
+    return TokenSuperpositionError(
+        f"no document is left for {split}: {usable} usable in all{why}; give more text or another --validation-share"
     )
 
 
@@ -249,12 +275,12 @@ def _sample(
 
 def _deduplicate(
     texts: Iterator[str], scratch: Path, options: PrepareOptions, dropped: Counter[str]
-) -> Iterator[tuple[Split, int, str]]:
-    """First occurrence of every text, and of every beginning of a long one; with its split and its size in bytes.
+) -> Generator[Piece]:
+    """First occurrence of every text, and of every beginning of a long one; with its document and its size in bytes.
 
     The hashes seen are kept in a temporary SQLite file, so that memory does not grow with the corpus.
     """
-    path, done, digest, held_out = scratch / "seen.sqlite", 0, b"", False
+    path, done, digest, document = scratch / "seen.sqlite", 0, b"", b""
     db = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
     try:
         db.execute("PRAGMA journal_mode=OFF")
@@ -268,13 +294,13 @@ def _deduplicate(
             data, further = text.encode(), isinstance(text, Continued)
             # A further piece is a duplicate where all of its document up to its end is one.
             digest = _digest((digest if further else b"") + data, options.seed)
-            if not further:  # a document is held out as a whole
-                held_out = int.from_bytes(digest[:8]) < options.validation_share * 2**64
+            if not further:  # a document is held out as a whole, but for one where there are few
+                document = digest
             if db.execute("INSERT OR IGNORE INTO seen VALUES (?)", (digest,)).rowcount == 0:
                 dropped["duplicate"] += 1
                 continue
             done += len(data)
-            yield "validation" if held_out else "train", len(data), text
+            yield document, len(data), text
     finally:
         db.close()
         path.unlink(missing_ok=True)

@@ -24,8 +24,7 @@ def train_bpe(texts: Iterator[str], vocab_size: int) -> PreTrainedTokenizerBase:
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
-    if vocab_size < MIN_VOCAB:
-        raise TokenSuperpositionError(f"vocab size is {vocab_size}; give at least {MIN_VOCAB}, a token for every byte")
+    check_vocab_size(vocab_size)
     bpe: Any = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = decoders.ByteLevel()
@@ -37,6 +36,11 @@ def train_bpe(texts: Iterator[str], vocab_size: int) -> PreTrainedTokenizerBase:
     )
     bpe.train_from_iterator(texts, trainer)
     return PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token=END_OF_TEXT, bos_token=END_OF_TEXT)
+
+
+def check_vocab_size(vocab_size: int) -> None:
+    if vocab_size < MIN_VOCAB:
+        raise TokenSuperpositionError(f"vocab size is {vocab_size}; give at least {MIN_VOCAB}, a token for every byte")
 
 
 def load_tokenizer(name_or_path: str) -> PreTrainedTokenizerBase:
