@@ -20,7 +20,15 @@ from token_superposition import Schedule, TokenSuperpositionError
 from token_superposition.cli import main
 from token_superposition.data.plan import PlannedDataset
 from token_superposition.data.prepare import PrepareOptions, prepare
-from token_superposition.data.store import BLOCK_TOKENS, HEADER_BYTES, Meta, Shard, TokenStore, file_sha256
+from token_superposition.data.store import (
+    BLOCK_TOKENS,
+    HEADER_BYTES,
+    Meta,
+    Shard,
+    TokenStore,
+    file_sha256,
+    json_sha256,
+)
 from token_superposition.data.verify import verify_store
 
 
@@ -93,6 +101,7 @@ DAMAGE: dict[str, Callable[[Path], object]] = {
     "train-00000.documents.npy": lambda p: flip(p, -8),
     "train-00000.crc32.npy": lambda p: flip(p, -1),
     "tokenizer/tokenizer.json": lambda p: flip(p, 200),
+    "tokenizer/tokenizer_config.json": lambda p: p.write_text("{}"),
     "meta.json": lambda p: flip(p, 40),
     "validation-00000.documents.npy": lambda p: p.unlink(),
     "validation-00000.crc32.npy": lambda p: p.write_bytes(p.read_bytes()[:-1]),
@@ -210,9 +219,49 @@ def test_verify_reads_runs_as_far_as_they_say_what_they_should_be(
     assert main(["verify", str(out)]) == 2
     error = capsys.readouterr().err
     assert f"tst: damaged: {model} cannot be read" in error and f"tst: damaged: {summary} cannot be read" in error
+    assert len(error.splitlines()) == 3
+    model.unlink()
+    assert main(["verify", str(out)]) == 2 and f"tst: damaged: {model} is missing, and" in capsys.readouterr().err
     (tmp_path / "nothing").mkdir()
     for path, message in ((tmp_path / "nothing", "holds neither data"), (model, "is not a directory")):
         assert main(["verify", str(path)]) == 2 and message in capsys.readouterr().err
+
+
+def test_a_store_without_its_meta_is_no_run(data: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (data / "meta.json").unlink()
+    assert main(["verify", str(data)]) == 2
+    assert f"tst: damaged: {data} holds no prepared data (no meta.json)" in capsys.readouterr().err
+
+
+def test_a_store_of_an_earlier_version_has_no_checksums_of_all_tokenizer_files(data: Path) -> None:
+    path = data / "meta.json"
+    content = json.loads(path.read_text())
+    for name in ("bos_id", "tokenizer_files", "sha256"):
+        del content[name]
+    path.write_text(json.dumps(content | {"sha256": json_sha256(content)}))
+    (data / "tokenizer/tokenizer_config.json").write_text("{}")
+    assert verify_store(data) == [] and len(TokenStore(data)) and Meta.load(data).bos_id is None
+
+
+def test_verify_tells_what_a_killed_run_leaves_from_damage(
+    finished_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = shutil.copytree(finished_run, tmp_path / "run")
+    (run / "run.json").unlink()
+    shutil.rmtree(run / "model")
+    with (run / "metrics.jsonl").open("a") as f:
+        f.write('{"step": 9, "lo')
+    for folder in (".model.partial", "checkpoints/.writing"):
+        (run / folder).mkdir(parents=True)
+        (run / folder / "model.safetensors").write_bytes(b"half")
+    assert main(["verify", str(run)]) == 0
+    (run / "checkpoints/checkpoint-4/manifest.json").unlink()
+    for path in (run, run / "checkpoints", run / "checkpoints/checkpoint-4"):
+        assert main(["verify", str(path)]) == 2 and "checkpoint-4 has no manifest.json" in capsys.readouterr().err
+    shutil.rmtree(run / "checkpoints/checkpoint-4")
+    with (run / "metrics.jsonl").open("a") as f:
+        f.write("\n")
+    assert main(["verify", str(run)]) == 2 and "metrics.jsonl cannot be read" in capsys.readouterr().err
 
 
 def test_a_store_of_a_terabyte_is_opened_without_reading_it(tmp_path: Path) -> None:

@@ -19,8 +19,9 @@ class VerifyCommand:
     """Read data and runs again from end to end and name every damaged file.
 
     PATHS are directories of tst prepare (every checksum, token ids against the vocabulary, places of documents, the
-    tokenizer) and of tst train, tst compare or tst sweep (configurations, metrics and results can be read, model files
-    have the length that they say). Exit status: 0 all whole, 2 something is damaged, missing or unreadable.
+    tokenizer) and of tst train, tst compare or tst sweep (checkpoints have their manifest and its checksums,
+    configurations, metrics and results can be read, finished runs have their model, model files the length that they
+    say). Exit status: 0 all whole, 2 something is damaged, missing or unreadable.
 
     Training never reads damaged tokens either: it compares what it reads, as it reads it. tst verify finds the damage
     before: after a copy, or before a long run.
@@ -40,19 +41,20 @@ def run(args: Sequence[str]) -> None:
     from token_superposition.data.progress import bars
     from token_superposition.data.store import Meta
     from token_superposition.data.verify import verify_store
-    from token_superposition.experiment.verify import verify_run
 
     console = Console()
     damaged = 0
     for path in options.paths:
         if not path.is_dir():
             raise TokenSuperpositionError(f"{path} is not a directory; name what tst prepare or tst train wrote")
-        if (path / "meta.json").exists():
+        if (path / "meta.json").exists() or any(path.glob("*.crc32.npy")):
             with bars(console) as progress:
                 lines = verify_store(path, partial(progress, f"verify {path}"))
             meta = None if lines else Meta.load(path)
             whole = meta and f"{meta.train.tokens + meta.validation.tokens:,} tokens, every checksum is right"
         else:
+            from token_superposition.experiment.verify import verify_run  # beside it torch is imported
+
             files, lines = verify_run(path)
             whole = f"{files:,} files can be read"
         for line in lines:

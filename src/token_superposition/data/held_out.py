@@ -27,13 +27,16 @@ class HeldOut:
         read = 0
         for document, size, text in pieces:
             if document != self.document:
-                yield "validation" if _place(document) < self.below else "train", size, text
+                kind: Split = "validation" if _place(document) < self.below else "train"
+                yield kind, size, text
                 continue
             start = self.start - read
             read += size
             begin = _cut(text, start) if 0 < start < size else 0 if start <= 0 else len(text)
             parts: tuple[tuple[Split, str], ...] = (("train", text[:begin]), ("validation", text[begin:]))
-            yield from ((split, len(part.encode()), part) for split, part in parts if part)
+            for kind, part in parts:
+                if part:
+                    yield kind, len(part.encode()), part
 
 
 def choose_held_out(pieces: Iterable[Piece], share: float) -> HeldOut | None:

@@ -20,7 +20,7 @@ import numpy as np
 from token_superposition.data.files import check_files, estimated_bytes, find_files
 from token_superposition.data.held_out import HeldOut, Piece, choose_held_out
 from token_superposition.data.sources import CUT, Continued, cut_at_lines, read_documents
-from token_superposition.data.store import SPLITS, Meta, Split, partial_of
+from token_superposition.data.store import SPLITS, Meta, Split, file_sha256, partial_of
 from token_superposition.data.tokenizer import (
     begin_token,
     can_be_cut,
@@ -214,6 +214,7 @@ def _prepare(
         dropped=dict(sorted(dropped.items())),
         cut=cut,
         bos_id=bos,
+        tokenizer_files={p.name: file_sha256(p) for p in sorted((out / "tokenizer").iterdir()) if p.is_file()},
     )
 
 

@@ -94,6 +94,8 @@ class Meta:
     """Documents that were too long for one and became several."""
     bos_id: int | None = None
     """The token before each document, where the tokenizer begins a text with one."""
+    tokenizer_files: dict[str, str] = field(default_factory=dict[str, str])
+    """SHA-256 of every file of ``tokenizer/``; none in stores of earlier versions."""
     format: int = FORMAT
 
     def save(self, path: Path) -> None:

@@ -19,6 +19,7 @@ from token_superposition.data.store import (
     check_header,
     check_tokenizer,
     damaged,
+    file_sha256,
     read_checked,
 )
 from token_superposition.errors import TokenSuperpositionError
@@ -41,6 +42,7 @@ def verify_store(directory: Path, progress: Callable[[int, int], None] = lambda 
         check_tokenizer(directory, meta)
     except TokenSuperpositionError as e:
         found.append(str(e))
+    found += _tokenizer_files(directory / "tokenizer", meta)
     shards = [s for split in SPLITS for s in getattr(meta, split).shards]
     size = np.dtype(meta.dtype).itemsize
     done, total = 0, sum(s.tokens for s in shards) * size
@@ -49,6 +51,20 @@ def verify_store(directory: Path, progress: Callable[[int, int], None] = lambda 
             found += lines
             done += shard.tokens * size
             progress(done, total)
+    return found
+
+
+def _tokenizer_files(folder: Path, meta: Meta) -> list[str]:
+    """But for tokenizer.json, which every store has a checksum of."""
+    found: list[str] = []
+    for path, sha256 in ((folder / name, sha256) for name, sha256 in meta.tokenizer_files.items()):
+        if path.name == "tokenizer.json":
+            continue
+        try:
+            if file_sha256(path) != sha256:
+                found.append(str(damaged(path, "differs from its checksum in meta.json")))
+        except OSError as e:
+            found.append(str(damaged(path, f"cannot be read ({e.strerror})")))
     return found
 
 

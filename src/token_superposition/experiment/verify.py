@@ -8,40 +8,61 @@ from collections.abc import Callable
 from pathlib import Path
 
 from token_superposition.errors import TokenSuperpositionError, first_line
-from token_superposition.experiment.checkpoints import MANIFEST, damage
+from token_superposition.experiment.checkpoints import MANIFEST, checkpoints_in, damage
+from token_superposition.experiment.result import METRICS, MODEL, RESULT
 
 
 def verify_run(directory: Path) -> tuple[int, list[str]]:
     """How many files of a run, a comparison or a model were read, and a line for each damaged one.
 
-    Every file of a checkpoint is compared with its checksum in the manifest. Other JSON, JSON lines and TOML are
-    parsed; a safetensors file must have the length that its header adds up to: what is changed inside these and still
-    has their form is not found.
+    Every file of a checkpoint is compared with its checksum in the manifest, which must be there; a finished run must
+    have its model. Other JSON, JSON lines and TOML are parsed; a safetensors file must have the length that its header
+    adds up to: what is changed inside these and still has their form is not found. No damage is what a killed process
+    leaves: hidden files and folders, in which something was being written, and in metrics the half of a last line.
 
     Raises ``TokenSuperpositionError`` if the directory holds no such file.
     """
-    files = [p for p in sorted(directory.rglob("*")) if p.suffix in CHECKS and p.is_file()]
-    if not files:
+    found = (directory, *sorted(directory.rglob("*")))
+    there = [p for p in found if not any(part.startswith(".") for part in p.relative_to(directory).parts)]
+    files = [p for p in there if p.suffix in CHECKS and p.is_file()]
+    checkpoints = {p.parent for p in files if p.name == MANIFEST}
+    checkpoints |= {c for p in there if p.resolve().name == "checkpoints" for c in checkpoints_in(p)}
+    if directory.resolve().parent.name == "checkpoints" and directory in checkpoints_in(directory.parent):
+        checkpoints.add(directory)
+    if not files and not checkpoints:
         raise TokenSuperpositionError(
             f"{directory} holds neither data (no meta.json) nor a run or a model; "
             "name what tst prepare or tst train wrote"
         )
-    checkpoints = [p.parent for p in files if p.name == MANIFEST]
-    damaged = [problem for checkpoint in checkpoints if (problem := damage(checkpoint))]
+    damaged = [problem for checkpoint in sorted(checkpoints) if (problem := damage(checkpoint))]
     for path in files:
-        if any(checkpoint in path.parents for checkpoint in checkpoints):
+        if not checkpoints.isdisjoint(path.parents):
             continue
         try:
             CHECKS[path.suffix](path)
+            if path.name == RESULT:
+                damaged += [
+                    f"{file} is missing, and {path} says that the run is finished" for file in _no_weights(path)
+                ]
         except Exception as e:  # each reader has its own kinds
             damaged.append(f"{path} cannot be read ({first_line(e)})")
     return len(files), damaged
 
 
 def _json_lines(path: Path) -> None:
+    unfinished = path.name == METRICS and not (path.parent / RESULT).exists()
     with path.open("rb") as f:
         for line in f:
-            json.loads(line)
+            if line.endswith(b"\n") or not unfinished:
+                json.loads(line)
+
+
+def _no_weights(result: Path) -> list[Path]:
+    """Files of weights that the model of a finished run lacks."""
+    model = result.parent / MODEL
+    index = model / "model.safetensors.index.json"
+    names = set(json.loads(index.read_bytes())["weight_map"].values()) if index.exists() else {"model.safetensors"}
+    return [model / name for name in sorted(names) if not (model / name).is_file()]
 
 
 def _safetensors(path: Path) -> None:
