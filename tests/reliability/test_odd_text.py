@@ -23,7 +23,7 @@ from tests.conftest import text
 from token_superposition import TokenSuperpositionError
 from token_superposition.cli import main
 from token_superposition.data import sources
-from token_superposition.data.files import OTHER_FILE, STORE, check_files, find_files
+from token_superposition.data.files import HIDDEN, OTHER_FILE, STORE, check_files, find_files
 from token_superposition.data.prepare import PrepareOptions, prepare
 from token_superposition.data.sources import CUT, read_documents
 from token_superposition.data.store import SPLITS, Meta, Split, TokenStore
@@ -306,6 +306,21 @@ def test_a_folder_that_holds_the_output_does_not_read_it(tmp_path: Path) -> None
     (tmp_path / "deep/meta.json").write_text('{"format": "of something else"}')
     again = prepare([str(tmp_path)], tmp_path / "deep/again", OPTIONS)
     assert again.train.documents + again.validation.documents == 41 and again.dropped == {STORE: 1}
+
+
+def test_what_is_hidden_in_a_folder_is_read_only_where_it_is_named(tmp_path: Path) -> None:
+    for name in ("a.txt", ".b.txt", ".git/c.txt", "deep/.venv/lib/d.py", "deep/.venv/e.py", "deep/f.py"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(name)
+
+    def read(*sources: str) -> list[str]:
+        return [str(p.relative_to(tmp_path)) for p in find_files([str(tmp_path / s) for s in sources], dropped)]
+
+    dropped: Counter[str] = Counter()
+    assert read("") == ["a.txt", "deep/f.py"] and dropped == {HIDDEN: 3}
+    named = read(".b.txt", ".git", "deep/.venv", "**/*.txt")
+    assert named == [".b.txt", ".git/c.txt", "deep/.venv/e.py", "deep/.venv/lib/d.py", "a.txt"]
+    assert dropped == {HIDDEN: 3}
 
 
 def test_what_a_killed_run_left_in_its_source_changes_nothing(tmp_path: Path) -> None:

@@ -17,9 +17,10 @@ from token_superposition.data.prepare import PrepareOptions
 class PrepareCommand:
     """Turn text into a token store that tst train and tst compare read.
 
-    SOURCES are files, folders (searched for text, Markdown, code, JSON lines, Parquet; .gz and .zst too), quoted
-    globs, or hf:DATASET[:CONFIG[:SPLIT]]. A file is a document, except in JSON lines and Parquet, where a row is one.
-    What cannot be used is counted by its reason: docs/data.md has the list. tst verify reads the result again.
+    SOURCES are files, folders (searched for text, Markdown, code, JSON lines, Parquet; .gz and .zst too; not in what is
+    hidden, such as .git), quoted globs, or hf:DATASET[:CONFIG[:SPLIT]]. A file is a document, except in JSON lines and
+    Parquet, where a row is one. What cannot be used is counted by its reason: docs/data.md has the list. tst verify
+    reads the result again.
 
     Example: tst prepare ~/notes 'src/**/*.py' pages.jsonl.zst --out data --vocab-size 16384
     """

@@ -26,6 +26,7 @@ TABLE_SUFFIXES = (".jsonl", ".ndjson", ".parquet")
 COMPRESSED_SUFFIXES = (".gz", ".zst")
 ARCHIVE_SUFFIXES = frozenset({".tar", ".tgz", ".tbz2", ".txz", ".zip", ".7z", ".rar", ".xz", ".bz2", ".lz4", ".z"})
 STORE = "folders that are prepared data"
+HIDDEN = "hidden files and folders in folders"
 OTHER_FILE = "files in folders that are not text by their ending, or not regular files"
 
 
@@ -33,7 +34,8 @@ def find_files(sources: Sequence[str], dropped: Counter[str] | None = None) -> l
     """Files of folders (searched recursively), globs and paths, each once, in a fixed order.
 
     Links to files are followed, links to folders inside a folder are not: there are no loops. What a folder holds
-    beside text is counted in ``dropped``; token stores in it, and what a killed ``tst prepare`` left, are passed over.
+    beside text is counted in ``dropped``; hidden files and folders in it, token stores, and what a killed
+    ``tst prepare`` left, are passed over.
     Raises ``TokenSuperpositionError`` for a source that does not exist, matches nothing, or holds no text.
     """
     found: dict[Path, None] = {}
@@ -138,13 +140,16 @@ def _search(folder: Path, dropped: Counter[str] | None) -> list[Path]:
 
     found: list[Path] = []
     for directory, folders, names in os.walk(folder, onerror=failed):
-        folders[:] = [name for name in folders if not is_partial(name)]
+        hidden = [name for name in (*folders, *names) if name.startswith(".")]
+        folders[:] = [name for name in folders if name not in hidden]
         if "meta.json" in names and is_store(Path(directory)):
             folders.clear()
             if dropped is not None:
                 dropped[STORE] += 1
             continue
-        for path in (Path(directory, name) for name in names if not is_partial(name)):
+        if dropped is not None and (count := sum(not is_partial(name) for name in hidden)):
+            dropped[HIDDEN] += count
+        for path in (Path(directory, name) for name in names if name not in hidden):
             if _is_text_name(path) and path.is_file():
                 found.append(path)
             elif dropped is not None:
