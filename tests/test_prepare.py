@@ -169,42 +169,6 @@ def test_the_seed_chooses_what_is_held_out(prepared: Path, tmp_path: Path) -> No
     assert held_out[0] != held_out[1]
 
 
-@pytest.mark.parametrize(
-    ("sizes", "share", "least", "most"),
-    [
-        ([2_000], 0.01, 4_096, 8_192),  # bytes that are held out
-        ([9_000], 0.3, 50_000, 58_000),
-        ([9_000], 0.9, 149_000, 160_000),  # from the second of several pieces that it is read in
-        ([3, 9_000, 4_000], 0.01, 2_300, 6_500),
-        ([1, 1, 1, 1, 1], 0.01, 16, 16),
-    ],
-    ids=str,
-)
-def test_few_documents_have_a_held_out_part_of_their_own(
-    sizes: list[int], share: float, least: int, most: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Whole lines, and none of them twice."""
-    monkeypatch.setattr("token_superposition.data.sources.MAX_TEXT_BYTES", 10_000)
-    (tmp_path / "text").mkdir()
-    for n, size in enumerate(sizes):
-        (tmp_path / f"text/{n}.txt").write_text("".join(f"line {i} of {n}: ü\n" for i in range(size)))
-    stores: list[list[str]] = []
-    for name in ("data", "again"):
-        options = PrepareOptions(vocab_size=300, validation_share=share)
-        meta = prepare([str(tmp_path / "text")], tmp_path / name, options)
-        stores.append(["".join(documents_of(s)) for s in stores_of(tmp_path / name)])
-        assert least <= meta.validation.bytes <= most
-    lines = [f"line {i} of {n}: ü" for n, size in enumerate(sizes) for i in range(size)]
-    assert sorted("".join(stores[0]).splitlines()) == sorted(lines) and stores[0] == stores[1]
-
-
-def test_a_document_too_short_to_be_split_is_refused_before_any_work() -> None:
-    read: list[int] = []
-    with pytest.raises(TokenSuperpositionError, match=r"single document of 12 bytes cannot be split .*; give at least"):
-        prepare((), "data", OPTIONS, documents=lambda _: iter(read.append(1) or ["one document"]))
-    assert read == [1] and not Path("data").exists()
-
-
 def test_no_document_is_begun_after_the_last_byte(prepared: Path, tmp_path: Path) -> None:
     options = PrepareOptions(tokenizer=str(prepared / "tokenizer"), validation_share=0.3, max_bytes=110)
     meta = prepare((), tmp_path / "data", options, documents=lambda _: (f"document {i}" for i in range(10, 90)))
@@ -320,6 +284,16 @@ def test_a_text_that_spells_a_special_token_has_no_end_there(kind: str, tmp_path
         (["one.txt"], PrepareOptions(validation_share=1.0), "validation share is 1.0"),
         (["one.txt"], PrepareOptions(seed=2**64), r"seed is 18446744073709551616; give a whole number below 2\*\*64"),
         (["one.txt"], PrepareOptions(tokenizer="no/such/place"), "tokenizer no/such/place cannot be loaded"),
+        (
+            ["one.txt"],
+            PrepareOptions(tokenizer="model", vocab_size=9),
+            "vocab_size is 9, but .* leave out --vocab-size or",
+        ),
+        (
+            ["one.txt"],
+            PrepareOptions(tokenizer="model", tokenizer_bytes=9),
+            "tokenizer_bytes is 9, but no tokenizer is",
+        ),
         (["one.txt"], PrepareOptions(tokenizer="model"), "is its tokenizer.json missing"),
     ],
 )
@@ -393,3 +367,7 @@ def test_hidden_order_of_find_files_is_fixed(tmp_path: Path) -> None:
 def test_command_reports_what_it_did(tmp_path: Path, prepared: Path) -> None:
     done = tst("prepare", prepared.parent / "text", "--out", tmp_path / "data", "--vocab-size", "300")
     assert "train:" in done.stdout and "bytes/token" in done.stdout and "left out:" in done.stdout
+    assert "vocabulary: 300\n" in done.stdout
+    (tmp_path / "few.txt").write_text("some text\n" * 2000)
+    done = tst("prepare", tmp_path / "few.txt", "--out", tmp_path / "few")
+    assert "vocabulary: 264 (asked: 32,768; the text has no more)\n" in done.stdout

@@ -45,6 +45,10 @@ def run(args: Sequence[str]) -> None:
     start = time.monotonic()
     with bars(console) as progress:
         meta = prepare(command.sources, command.out, command.preparation, progress)
+    asked = command.preparation.vocab_size
+    few = command.preparation.tokenizer is None and meta.vocab_size < asked
+    note = f" (asked: {asked:,}; the text has no more)" if few else ""
+    console.print(f"vocabulary: {meta.vocab_size:,}{note}")
     for split, s in (("train", meta.train), ("validation", meta.validation)):
         console.print(f"{split}: {s.tokens:,} tokens, {s.documents:,} documents, {s.bytes_per_token:.3f} bytes/token")
     if meta.cut:

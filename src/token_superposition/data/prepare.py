@@ -159,6 +159,13 @@ def _check(options: PrepareOptions, out: Path) -> None:
         require_int(name, getattr(options, name), 1)
     if options.tokenizer is None:
         check_vocab_size(options.vocab_size)
+    else:
+        for name in ("vocab_size", "tokenizer_bytes"):
+            if (value := getattr(options, name)) != getattr(PrepareOptions, name):
+                raise TokenSuperpositionError(
+                    f"{name} is {value}, but no tokenizer is trained where {options.tokenizer} is given; leave out "
+                    f"--{name.replace('_', '-')} or --tokenizer"
+                )
     if require_int("seed", options.seed, 0) >= 2**64:
         raise TokenSuperpositionError(f"seed is {options.seed}; give a whole number below 2**64")
     if options.max_bytes is not None:
