@@ -66,7 +66,7 @@ BIDIRECTIONAL = ("bert", "electra", "ernie", "megatron-bert", "rembert", "roform
 def test_a_model_that_sees_later_tokens_is_refused(architecture: str, tmp_path: Path) -> None:
     """By ``build_model``, before a run begins, and by the trainer; with ``is_decoder`` it is built."""
     config = Config(ModelConfig(architecture, SMALL), DataConfig(sequence_length=16))
-    meta: Any = SimpleNamespace(vocab_size=64, eos_id=0)
+    meta: Any = SimpleNamespace(vocab_size=64, eos_id=0, bos_id=None)
     with pytest.raises(TokenSuperpositionError, match=r"sees the tokens that .* set model.options.is_decoder = true"):
         build_model(config, meta)
     decoder = ModelConfig(architecture, SMALL | {"is_decoder": True})

@@ -66,7 +66,7 @@ def test_a_saved_model_reads_longer_sequences_only_without_a_table(
     monkeypatch.setitem(TINY, architecture, TINY.get(architecture, {}) | options)
     tiny(architecture, max_position_embeddings=POSITIONS).save_pretrained(tmp_path)
     config = Config(ModelConfig(path=str(tmp_path)), DataConfig(sequence_length=POSITIONS))
-    meta: Any = SimpleNamespace(vocab_size=320, eos_id=0)
+    meta: Any = SimpleNamespace(vocab_size=320, eos_id=0, bos_id=None)
     model = build_model(config, meta)
     assert reads(model, POSITIONS)
     longer = replace(config, data=DataConfig(sequence_length=2 * POSITIONS))
