@@ -9,7 +9,6 @@ import os
 import socket
 import subprocess
 import sys
-import time
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -17,12 +16,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import datasets
 import lightning
-import numpy as np
 import pytest
 import torch
-from datasets.distributed import split_dataset_by_node
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_hook
@@ -31,8 +27,7 @@ from transformers import AutoModelForCausalLM
 from examples import diff, text
 from tests.conftest import once
 from tests.processes import ROOT, launch
-from token_superposition import Phase, Schedule, TokenSuperpositionError, reference
-from token_superposition.data.stream import StreamedPlan
+from token_superposition import Schedule, TokenSuperpositionError, reference
 from token_superposition.embedding import is_superposed
 from token_superposition.engines.transformers import trainer as engine
 
@@ -337,71 +332,6 @@ def test_trainer_without_tst(prepared: Path, tmp_path: Path) -> None:
     without = run("hf_trainer", *hf_arguments(prepared, tmp_path / "tst"), "--ratio", "0")
     assert plain[-1] < plain[0] and without[-1] < without[0]
     assert without[0] == pytest.approx(plain[0], rel=0.02)  # nearly the same tokens: the block's last one has a target
-
-
-def test_processes_of_a_loop_stream_their_parts_of_the_documents() -> None:
-    """As the docstring says: every process has the run's steps, and no token is read by two."""
-    documents = datasets.Dataset.from_dict({"input_ids": [[*range(i, i + 7)] for i in range(0, 1400, 7)]})
-    read: list[set[int]] = []
-    for rank in (0, 1):
-        mine = split_dataset_by_node(documents.to_iterable_dataset(num_shards=4), rank, 2)
-        samples = list(StreamedPlan(mine, Schedule.two_phase(4, 3, 0.5), 4, batch_size=6 // 2))
-        assert [s["input_ids"].shape for s in samples] == [(4, 3)] * 6 + [(4,)] * 6
-        read.append({int(t) for s in samples for t in s["input_ids"].flatten()})
-    assert not read[0] & read[1] and len(read[0]) == len(read[1]) == 4 * 3 * 6 + 4 * 6
-
-
-@pytest.mark.parametrize("kind", [list, np.array, lambda ids: np.array(ids, np.uint16), torch.tensor])
-def test_a_streamed_plan_reads_every_token_once(kind: Callable[[list[int]], Any]) -> None:
-    documents = [{"input_ids": kind(list(range(first, first + 7)))} for first in range(0, 700, 7)]
-    schedule = Schedule.two_phase(4, 3, 0.5)
-    samples = list(StreamedPlan(documents, schedule, sequence_length=4, batch_size=2))
-    assert len(samples) == len(StreamedPlan(documents, schedule, 4, 2)) == 8
-    read = [sample["input_ids"].flatten().tolist() for sample in samples]
-    assert [t for tokens in read for t in tokens] == list(range(4 * 12 + 4 * 4))
-    for sample in samples:
-        ids, targets = sample["input_ids"], sample["shift_labels"]
-        assert torch.equal(targets, ids + (3 if ids.dim() == 2 else 1)) and targets.dtype == torch.int64
-
-
-def test_a_streamed_plan_takes_documents_of_any_length() -> None:
-    """The time is that of the tokens: what is left of a long document is not moved for every sample."""
-
-    def seconds(lengths: list[int], samples: int) -> float:
-        documents = [{"input_ids": np.zeros(n, np.int64)} for n in lengths]
-        plan = StreamedPlan(documents, Schedule([Phase(samples, 2, 2)]), 64, 1)
-        begin = time.process_time()
-        assert sum(1 for _ in plan) == samples
-        return time.process_time() - begin
-
-    seconds([1000], 4)  # whatever is done once
-    assert seconds([10_000_000], 1000) < 5 * seconds([100] * 1300, 1000) + 0.5
-
-
-def test_a_streamed_plan_skips_empty_documents_and_keeps_no_long_one() -> None:
-    documents = [{"input_ids": ids} for ids in ([], list(range(500)), np.empty(0, np.uint16))]
-    with pytest.warns(UserWarning, match="ended after 500 tokens"):
-        samples = list(StreamedPlan(documents, Schedule([Phase(130, 1, 1)]), 4, 1))
-    assert [int(t) for s in samples for t in s["input_ids"]] == [i % 500 for i in range(520)]
-    assert all(s["input_ids"].untyped_storage().nbytes() <= 5 * 8 for s in samples)  # what a worker would send
-
-
-def test_a_streamed_plan_says_when_it_cannot() -> None:
-    schedule = Schedule.two_phase(4, 3, 0.5)
-    for ids, what in (([[1, 2]], r"shape \(1, 2\) and type int64"), ([1.5] * 20, "float64"), ("text", r"shape \(\)")):
-        with pytest.raises(TokenSuperpositionError, match=f"{what}.*whole numbers in one axis"):
-            next(iter(StreamedPlan([{"input_ids": ids}], schedule, 4, 2)))
-    with pytest.raises(TokenSuperpositionError, match="no tokens"):
-        next(iter(StreamedPlan([], schedule, 4, 2)))
-    for document, keys in (({"text": "a", "id": 3}, "text, id"), ({}, "none"), ([1, 2], "none, being no mapping")):
-        with pytest.raises(TokenSuperpositionError, match=rf"no input_ids \(its keys: {keys}\); tokenise the text"):
-            next(iter(StreamedPlan([document], schedule, 4, 2)))  # pyright: ignore[reportArgumentType]
-    with pytest.warns(UserWarning, match="ended after 9 tokens"):
-        samples = list(StreamedPlan([{"input_ids": list(range(9))}], schedule, 4, 2))
-    assert samples[-1]["input_ids"].tolist() == [(60 + i) % 9 for i in range(4)]
-    loader = torch.utils.data.DataLoader(StreamedPlan([{"input_ids": [1]}], schedule, 4, 2), num_workers=2)
-    with pytest.raises(TokenSuperpositionError, match="2 loader workers"):
-        next(iter(loader))
 
 
 def test_the_page_is_what_the_scripts_are() -> None:

@@ -57,6 +57,7 @@ def test_a_real_sweep_writes_what_it_promises(tiny_sweep: tuple[list[str], Path]
     assert summary["best"]["cell"]["bag_size"] == s and summary["command"].startswith("tst sweep ")
     assert summary["best"]["judged"]["per_seed"] == [losses[f"s{s}-r0.5-lr0.003-seed4"] - baselines[4]]
     assert (out / "report.html").read_text().count("<svg") == 2  # one ratio: no curve over it
+    assert main(["verify", str(out)]) == 0  # though it keeps no models
 
 
 def test_a_second_call_trains_nothing_and_the_report_is_written_again(

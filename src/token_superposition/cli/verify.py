@@ -20,8 +20,8 @@ class VerifyCommand:
 
     PATHS are directories of tst prepare (every checksum, token ids against the vocabulary, places of documents, the
     tokenizer) and of tst train, tst compare or tst sweep (checkpoints have their manifest and its checksums,
-    configurations, metrics and results can be read, finished runs have their model, model files the length that they
-    say). Exit status: 0 all whole, 2 something is damaged, missing or unreadable.
+    configurations, metrics and results can be read, models of finished runs have their weights, model files the
+    length that they say). Exit status: 0 all whole, 2 something is damaged, missing or unreadable.
 
     Training never reads damaged tokens either: it compares what it reads, as it reads it. tst verify finds the damage
     before: after a copy, or before a long run.

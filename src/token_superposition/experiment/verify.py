@@ -15,10 +15,11 @@ from token_superposition.experiment.result import METRICS, MODEL, RESULT
 def verify_run(directory: Path) -> tuple[int, list[str]]:
     """How many files of a run, a comparison or a model were read, and a line for each damaged one.
 
-    Every file of a checkpoint is compared with its checksum in the manifest, which must be there; a finished run must
-    have its model. Other JSON, JSON lines and TOML are parsed; a safetensors file must have the length that its header
-    adds up to: what is changed inside these and still has their form is not found. No damage is what a killed process
-    leaves: hidden files and folders, in which something was being written, and in metrics the half of a last line.
+    Every file of a checkpoint is compared with its checksum in the manifest, which must be there; the model of a
+    finished run must have its weights. Other JSON, JSON lines and TOML are parsed; a safetensors file must have the
+    length that its header adds up to: what is changed inside these and still has their form is not found. No damage is
+    what a killed process leaves: hidden files and folders, in which something was being written, and in metrics the
+    half of a last line.
 
     Raises ``TokenSuperpositionError`` if the directory holds no such file.
     """
@@ -58,8 +59,10 @@ def _json_lines(path: Path) -> None:
 
 
 def _no_weights(result: Path) -> list[Path]:
-    """Files of weights that the model of a finished run lacks."""
+    """Files of weights that the model of a finished run lacks; a sweep keeps no models."""
     model = result.parent / MODEL
+    if not model.exists():
+        return []
     index = model / "model.safetensors.index.json"
     names = set(json.loads(index.read_bytes())["weight_map"].values()) if index.exists() else {"model.safetensors"}
     return [model / name for name in sorted(names) if not (model / name).is_file()]
