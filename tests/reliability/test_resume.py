@@ -186,7 +186,10 @@ def test_an_interrupted_comparison_loses_no_step(runs: Runs, tmp_path: Path) -> 
     whole, out = tmp_path / "whole", tmp_path / "out"
     tst("train", *options, whole, OMP_NUM_THREADS="1")
     line = [sys.executable, "-m", "token_superposition", "compare", *options, str(out)]
-    process = subprocess.Popen(line, stdout=subprocess.PIPE, text=True, start_new_session=True)
+    process = subprocess.Popen(
+        line, stdout=subprocess.PIPE, text=True, start_new_session=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # what runs in the background ignores it
+    )  # fmt: skip
     wait_for(lambda: steps_done(out / "runs/tst") >= 3)
     os.killpg(process.pid, signal.SIGINT)
     printed, _ = process.communicate(timeout=DEADLINE)

@@ -273,9 +273,7 @@ class PlannedDataset(Dataset[Sample]):
         first = max(stretch.first * per_block - epoch * samples, 0)
         if stretch.end is None and 16 * (samples - first) >= samples:
             whole = (len(self.tokens) - 1) // (self.sequence_length * bag)  # whatever the length of a block
-            while (
-                True
-            ):  # a sample of another stretch is passed over: on from the place that it has in the blocks' order
+            while True:  # passes over a sample of another stretch: on from its place in the order of the blocks
                 place = permute(place, whole, of_samples)
                 if place < samples:
                     sample = place
