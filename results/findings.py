@@ -185,7 +185,7 @@ Parameters are counted with embedding and head, 0.26M of the 0.59M here and 0.13
 
 *Read in blocks* is the order of the text before 2026-11-27: an ordinary step read pieces of blocks that bags fit into,
 which lay closer together than by chance. That makes the baseline worse and so flatters TST; by how much was measured in
-`proof-cpu` alone ([log](../LOG.md)).
+`proof-cpu` alone ([log](../LOG.md)). Such a comparison's command reads in the order of today.
 
 ![Differences of all comparisons with their intervals](findings_forest.svg)
 
