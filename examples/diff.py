@@ -71,8 +71,8 @@ REMARKS = {
 def page() -> str:
     parts = [
         "# In the training script that you have",
-        "Made by `python -m examples.diff` from the scripts in `examples/plain` and `examples`: each runs as it is, "
-        "tests run both, and with `--ratio 0` a script with TST trains ordinarily. Below, `-` is the script without "
+        "Made by `python -m examples.diff` from the scripts in `examples/plain` and `examples`: each runs as it is "
+        "(that of the Trainer on text files of yours), tests run both, and with `--ratio 0` a script with TST trains ordinarily. Below, `-` is the script without "
         "TST and `+` the one with it.",
     ]
     for name, title in NAMES.items():

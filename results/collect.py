@@ -5,7 +5,8 @@
 Writes results/NAME: config.toml (``tst compare results/NAME/config.toml`` does it again), summary.json without the
 samples of text, curves.csv with every logged loss (of a sweep: sweep.json and sweep.csv), and about.toml with the
 question, the text and the command; a
-``note`` added there by hand, such as what is to be mistrusted, stands below the table on the page.
+``note`` added there by hand, such as what is to be mistrusted, stands below the table on the page. Collected again,
+a folder keeps what was added to about.toml, and loses copying.csv and strings.csv, which are of the runs before.
 """
 
 from __future__ import annotations
@@ -15,12 +16,13 @@ import io
 import json
 import shutil
 import sys
+import tomllib
 from pathlib import Path
 from typing import Any
 
 import tomli_w
 
-from token_superposition.experiment.result import SWEEP
+from token_superposition.experiment.files import SWEEP
 from token_superposition.experiment.sweep import TABLE
 from token_superposition.report.page import is_sweep
 
@@ -42,7 +44,9 @@ def collect(directory: Path, name: str, question: str, text: str, into: Path = H
         (partial / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
         (partial / "curves.csv").write_text(curves(directory, summary["runs"]))
     command = f"tst {'sweep' if is_sweep(directory) else 'compare'} results/{name}/config.toml --out {name}"
-    about = {"question": question, "text": text, "command": command}
+    before = into / name / "about.toml"
+    added = tomllib.loads(before.read_text()) if before.exists() else {}
+    about = added | {"question": question, "text": text, "command": command}
     (partial / "about.toml").write_text(tomli_w.dumps(about))
     shutil.rmtree(into / name, ignore_errors=True)
     return partial.rename(into / name)

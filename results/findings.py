@@ -16,7 +16,7 @@ from results.sweeps import section as section_of_sweep
 from token_superposition.report.contents import interval, speedup_in_flops
 
 
-def table_row(name: str, c: dict[str, Any], again: str | None) -> str:
+def table_row(name: str, c: dict[str, Any], again: str | None, chose: list[int]) -> str:
     s = speedup_in_flops(c)
     marks = {"measured": "", "at least": "≥ ", "at most": "≤ ", "not comparable": "~ "}
     speed = "not measured" if s is None else f"{marks[s['bound']]}{s['geometric_mean']:.2f}"
@@ -25,6 +25,8 @@ def table_row(name: str, c: dict[str, Any], again: str | None) -> str:
     name, values = at_equal_flops(name, c)
     per_seed = ", ".join(f"{d:+.3f}" for d in values)
     judged = f"{verdict(values)}; the runs of {again}" if again else verdict(values)
+    if chose and name == "tst":
+        judged += f"; seed {' and '.join(map(str, chose))} had a part in choosing it"
     return f"| {name} | {told(values)} | {speed} | {per_seed} | {judged} |"
 
 
@@ -82,11 +84,11 @@ def section(r: Result, again: dict[tuple[str, str], str]) -> str:
         "",
         "| variant | difference, nats (95%) | speed-up to equal loss (95%) | by seed | |",
         "|---|---|---|---|---|",
-        *(table_row(name, c, again.get((r.name, name))) for name, c in r.variants.items()),
+        *(table_row(name, c, again.get((r.name, name)), r.about.get("chose", [])) for name, c in r.variants.items()),
         "",
         *longer_rows(r.variants),
         *against_tst(r),
-        f"`{r.about['command']}`; {r.baseline['hardware']}; torch {v['torch']}, transformers {v['transformers']}; "
+        f"`{r.about['command']}`; {'; '.join(r.hardware)}; torch {v['torch']}, transformers {v['transformers']}; "
         f"[results/{r.name}](../results/{r.name}).",
         "",
         *((r.about["note"], "") if "note" in r.about else ()),

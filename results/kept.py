@@ -43,6 +43,10 @@ class Result:
         return next(r for r in self.summary["runs"] if r["name"] == "baseline")
 
     @property
+    def hardware(self) -> list[str]:
+        return list(dict.fromkeys(r["hardware"] for r in self.summary["runs"]))
+
+    @property
     def setting(self) -> str:
         """Model, batch and length in one line."""
         c = self.summary["config"]

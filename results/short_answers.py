@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections import Counter, defaultdict
 from statistics import mean
 
-from scipy import stats
-
 from results.kept import SEEDS, Result, told, verdict
 from results.plain import TEXTS, Again, differences, pairs, plain, text_of
+from token_superposition.experiment.intervals import chance, holm
 from token_superposition.report.contents import short
 
 COUNTED = {"better": "below the baseline", "worse": "above it", "not told from chance": "not told from it"}
@@ -17,7 +16,11 @@ COUNTED = {"better": "below the baseline", "worse": "above it", "not told from c
 def short_answers(found: list[Result], again: Again) -> str:
     """Bullets; none where no comparison has enough seeds."""
     enough = [r for r in found if len(r.seeds) >= SEEDS]
-    of_plain = [r for r in enough if text_of(r) in TEXTS and (name := plain(r)) and (r.name, name) not in again]
+    of_plain = [
+        r
+        for r in enough
+        if text_of(r) in TEXTS and (name := plain(r)) and (r.name, name) not in again and "superseded" not in r.about
+    ]
     lines = [
         *wins(of_plain),
         *from_where(of_plain),
@@ -30,11 +33,17 @@ def short_answers(found: list[Result], again: Again) -> str:
 
 def wins(of_plain: list[Result]) -> list[str]:
     """How many comparisons of plain TST ended how, text by text."""
-    by_text: dict[str, Counter[str]] = defaultdict(Counter)
+    by_text: dict[str, Counter[tuple[str, bool]]] = defaultdict(Counter)
     for r in of_plain:
-        by_text[text_of(r)][verdict(differences(r, plain(r) or "", "baseline"))] += 1
+        by_text[text_of(r)][verdict(differences(r, plain(r) or "", "baseline")), r.in_blocks] += 1
+
+    def counted(count: Counter[tuple[str, bool]], kind: str) -> str:
+        blocks, all_of = count[kind, True], count[kind, True] + count[kind, False]
+        few = "" if blocks == all_of else f"{blocks} of them "
+        return f"{all_of} {COUNTED[kind]}" + (f" ({few}read in blocks)" if blocks else "")
+
     told_of = (
-        f"{text}: {', '.join(f'{count[kind]} {words}' for kind, words in COUNTED.items() if count[kind])}"
+        f"{text}: {', '.join(counted(count, kind) for kind in COUNTED if count[kind, True] + count[kind, False])}"
         for text, count in by_text.items()
     )
     head = f"- Plain TST at the end, by 95% intervals of comparisons of at least {SEEDS} seeds"
@@ -51,7 +60,8 @@ def from_where(of_plain: list[Result]) -> list[str]:
         judged = verdict(values)
         unsure = ", not told from chance" if judged == "not told from chance" else ""
         flattered = f"; its baseline is {r.about['mistuned']} mistuned" if "mistuned" in r.about else ""
-        said = f"{mean(values):+.3f} with {tokens:.1f} ({r.name}{unsure}{flattered})"
+        blocks = "; read in blocks" if r.in_blocks else ""
+        said = f"{mean(values):+.3f} with {tokens:.1f} ({r.name}{unsure}{flattered}{blocks})"
         groups[text_of(r), short(b["parameters"])].append((tokens, said))
     return [
         f"- Plain TST less the baseline by latent tokens a parameter, {text}, {size} parameters: "
@@ -83,7 +93,7 @@ def variants(enough: list[Result], again: Again) -> list[str]:
     if not apart:
         return []
     told_apart = "; ".join(f"`{p.how}` {told(p.values)} in {p.result.name}, {verdict(p.values)}" for p in apart)
-    chances: list[float] = [stats.ttest_1samp(p.values, 0).pvalue for p in judged]  # pyright: ignore
+    chances = [chance(p.values) for p in judged]
     left = [f"`{p.how}` ({verdict(p.values)})" for p, rejected in zip(judged, holm(chances), strict=True) if rejected]
     return [
         f"- Told from plain TST by their own intervals: {told_apart}. After Holm's correction for the {len(judged)} "
@@ -103,15 +113,3 @@ def at_equal_data(enough: list[Result], again: Again) -> list[str]:
                 difference = told(equal["delta_val_loss_per_seed"])
                 said.append(f"{difference} with {name} in {r.name} ({equal['ratio']:.3g} x the steps{how})")
     return [f"- At equal data, less a baseline that reads as much text: {'; '.join(said)}."] if said else []
-
-
-def holm(chances: list[float], level: float = 0.05) -> list[bool]:
-    """Which of several hypotheses are rejected, by Holm's step-down procedure (Scand. J. Statist. 6, 1979).
-
-    >>> holm([0.01, 0.04, 0.03]), holm([0.04, 0.01, 0.02])
-    ([True, False, False], [True, True, True])
-    """
-    order = sorted(range(len(chances)), key=chances.__getitem__)
-    passed = [chances[i] <= level / (len(chances) - place) for place, i in enumerate(order)]
-    kept = passed.index(False) if False in passed else len(passed)
-    return [order.index(i) < kept for i in range(len(chances))]

@@ -35,8 +35,8 @@ from token_superposition.engines.transformers.head import HiddenStates, whole_he
 from token_superposition.experiment.checkpoints import newest_whole
 from token_superposition.experiment.config import load_config
 from token_superposition.experiment.export import export
+from token_superposition.experiment.files import read_metrics
 from token_superposition.experiment.launch import Launch
-from token_superposition.experiment.metrics import read_metrics
 from token_superposition.experiment.run import train, training_arguments
 
 LAUNCH = Path(str(files("token_superposition") / "engines/transformers/launch"))

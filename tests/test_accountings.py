@@ -17,9 +17,9 @@ from scipy import stats
 from token_superposition import TokenSuperpositionError
 from token_superposition.experiment.compare import jobs_of
 from token_superposition.experiment.config import CompareConfig, Config, Variant
+from token_superposition.experiment.files import METRICS, write_metrics
 from token_superposition.experiment.intervals import seed_speedup, t_interval
-from token_superposition.experiment.metrics import write_metrics
-from token_superposition.experiment.result import METRICS, StepTimes
+from token_superposition.experiment.result import StepTimes
 from token_superposition.experiment.summary import EqualLoss, Run, comparison, equal_loss
 from token_superposition.report import print_table, write_report
 from token_superposition.report.contents import interval_table, read

@@ -33,7 +33,7 @@ def comparison(console: Console, name: str, folder: Path) -> None:
 
 
 def dry_run(console: Console, name: str, folder: Path) -> None:
-    job = JobCost(name, name, 0, 2, 2, 8, 8, 1.0, 2.0, None)
+    job = JobCost(name, 2, 2, 8, 8, 1.0, 2.0, None)
     print_dry_run(DryRun([[job]], 1, 1.0, 1, 1.0), console)
 
 

@@ -22,7 +22,7 @@ from token_superposition.cli import main
 from token_superposition.data.prepare import PrepareOptions, prepare
 from token_superposition.experiment.config import load_config
 from token_superposition.experiment.export import export
-from token_superposition.experiment.metrics import read_metrics
+from token_superposition.experiment.files import read_metrics
 from token_superposition.experiment.model import load_exactly
 from token_superposition.experiment.run import train
 
@@ -98,6 +98,20 @@ def test_the_model_card_has_the_figures_of_the_run(finished_run: Path, tmp_path:
         f"| steps | 8 of 12 |\n| next-token loss on held-out text, nats per token | {line['val_loss']:.4f} |"
         in card.text
     )
+
+
+def test_the_card_of_a_baseline_does_not_speak_of_superposition(finished_run: Path, tmp_path: Path) -> None:
+    superposed = (tmp_path / "tst", 0.5), (tmp_path / "baseline", 0.0)
+    for out, ratio in superposed:
+        run = shutil.copytree(finished_run, tmp_path / f"run{ratio}")
+        content = (run / "config.toml").read_text()
+        (run / "config.toml").write_text(content.replace("ratio = 0.5", f"ratio = {ratio}"))
+        export(run, out)
+    cards = [ModelCard.load(out / "README.md") for out, _ in superposed]
+    assert "pre-trained with\n[Token-Superposition Training]" in cards[0].text
+    assert cards[0].data.tags == ["token-superposition-training"]
+    assert "pre-trained: 12 steps on ordinary tokens. It loads in stock transformers." in cards[1].text
+    assert "(TST)" not in cards[1].text and not cards[1].data.tags
 
 
 def test_a_checkpoint_between_two_logged_steps_has_no_figures_of_another(

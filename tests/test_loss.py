@@ -166,6 +166,16 @@ def test_gradcheck(impl: Any) -> None:
     assert torch.autograd.gradcheck(loss, (hidden, head, bias))
 
 
+@pytest.mark.parametrize("impl", ["liger", "triton"])
+def test_what_runs_on_a_gpu_says_so(impl: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("token_superposition.loss.linear.INTERPRETED", False)
+    with pytest.raises(TokenSuperpositionError, match=f"impl is '{impl}', which runs on a GPU"):
+        linear(ONES, ONES, LABELS, impl=impl)
+    monkeypatch.setattr("token_superposition.loss.linear.HAS_TRITON", False)
+    with pytest.raises(TokenSuperpositionError, match="triton is not installed; choose 'chunked'"):
+        linear(ONES, ONES, LABELS, impl=impl)
+
+
 @pytest.mark.parametrize("impl", ["liger"])
 def test_gradient_in_float32_by_differences(impl: Any) -> None:
     """Liger works in float32, too coarse for gradcheck: one direction, a central difference in float64."""

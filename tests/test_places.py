@@ -21,7 +21,7 @@ from tests.conftest import TINY, VOCAB, tiny
 from tests.test_variants import changed
 from token_superposition import TokenSuperpositionError, bag_embedding, superpose, unsuperpose
 from token_superposition.experiment.config import Config, load_config
-from token_superposition.experiment.metrics import read_metrics
+from token_superposition.experiment.files import read_metrics
 from token_superposition.experiment.run import train
 from token_superposition.experiment.superposition import SuperpositionConfig
 from token_superposition.places import _kept_signs, place_factors, placed_bag_mean, shares  # pyright: ignore
@@ -46,7 +46,7 @@ def by_hand(
 
 
 def lines_of(config: Config, out: Path, resume_from: Path | None = None) -> list[dict[str, Any]]:
-    train(config, out, resume_from=resume_from)
+    train(config, out, branch_from=resume_from)
     return [{k: v for k, v in m.items() if k != "seconds"} for m in read_metrics(out / "metrics.jsonl")]
 
 

@@ -180,6 +180,13 @@ def test_a_loader_goes_on_inside_a_step() -> None:
         torch.equal(a["input_ids"], b["input_ids"]) for a, b in zip(whole[3:], rest, strict=True)
     )
     assert list(plan.loader(4, first_batch=99)) == []
+    loader = plan.loader(4, rank=1, world_size=2, first_batch=3)
+    assert len(loader) == len(list(loader)) == 5
+    with pytest.warns(UserWarning, match="read again from its first step"):
+        again = list(loader)
+    assert len(loader) == 8 and all(
+        torch.equal(a["input_ids"], b["input_ids"]) for a, b in zip(whole, again, strict=True)
+    )
 
 
 def test_a_loader_tells_what_would_mix_the_phases() -> None:

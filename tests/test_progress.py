@@ -11,7 +11,8 @@ from rich.console import Console
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from token_superposition.data.progress import bars
-from token_superposition.experiment.metrics import NEWEST, MetricsWriter, read_metrics
+from token_superposition.experiment.files import NEWEST, read_metrics
+from token_superposition.experiment.metrics import MetricsWriter
 from token_superposition.experiment.progress import RunProgress
 
 LINES: list[dict[str, Any]] = [

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from itertools import chain, pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -182,6 +182,8 @@ def test_boundaries_of_a_real_tokenizer(kind: BoundaryKind, which: str, prepared
     stream = np.array([*ids, *ids])
     boundaries = find_boundaries(tokenizer, kind)
     assert boundaries is not None and find_boundaries(tokenizer, "none") is None
+    with pytest.raises(TokenSuperpositionError, match="boundaries is 'lines'; choose one of none, document"):
+        find_boundaries(tokenizer, cast(Any, "lines"))
     cuts = [*np.flatnonzero(boundaries.begins(stream)).tolist(), len(stream)]
     lead = ids[:1]  # in front of every part: the white space at the beginning of a text may be taken off
 

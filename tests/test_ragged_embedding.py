@@ -34,6 +34,9 @@ def test_gradcheck_against_the_reference() -> None:
         return bag_mean(w, RAGGED.reshape(-1, 3), 0, -1).unflatten(0, RAGGED.shape[:2])
 
     torch.testing.assert_close(ours(weight), reference.bag_embedding(weight, RAGGED))
+    nothing = torch.full((1, 1, 3), -1)
+    empty = bag_mean(weight, nothing.reshape(-1, 3), 0, -1)
+    assert torch.equal(empty, reference.bag_embedding(weight, nothing)[0]) and not empty.any()
     assert torch.autograd.gradcheck(ours, (weight,))
 
 

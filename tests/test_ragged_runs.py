@@ -29,7 +29,7 @@ from token_superposition.data.store import Meta, TokenStore
 from token_superposition.data.tokenizer import load_tokenizer
 from token_superposition.engines.transformers import TSTTrainer
 from token_superposition.experiment.config import load_config
-from token_superposition.experiment.metrics import read_metrics
+from token_superposition.experiment.files import read_metrics
 from token_superposition.experiment.run import train
 from token_superposition.experiment.superposition import SuperpositionConfig
 
@@ -90,7 +90,7 @@ def run(write_config: Callable[..., Path], tmp_path: Path) -> Run:
             data=replace(config.data, path=data or config.data.path),
             train=replace(config.train, save_at=save_at),
         )
-        train(config, tmp_path / name, resume_from=resume_from)
+        train(config, tmp_path / name, branch_from=resume_from)
         metrics = read_metrics(tmp_path / name / "metrics.jsonl")
         return [{k: v for k, v in m.items() if k != "seconds"} for m in metrics]
 
@@ -124,7 +124,7 @@ def test_a_run_on_ragged_bags_resumes_as_itself(run: Run, tmp_path: Path) -> Non
     assert [m["loss"] for m in trained] != [m["loss"] for m in plain]
     for step in saves:
         checkpoint = tmp_path / f"whole/checkpoints/checkpoint-{step}"
-        assert run(f"resumed{step}", resume_from=checkpoint, save_at=saves, **settings) == whole
+        assert run(f"resumed{step}", branch_from=checkpoint, save_at=saves, **settings) == whole
 
 
 def test_a_random_bag_size_for_every_step() -> None:

@@ -30,6 +30,7 @@ def test_python_blocks_train(tmp_path: Path) -> None:
         "model": model,
         "optimizer": torch.optim.AdamW(model.parameters(), lr=1e-2),
         "total_steps": 10,
+        "warmup_steps": 2,
         "length": 8,
         "next_tokens": lambda n: torch.randint(VOCAB, (2, n), generator=generator),
         "tokens": np.arange(20_000) % VOCAB,

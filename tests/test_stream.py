@@ -73,6 +73,12 @@ def test_a_streamed_plan_says_when_it_cannot() -> None:
     for document, keys in (({"text": "a", "id": 3}, "text, id"), ({}, "none"), ([1, 2], "none, being no mapping")):
         with pytest.raises(TokenSuperpositionError, match=rf"no input_ids \(its keys: {keys}\); tokenise the text"):
             next(iter(StreamedPlan([document], schedule, 4, 2)))  # pyright: ignore[reportArgumentType]
+    once = ({"input_ids": [i]} for i in range(20))
+    with (
+        pytest.warns(UserWarning, match="ended after 20 tokens"),
+        pytest.raises(TokenSuperpositionError, match="can be read only once and is too short for the plan"),
+    ):
+        list(StreamedPlan(once, schedule, 4, 2))
     with pytest.warns(UserWarning, match="ended after 9 tokens"):
         samples = list(StreamedPlan([{"input_ids": list(range(9))}], schedule, 4, 2))
     assert samples[-1]["input_ids"].tolist() == [(60 + i) % 9 for i in range(4)]

@@ -21,7 +21,7 @@ from tests.conftest import tst
 from token_superposition import TokenSuperpositionError
 from token_superposition.cli import main
 from token_superposition.experiment.config import TrainConfig, load_config
-from token_superposition.experiment.metrics import read_metrics
+from token_superposition.experiment.files import read_metrics
 from token_superposition.experiment.run import train
 from token_superposition.experiment.tracking import Rates, check_trackers, report_arguments, report_variables
 

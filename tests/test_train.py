@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -19,8 +20,8 @@ from tests.conftest import VOCAB, tst
 from tests.processes import command, launch
 from tests.test_trainer import FOUR
 from token_superposition.errors import TokenSuperpositionError
-from token_superposition.experiment.config import load_config
-from token_superposition.experiment.metrics import read_metrics
+from token_superposition.experiment.config import load_config, save_config
+from token_superposition.experiment.files import read_metrics
 from token_superposition.experiment.run import train
 
 
@@ -77,13 +78,17 @@ def test_two_runs_do_not_write_one_directory(write_config: Callable[..., Path], 
     """The parent of a run may be killed, which goes on; whoever starts it again is told."""
     path, out = write_config(), tmp_path / "run"
     out.mkdir()
+    config = load_config(path)
+    save_config(config, out / "config.toml")
+    (out / "metrics.jsonl").touch()
     script = (
         f"from filelock import FileLock as F; x = F({str(out / '.lock')!r}); x.acquire(); print(1, flush=True); input()"
     )
     with subprocess.Popen([sys.executable, "-c", script], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
         assert other.stdout is not None and other.stdout.readline()
         with pytest.raises(TokenSuperpositionError, match=r"another tst train is writing .*run; wait for it, stop it"):
-            train(load_config(path), out)
+            train(replace(config, train=replace(config.train, keep=7)), out)
+        assert load_config(out / "config.toml") == config  # what the other is trained with
         other.kill()
     result = train(load_config(path), out)
     assert result.steps == 12 and not (out / ".lock").exists()

@@ -93,6 +93,13 @@ def test_learning_rates_that_exclude_each_other(tmp_path: Path) -> None:
     assert trainer_of(arguments(tmp_path, max_steps=3), plan, lr_factor=WSD(4)).args.max_steps == 3
 
 
+def test_what_is_misspelt_is_told_before_the_first_bag(tmp_path: Path) -> None:
+    plan = planned(Schedule.two_phase(4, 1, 0.0))  # which has none
+    for options, message in (({"weighting": "powr"}, "powr"), ({"bag_loss": "sum"}, "sum")):
+        with pytest.raises(TokenSuperpositionError, match=message):
+            trainer_of(arguments(tmp_path), plan, **options)
+
+
 def test_a_part_of_a_plan_is_refused(tmp_path: Path) -> None:
     part: Any = Subset(planned(Schedule.two_phase(4, 4, 0.5)), range(8))
     with pytest.raises(TokenSuperpositionError, match="train_dataset is a Subset of a plan"):

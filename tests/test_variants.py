@@ -20,8 +20,8 @@ from token_superposition.engines.transformers import TSTTrainer
 from token_superposition.engines.transformers.muon import MuonAdamW, split_parameters
 from token_superposition.engines.transformers.switch import AtSwitch, initialise_embeddings
 from token_superposition.experiment.config import Config, load_config
+from token_superposition.experiment.files import read_metrics
 from token_superposition.experiment.launch import Launch
-from token_superposition.experiment.metrics import read_metrics
 from token_superposition.experiment.run import train
 from token_superposition.experiment.superposition import VARIANTS, SuperpositionConfig
 
@@ -37,7 +37,7 @@ def run(write_config: Callable[..., Path], tmp_path: Path) -> Run:
         name: str, settings: dict[str, Any], resume_from: Path | None = None, **changes: Any
     ) -> list[dict[str, Any]]:
         config = changed(load_config(write_config()), settings, **changes)
-        train(config, tmp_path / name, resume_from=resume_from)
+        train(config, tmp_path / name, branch_from=resume_from)
         lines = read_metrics(tmp_path / name / "metrics.jsonl")
         return [{k: v for k, v in m.items() if k != "seconds"} for m in lines]
 

@@ -46,8 +46,13 @@ def bag_embedding(
     weight: Tensor,  # (V, d)
     ids: Tensor,  # (B, L, s); a place below 0 is not there
 ) -> Tensor:  # (B, L, d)
-    """Mean of the rows of ``weight`` that each bag names."""
-    return torch.stack([torch.stack([weight[bag[bag >= 0]].mean(0) for bag in row]) for row in ids])
+    """Mean of the rows of ``weight`` that each bag names; 0 for a bag with no place."""
+
+    def mean(bag: Tensor) -> Tensor:  # (s,) -> (d,)
+        there = bag[bag >= 0]
+        return weight[there].sum(0) / max(len(there), 1)
+
+    return torch.stack([torch.stack([mean(bag) for bag in row]) for row in ids])
 
 
 def fold(

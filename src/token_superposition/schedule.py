@@ -175,6 +175,16 @@ class Schedule:
         """Latent positions computed by the first ``steps`` steps; compute follows these, not the raw tokens."""
         return min(self.total_steps, self.total_steps if steps is None else steps) * batch_size * sequence_length
 
+    def counts(self, batch_size: int, sequence_length: int, step: int) -> dict[str, int]:
+        """Bag sizes of a step, counted from 1, and the latent and raw tokens up to its end: what a log says of it."""
+        phase, counted = self.at(max(step - 1, 0)), (batch_size, sequence_length, step)
+        return {
+            "input_bag": phase.input_bag,
+            "output_bag": phase.output_bag,
+            "latent_tokens": self.latent_tokens(*counted),
+            "raw_tokens": self.raw_tokens(*counted),
+        }
+
     @property
     def changes(self) -> list[list[int]]:
         """First step, input bag and output bag of each phase: a schedule with a longer last phase has the same."""

@@ -23,7 +23,7 @@ from token_superposition.data.plan import ValidationSet
 from token_superposition.data.store import TokenStore
 from token_superposition.engines.olmo_core.train import train
 from token_superposition.experiment.config import load_config, save_config
-from token_superposition.experiment.metrics import read_metrics
+from token_superposition.experiment.files import read_metrics
 from token_superposition.experiment.run import train as train_on_transformers
 
 LAYOUTS = {"one": (1, 1), "fsdp2": (2, 1), "tensor": (2, 2), "both": (4, 2)}

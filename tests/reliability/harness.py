@@ -19,7 +19,7 @@ from tests.conftest import CONFIG, TINY, VOCAB, toml
 from tests.processes import begin, command, command_on_a_full_disk
 from token_superposition.experiment.checkpoints import ASIDE, checkpoints_in, newest_whole, step_of
 from token_superposition.experiment.config import load_config
-from token_superposition.experiment.metrics import read_metrics
+from token_superposition.experiment.files import read_metrics
 
 STEPS, SWITCH, EVERY = 24, 10, 4
 """Of the run: bags before step 10, which is no multiple of the steps between checkpoints."""

@@ -34,9 +34,9 @@ from token_superposition.experiment.checkpoints import (
     newest_whole,
     step_of,
 )
-from token_superposition.experiment.config import load_config
+from token_superposition.experiment.config import Config, load_config
 from token_superposition.experiment.export import SHARDS, export
-from token_superposition.experiment.resume import Start, check_start, data_digest
+from token_superposition.experiment.resume import Start, changes, check_start, data_digest
 from token_superposition.experiment.run import train
 from token_superposition.experiment.shards import check_shards
 
@@ -119,12 +119,12 @@ def test_other_data_is_refused_with_the_difference(
     config = load_config(finished.parent / "config.toml")
     with pytest.raises(TokenSuperpositionError) as e:
         other = replace(config, data=replace(config.data, path=str(data)))
-        train(other, tmp_path / "new", resume_from=finished / "checkpoints/checkpoint-6")
+        train(other, tmp_path / "new", branch_from=finished / "checkpoints/checkpoint-6")
     for part in ("data's vocab_size 320 -> 300", "data's tokenizer_sha256 ", "data's train_sha256 "):
         assert part in str(e.value)
     moved = Path(shutil.copytree(prepared, tmp_path / "moved"))  # the same data elsewhere is the same
     again = replace(config, data=replace(config.data, path=str(moved)))
-    assert train(again, tmp_path / "again", resume_from=finished / "checkpoints/checkpoint-10").steps == 12
+    assert train(again, tmp_path / "again", branch_from=finished / "checkpoints/checkpoint-10").steps == 12
 
 
 def test_a_branch_has_the_time_of_all_its_steps(finished: Path, tmp_path: Path) -> None:
@@ -134,7 +134,7 @@ def test_a_branch_has_the_time_of_all_its_steps(finished: Path, tmp_path: Path) 
     train(config, tmp_path / "trunk")
     checkpoint = tmp_path / "trunk/checkpoints/checkpoint-8"
     before = json.loads((checkpoint / "pending_loss.json").read_text())["seconds"]
-    branch = train(config, tmp_path / "branch", resume_from=checkpoint)
+    branch = train(config, tmp_path / "branch", branch_from=checkpoint)
     assert 0 < before < branch.train_seconds
 
 
@@ -164,6 +164,12 @@ def test_another_plan_is_refused_with_the_difference(
     config, checkpoint = finished.parent / "config.toml", finished / "checkpoints/checkpoint-6"
     error = refused(capsys, config, *flags, "--out", tmp_path / "new", "--branch-from", checkpoint)
     assert difference in error and not (tmp_path / "new").exists()
+
+
+def test_where_a_run_reports_to_may_change() -> None:
+    config = Config()
+    assert not changes(config, replace(config, train=replace(config.train, report_to=("tensorboard",))))
+    assert changes(config, replace(config, train=replace(config.train, weight_decay=0.2)))
 
 
 def test_the_last_checkpoint_is_of_the_run(finished: Path) -> None:

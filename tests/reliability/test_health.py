@@ -23,9 +23,11 @@ from token_superposition.data.plan import PlannedDataset
 from token_superposition.data.store import TokenStore
 from token_superposition.experiment.checkpoints import checkpoints_in, damage, step_of
 from token_superposition.experiment.config import Config, load_config
+from token_superposition.experiment.files import read_metrics
 from token_superposition.experiment.health import GradientGuard, is_spike
-from token_superposition.experiment.metrics import MetricsWriter, read_metrics
+from token_superposition.experiment.metrics import MetricsWriter
 from token_superposition.experiment.run import train
+from token_superposition.experiment.watchdog import Watchdog
 
 Write = Callable[..., Path]
 
@@ -160,6 +162,19 @@ def test_a_stalled_loader_ends_the_run(write_config: Write, tmp_path: Path) -> N
     assert "in slow" in (tmp_path / "run/stalled.txt").read_text()
     assert time.monotonic() - start < 120
     assert not damage(tmp_path / "run/checkpoints/checkpoint-4")
+
+
+def test_the_time_before_training_is_not_that_of_a_step(tmp_path: Path) -> None:
+    """Checkpoints may take long to be read."""
+    done = call(watch_after_a_pause, str(tmp_path))
+    assert done.returncode == 0, done.stderr
+
+
+def watch_after_a_pause(out: str) -> None:
+    watchdog = Watchdog(1.0, Path(out))
+    time.sleep(1.2)
+    with watchdog:
+        time.sleep(0.5)
 
 
 def test_a_dead_process_ends_the_others(write_config: Write, tmp_path: Path) -> None:

@@ -187,9 +187,8 @@ def test_an_interrupted_comparison_loses_no_step(runs: Runs, tmp_path: Path) -> 
     tst("train", *options, whole, OMP_NUM_THREADS="1")
     line = [sys.executable, "-m", "token_superposition", "compare", *options, str(out)]
     process = subprocess.Popen(
-        line, stdout=subprocess.PIPE, text=True, start_new_session=True,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # what runs in the background ignores it
-    )  # fmt: skip
+        line, stdout=subprocess.PIPE, text=True, start_new_session=True, preexec_fn=interruptible
+    )
     wait_for(lambda: steps_done(out / "runs/tst") >= 3)
     os.killpg(process.pid, signal.SIGINT)
     printed, _ = process.communicate(timeout=DEADLINE)
@@ -199,6 +198,51 @@ def test_an_interrupted_comparison_loses_no_step(runs: Runs, tmp_path: Path) -> 
     assert f"tst: saved after step {step_of(saved)}\n" in printed and "the same command goes on" in printed
     tst("compare", *options, out)
     assert outcome(out / "runs/tst") == outcome(whole)
+
+
+def interruptible() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # what runs in the background ignores it
+
+
+def test_after_ctrl_c_a_run_goes_on_without_having_lost_a_step(runs: Runs, tmp_path: Path) -> None:
+    """Which the process that reads its data gets, too."""
+    whole, out = tmp_path / "whole", tmp_path / "out"
+    options = [str(runs.config), "--train.save-every", "0", "--train.steps", "200", "--train.loader-workers", "1"]
+    tst("train", *options, "--out", whole, OMP_NUM_THREADS="1")
+    line = [sys.executable, "-m", "token_superposition", "train", *options, "--out", str(out)]
+    process = subprocess.Popen(
+        line, stderr=subprocess.PIPE, text=True, start_new_session=True, preexec_fn=interruptible,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    wait_for(lambda: steps_done(out) >= 3)
+    os.killpg(process.pid, signal.SIGINT)  # as a terminal does
+    _, error = process.communicate(timeout=DEADLINE)
+    assert process.returncode == 130, error
+    (saved,) = checkpoints_in(out / "checkpoints")
+    assert step_of(saved) == steps_done(out) < 200
+    assert "Ctrl-C again stops at once" in error and f"terminated after step {step_of(saved)}" in error
+    tst("train", *options, "--out", out, OMP_NUM_THREADS="1")
+    assert outcome(out) == outcome(whole)
+
+
+def test_a_second_ctrl_c_does_not_wait() -> None:
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with pytest.raises(KeyboardInterrupt), Preemption() as preemption:
+            signal.raise_signal(signal.SIGINT)
+            assert (preemption.signalled, preemption.status) == (True, 130)
+            signal.raise_signal(signal.SIGINT)
+        with Preemption(processes=2) as preemption:  # to which torchrun passes on what they have got
+            signal.raise_signal(signal.SIGINT)
+            signal.raise_signal(signal.SIGINT)
+            assert (preemption.signalled, preemption.status) == (True, 130)
+        assert signal.getsignal(signal.SIGINT) == signal.default_int_handler
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        with Preemption() as preemption:
+            signal.raise_signal(signal.SIGINT)
+            assert not preemption.signalled
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def test_both_signals_are_caught_only_while_training() -> None:

@@ -82,6 +82,30 @@ def test_table_and_report_say_what_is_to_be_believed(tmp_path: Path) -> None:
         assert "the only one swept" in text
 
 
+def test_what_chose_a_setting_is_not_forgotten_by_sweeping_it_alone(tmp_path: Path) -> None:
+    out = tmp_path / "sweep"
+    made_up(out, swept((0, 1), bag_sizes=(4,)), lambda cell, seed: 3.0 - 0.01 * cell.bag_size)
+    assert all("one setting: nothing was chosen" in text and "not shown" not in text for text in shown(out))
+    for name in ("other-seed0", "other-seed1"):
+        (out / "runs" / name).mkdir(parents=True)
+        (out / "runs" / name / "run.json").touch()
+    for text in shown(out):
+        assert "nothing was chosen" not in text and "2 more finished runs in" in " ".join(text.split())
+
+
+def test_a_setting_that_diverged_is_not_the_lowest(tmp_path: Path) -> None:
+    """Nor is it a number."""
+    made_up(
+        tmp_path / "sweep",
+        swept((0, 1), bag_sizes=(2, 4)),
+        lambda cell, seed: math.nan if cell.bag_size == 2 else 3.0 - 0.01 * cell.bag_size,
+    )
+    contents = read_sweep(tmp_path / "sweep")
+    assert all("The lowest of 2 is -0.030 at s = 4" in p.alt for p in sweep_pictures(contents))
+    (row,) = [row for row in sweep_rows(contents) if row[1] == "2"]
+    assert row[-3:] == ("diverged", "", "none")
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [

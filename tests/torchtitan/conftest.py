@@ -16,7 +16,7 @@ from tests.conftest import once, tiny
 from tests.processes import launch
 from tests.torchtitan import cpu_shim
 from token_superposition.experiment.config import Config, load_config
-from token_superposition.experiment.metrics import read_metrics
+from token_superposition.experiment.files import read_metrics
 from token_superposition.experiment.run import train
 
 CONFIG = """\

@@ -20,7 +20,7 @@ from tests.torchtitan.conftest import RUNS
 from token_superposition.data.store import Meta
 from token_superposition.engines.torchtitan.models import checked_settings, model_spec
 from token_superposition.experiment.config import ModelConfig
-from token_superposition.experiment.metrics import read_metrics
+from token_superposition.experiment.files import read_metrics
 
 References = Callable[[str], list[dict[str, Any]]]
 

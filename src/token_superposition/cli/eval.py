@@ -74,8 +74,8 @@ def run(args: Sequence[str]) -> None:
         importlib.import_module("token_superposition.experiment.tasks")  # refuses before anything is computed
     from token_superposition.experiment.config import DataConfig
     from token_superposition.experiment.evaluate import Loss, evaluate_store, evaluate_text, settings_of
+    from token_superposition.experiment.files import write_json
     from token_superposition.experiment.generate import load_model
-    from token_superposition.experiment.result import write_json
 
     model, tokenizer = load_model(options.model)
     trained = settings_of(options.model)

@@ -20,7 +20,7 @@ class SweepCommand:
     Each cell is a run of the configuration with those values changed, beside a baseline for each learning rate, with
     paired seeds and equal FLOPs. --out gets sweep.csv (every cell's settings and result), sweep.json (the best setting,
     judged by seeds that did not choose it), report.html (heat map, U-curves, the paper's curves) and runs/NAME/.
-    Calling it again goes on with what is not done; more values may be added if their bag sizes fit in.
+    Calling it again goes on with what is not done; more values and seeds may be added.
 
     Example: a full grid of 3 x 3 cells and a baseline, with four seeds
       tst sweep config.toml --sweep.bag-sizes 2 4 8 --sweep.ratios 0.2 0.3 0.4 --compare.seeds 0 1 2 3 --out sweep

@@ -20,8 +20,8 @@ class TrainCommand:
     Presets: 270m, 600m, 3b, 10b-a1b (the paper's), demo, proof-cpu. Options override the file. The directory --out
     holds the configuration, metrics.jsonl, checkpoints/, and, when it is done, model/ (an ordinary transformers model)
     and run.json. Calling it again continues from the newest checkpoint that is whole.
-    SIGTERM (or SIGUSR1) finishes the step, saves a checkpoint and exits with status 143: start it again. 1: a process
-    died or hung, start it again. 2: one line says what to change first.
+    Ctrl-C and SIGTERM (or SIGUSR1) finish the step, save a checkpoint and exit with status 130 and 143: start it again.
+    1: a process died or hung, start it again. 2: one line says what to change first.
     Several processes: torchrun --nproc-per-node 2 -m token_superposition train CONFIG.toml
     DDP or FSDP2: accelerate launch --config_file FILE -m token_superposition train CONFIG.toml
 
@@ -55,7 +55,7 @@ def run(args: Sequence[str]) -> None:
             options.config,
             options.out,
             resume=options.resume if options.resume in ("auto", "never") else Path(options.resume),
-            resume_from=options.branch_from,
+            branch_from=options.branch_from,
             report=lambda lines: progress.update(options.out.name, steps, lines),
         )
     console.print(

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import numpy as np
+
+from token_superposition.errors import TokenSuperpositionError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -45,6 +47,8 @@ def find_boundaries(tokenizer: PreTrainedTokenizerBase, kind: BoundaryKind) -> B
     A token's text is what it adds behind another one, so that the space which some tokenizers take off the beginning of
     a text is seen. Text that is written without spaces has no words to find.
     """
+    if kind not in get_args(BoundaryKind):
+        raise TokenSuperpositionError(f"boundaries is {kind!r}; choose one of {', '.join(get_args(BoundaryKind))}")
     if kind == "none":
         return None
     v = len(tokenizer)

@@ -229,8 +229,8 @@ class PlannedDataset(Dataset[Sample]):
                 f"{micro * world_size}, of all processes and accumulated micro-batches"
             )
         first = require_int("first_batch", first_batch, 0) * micro * world_size
-        samples = range(min(first, len(self)) + rank, len(self), world_size)
-        return DataLoader(self, micro, sampler=_Share(samples), **options)
+        share = _Share(range(rank, len(self), world_size), first // world_size)
+        return DataLoader(self, micro, sampler=share, **options)
 
     def tokens_per_bag(self, step: int) -> float:
         """Mean number of tokens in an input bag of a step (0-based), less than the bag size where bags are ragged.
@@ -286,13 +286,13 @@ class PlannedDataset(Dataset[Sample]):
 
 
 class _Share(Sampler[int]):
-    """Samples of one process, in order."""
+    """Samples of one process, in order; the first time from ``first`` of them on."""
 
-    def __init__(self, samples: range):
-        self.samples, self.ended = samples, False
+    def __init__(self, samples: range, first: int):
+        self.samples, self.first, self.ended = samples, first, False
 
     def __len__(self) -> int:
-        return len(self.samples)
+        return max(len(self.samples) - self.first, 0)
 
     def __iter__(self) -> Iterator[int]:
         if self.ended:
@@ -301,8 +301,8 @@ class _Share(Sampler[int]):
                 "plan as many steps as are to be trained",
                 stacklevel=2,
             )
-        yield from self.samples
-        self.ended = True
+        yield from self.samples[self.first :]
+        self.first, self.ended = 0, True
 
 
 class ValidationSet(Dataset[Sample]):

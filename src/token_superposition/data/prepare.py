@@ -65,7 +65,7 @@ class PrepareOptions:
 
 
 def prepare(
-    sources: Sequence[str] | Iterable[str],
+    sources: str | Iterable[str],
     out: str | Path,
     options: PrepareOptions = PrepareOptions(),
     progress: Progress = lambda stage, done, total: None,
@@ -81,7 +81,8 @@ def prepare(
     Raises ``TokenSuperpositionError`` for unusable options or sources, an empty corpus, or a full disk.
     """
     _check(options, Path(out))
-    out, sources = Path(os.path.realpath(out)), list(sources)  # a link stays, and leads to the store
+    sources = [sources] if isinstance(sources, str) else list(sources)
+    out = Path(os.path.realpath(out))  # a link stays, and leads to the store
     dropped: Counter[str] = Counter()
     total: int | None = None
     parts: list[tuple[Documents, int | None]] = []

@@ -21,6 +21,7 @@ import bisect
 import hashlib
 import io
 import json
+import math
 import os
 import zlib
 from dataclasses import asdict, dataclass, field
@@ -74,6 +75,11 @@ class SplitMeta:
     @property
     def bytes_per_token(self) -> float:
         return self.bytes / self.tokens
+
+    @property
+    def bits_per_nat(self) -> float:
+        """Bits per byte of a loss of one nat per token."""
+        return 1 / math.log(2) / self.bytes_per_token
 
 
 @dataclass(frozen=True)

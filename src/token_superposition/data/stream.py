@@ -110,7 +110,12 @@ class StreamedPlan(IterableDataset[Sample]):
                 read += len(ids)
                 yield ids
             if not read:
-                raise TokenSuperpositionError("the stream has no tokens; give documents with input_ids")
+                raise TokenSuperpositionError(
+                    "the stream can be read only once and is too short for the plan; give a list or a dataset, or more "
+                    "text"
+                    if epoch
+                    else "the stream has no tokens; give documents with input_ids"
+                )
             epoch += 1
             if epoch == 1:
                 warnings.warn(

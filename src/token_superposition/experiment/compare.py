@@ -15,9 +15,9 @@ from rich.console import Console
 from token_superposition.data.store import Meta, TokenStore
 from token_superposition.errors import TokenSuperpositionError
 from token_superposition.experiment.config import Config, Variant, load_config, save_config
+from token_superposition.experiment.files import CONFIG, MODEL, SUMMARY, SWEEP, write_json
 from token_superposition.experiment.generate import generate, load_model
 from token_superposition.experiment.jobs import Job, alone, check_directory, check_jobs, run_jobs
-from token_superposition.experiment.result import CONFIG, MODEL, SUMMARY, SWEEP, write_json
 from token_superposition.experiment.summary import Run, comparison, load_runs
 from token_superposition.experiment.superposition import BASELINE
 

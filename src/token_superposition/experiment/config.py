@@ -20,6 +20,7 @@ from typing import Any, Literal, TypeVar, cast
 import torch
 
 from token_superposition.errors import TokenSuperpositionError, require_int, require_seed
+from token_superposition.experiment.files import write_whole
 from token_superposition.experiment.superposition import SuperpositionConfig
 from token_superposition.schedule import WSD, Schedule
 from token_superposition.weights import Weighting
@@ -95,7 +96,7 @@ class TrainConfig:
     eval_every: int = 100
     """Steps between validations; one more comes at the end."""
     save_every: int = 0
-    """Steps between checkpoints; 0 for none but the finished model."""
+    """Steps between checkpoints; 0 for none but the finished model, and what SIGTERM or Ctrl-C saves."""
     save_at: tuple[int, ...] = ()
     """Steps at which a checkpoint is written as well (tst train); these stay."""
     keep: int = 3
@@ -345,7 +346,7 @@ def _parse(content: str, where: str) -> Config:
 def save_config(config: Config, path: Path) -> None:
     import tomli_w
 
-    path.write_text(tomli_w.dumps(without_none(dataclasses.asdict(config))), encoding="utf-8")
+    write_whole(path, tomli_w.dumps(without_none(dataclasses.asdict(config))))
 
 
 def from_dict(cls: type[T], content: Any, where: str) -> T:

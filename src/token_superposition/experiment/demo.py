@@ -15,7 +15,7 @@ from token_superposition.data.prepare import PrepareOptions, Progress, prepare
 from token_superposition.errors import TokenSuperpositionError
 from token_superposition.experiment.compare import compare
 from token_superposition.experiment.config import Config, load_config, load_preset, save_config
-from token_superposition.experiment.result import CONFIG, SUMMARY
+from token_superposition.experiment.files import CONFIG, SUMMARY
 from token_superposition.experiment.speed import default_parallel, seconds_per_step
 
 VOCAB_SIZE = 2048

@@ -25,9 +25,7 @@ START_SECONDS = 10.0  # of a run's process: importing, building the model, writi
 class JobCost:
     """What is left of one run. A branch has only its decay to train, a finished run nothing."""
 
-    name: str
     directory: str
-    seed: int
     total_steps: int
     steps: int
     """To train now."""
@@ -104,9 +102,7 @@ def cost_of_job(job: Job, steps: int, flops_per_token: float, step: float = 1.0,
     each, last = min(config.data.eval_tokens, held_out), min(config.data.final_eval_tokens, held_out)
     validated = validations * each + last if steps else 0
     return JobCost(
-        name=job.name,
         directory=job.directory,
-        seed=config.train.seed,
         total_steps=total,
         steps=steps,
         latent_tokens=latent,

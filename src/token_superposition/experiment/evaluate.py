@@ -20,8 +20,9 @@ from token_superposition.data.store import TokenStore
 from token_superposition.data.tokenizer import begin_token, load_tokenizer
 from token_superposition.engines.transformers.head import HiddenStates, read_head
 from token_superposition.errors import TokenSuperpositionError, require_int
+from token_superposition.experiment.files import CONFIG
 from token_superposition.experiment.generate import run_of
-from token_superposition.experiment.result import CONFIG
+from token_superposition.experiment.model import positions
 from token_superposition.loss import linear_multi_hot_cross_entropy, multi_hot_cross_entropy
 
 DEFAULT_LENGTH, LONGEST_DEFAULT = 1024, 4096
@@ -174,12 +175,12 @@ def length_of(model: Any, wanted: int | None, trained: int | None = None) -> int
     Raises ``TokenSuperpositionError`` if more are wanted than the model has positions for or was trained with, or no
     whole number of at least 1.
     """
-    positions: int | None = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    named = positions(model)
     if wanted is None:
-        return trained or min(positions or DEFAULT_LENGTH, LONGEST_DEFAULT)
-    if positions is not None and wanted > max(positions, trained or 0):
+        return trained or min(named or DEFAULT_LENGTH, LONGEST_DEFAULT)
+    if named is not None and wanted > max(named, trained or 0):
         raise TokenSuperpositionError(
-            f"sequence-length is {wanted}; the model has {positions} positions, give at most that"
+            f"sequence-length is {wanted}; the model has {named} positions, give at most that"
         )
     return require_int("sequence-length", wanted, 1)
 

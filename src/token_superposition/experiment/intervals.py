@@ -30,6 +30,29 @@ def t_interval(values: Sequence[float]) -> tuple[float, float] | None:
     return mean(values) - half, mean(values) + half
 
 
+def chance(differences: Sequence[float]) -> float:
+    """The p-value, two-sided, of Student's test that their mean is 0: below 0.05 where ``t_interval`` excludes 0.
+
+    >>> f"{chance([1.0, 2.0, 3.0]):.4f}", chance([1.0, 1.0]), chance([0.0, 0.0])
+    ('0.0742', 0.0, 1.0)
+    """
+    if stdev(differences) == 0:
+        return float(mean(differences) == 0)
+    return float(stats.ttest_1samp(differences, 0).pvalue)  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def holm(chances: Sequence[float], level: float = 1 - CONFIDENCE) -> list[bool]:
+    """Which of several hypotheses are rejected, by Holm's step-down procedure (Scand. J. Statist. 6, 1979).
+
+    >>> holm([0.01, 0.04, 0.03]), holm([0.04, 0.01, 0.02])
+    ([True, False, False], [True, True, True])
+    """
+    order = sorted(range(len(chances)), key=chances.__getitem__)
+    passed = [chances[i] <= level / (len(chances) - place) for place, i in enumerate(order)]
+    kept = passed.index(False) if False in passed else len(passed)
+    return [order.index(i) < kept for i in range(len(chances))]
+
+
 @dataclass(frozen=True)
 class SeedSpeedup:
     """How many steps the baseline of one seed needs for the loss that a variant reached with the same seed."""

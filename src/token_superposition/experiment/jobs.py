@@ -21,10 +21,10 @@ from token_superposition.data.store import Meta
 from token_superposition.errors import TokenSuperpositionError
 from token_superposition.experiment.checkpoints import checkpoints_in, step_of
 from token_superposition.experiment.config import CompareConfig, Config, SweepConfig, load_config, save_config
+from token_superposition.experiment.files import CONFIG, DIVERGED, METRICS, GrowingMetrics
 from token_superposition.experiment.launch import Launch
-from token_superposition.experiment.metrics import read_metrics
 from token_superposition.experiment.progress import RunProgress
-from token_superposition.experiment.result import CONFIG, DIVERGED, METRICS, read_result, result_file
+from token_superposition.experiment.result import read_result, result_file
 from token_superposition.experiment.resume import changes, data_digest, says_all
 from token_superposition.experiment.speed import cores, default_parallel, gpus
 
@@ -107,6 +107,7 @@ def run_jobs(
         check_precision(job, out)
     parallel = slots(parallel, waiting, out)
     running: dict[int, tuple[Job, subprocess.Popen[bytes]]] = {}
+    metrics = {job.directory: GrowingMetrics(out / "runs" / job.directory / METRICS) for job in waiting}
     try:
         with RunProgress(console, len(waiting)) as progress:
             while waiting or running:
@@ -115,8 +116,7 @@ def run_jobs(
                         waiting.remove(ready[0])
                         running[slot] = ready[0], _start(ready[0], out, slot, parallel)
                 for slot, (job, process) in list(running.items()):
-                    lines = read_metrics(out / "runs" / job.directory / METRICS)
-                    progress.update(job.directory, job.config.train.steps, lines)
+                    progress.update(job.directory, job.config.train.steps, metrics[job.directory].read())
                     if process.poll() is not None:
                         del running[slot]
                         if process.returncode and not _over(out, job.directory):

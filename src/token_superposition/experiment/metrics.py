@@ -1,4 +1,4 @@
-"""The metrics of a run as JSON lines, and its progress on the terminal."""
+"""What a run writes to its metrics file: a line per log and per validation, from the Trainer's own logs."""
 
 from __future__ import annotations
 
@@ -13,29 +13,10 @@ import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from token_superposition.errors import TokenSuperpositionError
+from token_superposition.experiment.files import NEWEST, read_metrics, write_metrics
 from token_superposition.experiment.health import is_spike
 
 Report = Callable[[list[dict[str, Any]]], None]
-NEWEST = 200  # lines in memory, among which a spike is looked for
-
-
-def read_metrics(path: Path, up_to: int | None = None) -> list[dict[str, Any]]:
-    """The lines of a metrics file, or those up to a step; a last line that was cut off is left out."""
-    lines: list[dict[str, Any]] = []
-    if path.exists():
-        for line in path.read_text(encoding="utf-8").splitlines():
-            try:
-                lines.append(json.loads(line))
-            except ValueError:
-                break
-    return [m for m in lines if up_to is None or m["step"] <= up_to]
-
-
-def write_metrics(path: Path, lines: list[dict[str, Any]]) -> None:
-    """Aside, then renamed: a run that goes on drops the lines after its checkpoint, which it writes again."""
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text("".join(json.dumps(m) + "\n" for m in lines), encoding="utf-8")
-    partial.rename(path)
 
 
 class MetricsWriter(TrainerCallback):

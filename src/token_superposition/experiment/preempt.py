@@ -1,8 +1,9 @@
-"""SIGTERM while training: the step is finished, a checkpoint saved, and the run ends with status 143."""
+"""SIGTERM or Ctrl-C while training: the step is finished, a checkpoint saved, and the run ends with 143 or 130."""
 
 from __future__ import annotations
 
 import signal
+import sys
 import threading
 from types import TracebackType
 from typing import Any
@@ -13,11 +14,14 @@ from torch import Tensor
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)  # SLURM: --signal=USR1@120
-TERMINATED = 143
+TERMINATED, INTERRUPTED = 143, 130
 
 
 class Preemption(TrainerCallback):
-    """Catches SIGTERM and SIGUSR1 inside ``with``, and stops the training after the step.
+    """Catches SIGTERM, SIGUSR1 and SIGINT inside ``with``, and stops the training after the step.
+
+    A second SIGINT is ``KeyboardInterrupt`` at once. Among several processes it is not: a launcher passes on to them
+    the Ctrl-C that they got from the terminal, too. Where SIGINT is ignored, as in a shell's background, it stays so.
 
     Several processes agree: each step sums up who got a signal over gloo, beside the step's computation, and the next
     step's end takes note, so they all stop after the same one. A signal after the last step changes nothing.
@@ -26,6 +30,8 @@ class Preemption(TrainerCallback):
     def __init__(self, processes: int = 1):
         self.processes = processes
         self.signalled = False
+        self.status = TERMINATED
+        """What the process should end with if it was stopped."""
         self.stopped = False
         """Training was stopped before its last step."""
         self._group: Any = None
@@ -35,6 +41,8 @@ class Preemption(TrainerCallback):
     def __enter__(self) -> Preemption:
         if threading.current_thread() is threading.main_thread():
             self._before = {s: signal.signal(s, self._take) for s in SIGNALS}
+            if signal.getsignal(signal.SIGINT) == signal.default_int_handler:
+                self._before[signal.SIGINT] = signal.signal(signal.SIGINT, self._interrupt)
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
@@ -43,6 +51,13 @@ class Preemption(TrainerCallback):
 
     def _take(self, *_: object) -> None:
         self.signalled = True
+
+    def _interrupt(self, *_: object) -> None:
+        if self.processes == 1:
+            if self.signalled:
+                raise KeyboardInterrupt
+            print("tst: finishing the step and saving a checkpoint; Ctrl-C again stops at once", file=sys.stderr)
+        self.signalled, self.status = True, INTERRUPTED
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

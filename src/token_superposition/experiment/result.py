@@ -1,4 +1,4 @@
-"""What a run's directory holds: the names of its files, and run.json, with which a finished run says what it was."""
+"""run.json, with which a finished run says what it was."""
 
 from __future__ import annotations
 
@@ -17,19 +17,9 @@ import torch
 from token_superposition.data.plan import PlannedDataset
 from token_superposition.errors import TokenSuperpositionError
 from token_superposition.experiment.config import Config
+from token_superposition.experiment.files import DIVERGED, METRICS, RESULT, read_metrics
 from token_superposition.experiment.form import misfit
-from token_superposition.experiment.metrics import read_metrics
 from token_superposition.experiment.resume import data_digest
-
-RESULT = "run.json"
-DIVERGED = "diverged.json"
-"""What run.json would say of a run that ended with a gradient that is not finite; its loss is nan."""
-CONFIG = "config.toml"
-METRICS = "metrics.jsonl"
-MODEL = "model"
-SUMMARY = "summary.json"
-"""Of a comparison."""
-SWEEP = "sweep.json"
 
 
 @dataclass(frozen=True)
@@ -47,7 +37,8 @@ class RunResult:
     epochs: float
     """How often the text was read."""
     flops: float
-    """3 x the matrix-product FLOPs of a forward pass over one sequence, counted by torch, x sequences.
+    """3 x the matrix-product FLOPs of a forward pass over one sequence, counted by torch, x sequences; of OLMo-core its
+    own count.
 
     With those of the heads for further tokens, if the run had any.
     """
@@ -157,12 +148,6 @@ def read_result(path: Path) -> RunResult:
             "trained again, or take the version that wrote it"
         )
     return RunResult(**content)
-
-
-def write_json(path: Path, content: Any) -> None:
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    partial.rename(path)
 
 
 def hardware() -> str:

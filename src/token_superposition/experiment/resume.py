@@ -31,6 +31,7 @@ MAY_CHANGE = (
     "keep",
     "on_nonfinite",
     "timeout_minutes",
+    "report_to",
 )
 """Settings of [train] that a run may go on with: they change neither samples nor losses, but for rounding."""
 OF_THE_DATA = {

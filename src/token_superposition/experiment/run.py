@@ -38,23 +38,24 @@ from token_superposition.engines.transformers.muon import MuonAdamW, split_param
 from token_superposition.engines.transformers.switch import AtSwitch
 from token_superposition.errors import TokenSuperpositionError, first_line
 from token_superposition.experiment.checkpoints import checkpoints_in, damage, step_of
-from token_superposition.experiment.config import Config, save_config
-from token_superposition.experiment.flops import flops_per_sequence
-from token_superposition.experiment.health import Diverged, GradientGuard
-from token_superposition.experiment.launch import Launch
-from token_superposition.experiment.metrics import MetricsWriter, Report, read_metrics, write_metrics
-from token_superposition.experiment.model import build_model, empty_model
-from token_superposition.experiment.preempt import TERMINATED, Preemption
-from token_superposition.experiment.result import (
+from token_superposition.experiment.config import Config, load_config, save_config
+from token_superposition.experiment.files import (
     CONFIG,
     DIVERGED,
     METRICS,
     MODEL,
     RESULT,
-    RunResult,
-    StepTimes,
+    read_metrics,
     write_json,
+    write_metrics,
 )
+from token_superposition.experiment.flops import flops_per_sequence
+from token_superposition.experiment.health import Diverged, GradientGuard
+from token_superposition.experiment.launch import Launch
+from token_superposition.experiment.metrics import MetricsWriter, Report
+from token_superposition.experiment.model import build_model, empty_model
+from token_superposition.experiment.preempt import Preemption
+from token_superposition.experiment.result import RunResult, StepTimes
 from token_superposition.experiment.resume import Resume, Start, changes, check_start, facts, says_all
 from token_superposition.experiment.shards import weights_only
 from token_superposition.experiment.tracking import (
@@ -74,17 +75,17 @@ def train(
     out: str | Path,
     *,
     resume: Resume = "auto",
-    resume_from: Path | None = None,
+    branch_from: Path | None = None,
     report: Report = lambda lines: None,
 ) -> RunResult:
-    """Train one run into ``out``; continues from its newest whole checkpoint, or from ``resume_from``, if there is one.
+    """Train one run into ``out``; continues from its newest whole checkpoint, or from ``branch_from``, if there is one.
 
     ``resume`` "never" refuses a directory with checkpoints, a path is the checkpoint to go on from.
     ``run.json`` and ``model/`` appear when the run is finished, ``diverged.json`` when it diverged.
     No pickle is loaded but with ``weights_only``.
     Raises ``TokenSuperpositionError`` before any work for a configuration that cannot be trained, and where a
-    checkpoint cannot be written or a gradient is not finite; ``SystemExit`` with status 143 after SIGTERM, for which a
-    checkpoint is saved, and with status 1 where another process is gone.
+    checkpoint cannot be written or a gradient is not finite; ``SystemExit`` with status 143 after SIGTERM and 130 after
+    Ctrl-C, for which a checkpoint is saved, and with status 1 where another process is gone.
     """
     config.check()
     launch = Launch.from_environment()
@@ -92,7 +93,7 @@ def train(
     check_trackers(config.train)
     variables = launch.variables(config.train) | report_variables(config.train, Path(out))
     with patch_environment(**variables), ExitStack() as held:
-        return _train(config, Path(out), launch, Start(Path(out) / "checkpoints", resume, resume_from), report, held)
+        return _train(config, Path(out), launch, Start(Path(out) / "checkpoints", resume, branch_from), report, held)
 
 
 def _train(config: Config, out: Path, launch: Launch, start: Start, report: Report, held: ExitStack) -> RunResult:
@@ -116,10 +117,11 @@ def _train(config: Config, out: Path, launch: Launch, start: Start, report: Repo
     plan = PlannedDataset(store, schedule, *data, shift=config.superposition.shift, boundaries=boundaries)
     held_out = ValidationSet(validation, config.data.sequence_length, config.data.eval_tokens)
     final = ValidationSet(validation, config.data.sequence_length, config.data.final_eval_tokens)
-    bits_per_byte = 1 / math.log(2) / validation.split.bytes_per_token
+    bits_per_byte = validation.split.bits_per_nat
     prepare_directory(config, out)
     if int(os.environ.get("RANK", 0)) == 0:
         held.enter_context(_alone_in(out))
+        begin(config, out)
     start.checkpoints.mkdir(exist_ok=True)
     args = training_arguments(config, out, launch)  # starts the process group
     if launch.sharded:  # FSDP moves the model to the device part by part; the FLOPs are counted without computing
@@ -194,7 +196,7 @@ def _train(config: Config, out: Path, launch: Launch, start: Start, report: Repo
         if preemption.stopped:
             if first:
                 print(f"tst: terminated after step {trainer.state.global_step}, saved in {out}", file=sys.stderr)
-            raise SystemExit(TERMINATED)
+            raise SystemExit(preemption.status)
         val_loss = trainer.evaluate(cast(Any, final))["eval_loss"]
         save_model(trainer, out / MODEL)
     finished = result(val_loss)
@@ -315,9 +317,7 @@ def _alone_in(out: Path) -> Generator[None]:
 
 
 def prepare_directory(config: Config, out: Path) -> None:
-    """Make ``out``; refuse one that holds a run of another configuration."""
-    from token_superposition.experiment.config import load_config
-
+    """Make ``out``; refuse one that holds a run of another configuration. Of what is there it changes nothing."""
     if (out / "runs").is_dir():
         raise TokenSuperpositionError(f"{out} holds a comparison or a sweep; choose another --out for the run")
     if (out / RESULT).exists():
@@ -330,10 +330,12 @@ def prepare_directory(config: Config, out: Path) -> None:
     if (out / CONFIG).exists() and not begun and not says_all(out / CONFIG, config):
         raise TokenSuperpositionError(f"{out / CONFIG} would be overwritten, and no run wrote it; choose another --out")
     out.mkdir(parents=True, exist_ok=True)
+
+
+def begin(config: Config, out: Path) -> None:
+    """Write down that the run is trained, once it is certain that no other process does."""
     (out / DIVERGED).unlink(missing_ok=True)  # it is tried again
-    written = out / f".{CONFIG}.{os.getpid()}.partial"  # every process writes it, and none reads half of another's
-    save_config(config, written)
-    written.rename(out / CONFIG)
+    save_config(config, out / CONFIG)
 
 
 def save_model(trainer: RunTrainer, path: Path) -> None:

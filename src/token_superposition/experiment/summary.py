@@ -105,7 +105,7 @@ def baseline_of(ratio: float, runs: Sequence[Run], ours: dict[int, Run], baselin
     """The baseline of ``ratio`` x the steps beside the variant: mean losses, and their paired difference."""
     steps = round(ratio * next(iter(baseline.values())).steps) if math.isfinite(ratio) else 0
     loss, how = loss_at(baseline_curve(runs), steps)
-    if loss is None and any(r.name.startswith("baseline") and r.steps == steps for r in runs):
+    if loss is None and any(r.name.startswith("baseline") and same_length(r.steps, steps) for r in runs):
         how = "diverged"
     by_seed = {seed: loss_at(baseline_curve(runs, seed), steps)[0] for seed in ours}
     deltas = [r.val_loss - other for seed, r in ours.items() if (other := by_seed[seed]) is not None]
@@ -145,7 +145,9 @@ def with_lower_end(found: Speedup | None, runs: Sequence[Run], ours: dict[int, R
     lengths = set.intersection(*({steps for steps, _ in curve} for curve in curves))  # one may have diverged
     common = [[point for point in curve if point[0] in lengths] for curve in curves]
     low = beaten_length(common, [r.val_loss for r in ours.values()]) if lengths else None
-    return replace(found, low=None if low is None else low / next(iter(ours.values())).steps)
+    if low is not None:  # of the mean loss, which may gain more by one seed than the mean speed-up
+        low = min(low / next(iter(ours.values())).steps, found.geometric_mean)
+    return replace(found, low=low)
 
 
 def paired(ours: dict[int, Run], others: dict[int, Run]) -> dict[str, Any] | None:
@@ -161,13 +163,21 @@ def equal_time(runs: Sequence[Run], ours: dict[int, Run], baseline: dict[int, Ru
 
     Without what a run does once: the first one compiles for all, and a baseline that branched off was loaded midway.
     Each seed's ratio is its own: runs of one seed are trained beside each other, those of others at another time.
+    Where they had not the same hardware or number of cores, as when one was added later, there is none.
     """
-    seconds, baseline_seconds = (median(r.steady_seconds for r in x.values()) for x in (ours, baseline))
-    timed = [seed for seed in ours if seed in baseline and baseline[seed].steady_seconds]
+    paired_seeds = [seed for seed in ours if seed in baseline]
+    alike = [seed for seed in paired_seeds if ours[seed].hardware == baseline[seed].hardware]
     # Of a few steps nothing was logged that has a time.
+    timed = [seed for seed in alike if baseline[seed].steady_seconds]
     per_seed = [ours[seed].steady_seconds / baseline[seed].steady_seconds for seed in timed]
     found = baseline_of(median(per_seed) if per_seed else math.nan, runs, ours, baseline)
-    return {"seconds": seconds, "baseline_seconds": baseline_seconds, "ratio_per_seed": per_seed, **found}
+    return {
+        "seconds": median(ours[seed].steady_seconds for seed in timed or paired_seeds),
+        "baseline_seconds": median(baseline[seed].steady_seconds for seed in timed or paired_seeds),
+        "ratio_per_seed": per_seed,
+        "seeds_on_other_hardware": len(paired_seeds) - len(alike),
+        **found,
+    }
 
 
 def baseline_curve(runs: Sequence[Run], seed: int | None = None) -> list[tuple[int, float]]:
@@ -206,12 +216,17 @@ def equal_loss(curve: Sequence[tuple[int, float]], loss: float, steps: int) -> E
 def loss_at(curve: Sequence[tuple[int, float]], steps: int) -> tuple[float | None, str]:
     """The baseline's loss after ``steps``, linear in log steps between lengths that were run; and how it is known."""
     for n, loss in curve:
-        if n == steps:
+        if same_length(n, steps):
             return loss, "measured"
     for (n0, l0), (n1, l1) in pairwise(curve):
         if n0 < steps < n1:
             return _line(math.log(steps), math.log(n0), l0, math.log(n1), l1), "interpolated"
     return None, "not run"
+
+
+def same_length(steps: int, others: int) -> bool:
+    """But for a step or a thousandth: a length of 1.9 x the steps and what bags read in as many are rounded apart."""
+    return abs(steps - others) <= max(1, others / 1000)
 
 
 def _line(x: float, x0: float, y0: float, x1: float, y1: float) -> float:

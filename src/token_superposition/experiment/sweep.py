@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 import shutil
 import typing
 from collections.abc import Sequence
@@ -16,20 +17,12 @@ from token_superposition.errors import TokenSuperpositionError
 from token_superposition.experiment.budget import shape_of
 from token_superposition.experiment.config import Config, SweepSchedule, from_dict, save_config
 from token_superposition.experiment.dry_run import DryRun, cost_of_rounds
+from token_superposition.experiment.files import CONFIG, MODEL, SUMMARY, SWEEP, write_json, write_whole
 from token_superposition.experiment.grid import Cell, Grid, directory, grid_of
 from token_superposition.experiment.halving import Best, Design, Round
 from token_superposition.experiment.intervals import CONFIDENCE
 from token_superposition.experiment.jobs import Job, check_directory, check_jobs, run_jobs, unfinished
-from token_superposition.experiment.result import (
-    CONFIG,
-    MODEL,
-    SUMMARY,
-    SWEEP,
-    RunResult,
-    read_result,
-    result_file,
-    write_json,
-)
+from token_superposition.experiment.result import RunResult, read_result, result_file
 from token_superposition.weights import Weighting
 
 TABLE = "sweep.csv"
@@ -201,12 +194,11 @@ def rows_of(grid: Grid, rounds: Sequence[Round], found: Results) -> list[Row]:
 
 
 def write_rows(path: Path, rows: Sequence[Row]) -> None:
-    partial = path.with_name(f".{path.name}.partial")
-    with partial.open("w", encoding="utf-8", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow(f.name for f in fields(Row))
-        writer.writerows(astuple(row) for row in rows)
-    partial.rename(path)
+    text = io.StringIO()
+    writer = csv.writer(text)
+    writer.writerow(f.name for f in fields(Row))
+    writer.writerows(astuple(row) for row in rows)
+    write_whole(path, text.getvalue())
 
 
 def read_rows(path: Path) -> list[Row]:

@@ -140,18 +140,25 @@ class RunTrainer(TSTTrainer):
         return norm
 
     def get_train_dataloader(self) -> DataLoader[Any]:
-        """Its processes leave SIGTERM to this one, where the whole group gets it."""
-        loader: Any = super().get_train_dataloader()
-        if self.args.dataloader_num_workers:
-            base = getattr(loader, "base_dataloader", loader)  # of which accelerate's is a shell
-            base.worker_init_fn = partial(_ignore_termination, base.worker_init_fn)
-        return loader
+        return _sheltered(super().get_train_dataloader())
+
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader[Any]:
+        return _sheltered(super().get_eval_dataloader(eval_dataset))
 
 
-def _ignore_termination(then: Callable[[int], None], worker: int) -> None:
-    for s in SIGNALS:
+def _sheltered(loader: Any) -> Any:
+    """``loader``, whose processes leave SIGTERM and Ctrl-C to this one, where the whole group gets them."""
+    base = getattr(loader, "base_dataloader", loader)  # of which accelerate's is a shell
+    if base.num_workers:
+        base.worker_init_fn = partial(_ignore_signals, base.worker_init_fn)
+    return loader
+
+
+def _ignore_signals(then: Callable[[int], None] | None, worker: int) -> None:
+    for s in (*SIGNALS, signal.SIGINT):
         signal.signal(s, signal.SIG_IGN)
-    then(worker)
+    if then is not None:
+        then(worker)
 
 
 def write_failure(e: BaseException) -> str | None:

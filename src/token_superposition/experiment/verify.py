@@ -9,7 +9,7 @@ from pathlib import Path
 
 from token_superposition.errors import TokenSuperpositionError, first_line
 from token_superposition.experiment.checkpoints import MANIFEST, checkpoints_in, damage
-from token_superposition.experiment.result import METRICS, MODEL, RESULT
+from token_superposition.experiment.files import METRICS, MODEL, RESULT
 
 
 def verify_run(directory: Path) -> tuple[int, list[str]]:

@@ -25,11 +25,12 @@ class Watchdog(TrainerCallback):
     def __init__(self, seconds: float, out: Path):
         self.seconds, self.out = seconds, out
         self.step = 0
-        self._mark = time.monotonic()
+        self._mark = 0.0
         self._done = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
 
     def __enter__(self) -> Watchdog:
+        self._mark = time.monotonic()  # before it, checkpoints were read, which may take longer
         self._thread.start()
         return self
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from importlib.util import find_spec
 from typing import Any, Literal, cast, get_args
 
@@ -26,6 +27,7 @@ from token_superposition.loss.vocab_parallel import VocabParallel, local_head
 Implementation = Literal["auto", "reference", "chunked", "native", "liger", "triton"]
 IMPLEMENTATIONS: tuple[str, ...] = get_args(Implementation)
 HAS_TRITON = find_spec("triton") is not None
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # triton without a GPU
 
 
 def linear_multi_hot_cross_entropy(
@@ -161,6 +163,10 @@ def _check(hidden: Tensor, weight: Tensor, softcap: float | None, impl: str, chu
         )
     if impl not in IMPLEMENTATIONS:
         raise TokenSuperpositionError(f"impl is {impl!r}; choose one of {', '.join(IMPLEMENTATIONS)}")
+    if impl in ("triton", "liger") and not HAS_TRITON:
+        raise TokenSuperpositionError(f"impl is {impl!r}, and triton is not installed; choose 'chunked'")
+    if impl in ("triton", "liger") and hidden.device.type == "cpu" and not INTERPRETED:
+        raise TokenSuperpositionError(f"impl is {impl!r}, which runs on a GPU, and hidden is on the CPU; use 'chunked'")
     if softcap is not None and not softcap > 0:
         raise TokenSuperpositionError(f"softcap is {softcap}; give a number above 0, or None for no cap")
     if chunk_rows is not None and chunk_rows < 1:

@@ -13,6 +13,7 @@ import tomli_w
 
 from token_superposition.errors import TokenSuperpositionError
 from token_superposition.experiment.config import without_none
+from token_superposition.experiment.files import METRICS, SUMMARY
 from token_superposition.experiment.form import misfit
 
 if TYPE_CHECKING:
@@ -42,6 +43,7 @@ class Contents:
     metrics: dict[str, list[dict[str, Any]]]
     """Lines of metrics.jsonl by run directory."""
     config_text: str
+    directory: Path
 
     @property
     def baseline(self) -> Run:
@@ -59,7 +61,7 @@ def read(directory: Path) -> Contents:
     # Not above: it imports transformers' trainer, for which tst plan does not wait.
     from token_superposition.experiment.summary import Run, comparison
 
-    path = directory / "summary.json"
+    path = directory / SUMMARY
     try:
         summary: Any = json.loads(path.read_text(encoding="utf-8"))
         wrong = misfit(summary, FORM | {"runs": [Run]}, path.name)
@@ -77,9 +79,9 @@ def read(directory: Path) -> Contents:
             "finished runs"
         )
     runs = [Run(**r) for r in summary["runs"]]
-    metrics = {r.directory: _metrics(directory / "runs" / r.directory / "metrics.jsonl") for r in runs}
+    metrics = {r.directory: _metrics(directory / "runs" / r.directory / METRICS) for r in runs}
     config_text = tomli_w.dumps(without_none(summary["config"]))  # config.toml may already ask for more
-    return Contents(summary, runs, comparison(runs), metrics, config_text)
+    return Contents(summary, runs, comparison(runs), metrics, config_text, directory)
 
 
 def _paired(runs: list[dict[str, Any]]) -> bool:
@@ -138,9 +140,9 @@ def interval_table(contents: Contents) -> list[tuple[str, ...]]:
             f"{c['delta_val_loss']:+.3f}" if math.isfinite(c["delta_val_loss"]) else "diverged",
             interval(c["delta_val_loss_interval"], "+.3f"),
             str(len(c["delta_val_loss_per_seed"])),
-            f"{BOUNDS[s['bound']]}{s['geometric_mean']:.2f}" if (s := speedup_in_flops(c)) else "unknown",
+            f"{BOUNDS[s['bound']]}{s['geometric_mean']:.2f}" if (s := speedup_in_flops(c)) else "not measured",
             interval((s["low"], s["high"]), ".2f") if s else "none",
-            f"{c['equal_time']['ratio']:.2f}",
+            f"{x:.2f}" if math.isfinite(x := c["equal_time"]["ratio"]) else "not measured",
             f"{c['flops_ratio']:.2f}",
         )
         for name, c in contents.comparison["variants"].items()
@@ -150,8 +152,11 @@ def interval_table(contents: Contents) -> list[tuple[str, ...]]:
 
 
 def speedup_in_flops(c: dict[str, Any]) -> dict[str, Any] | None:
-    """The speed-up to equal loss, which counts steps, of a variant whose steps may cost more than the baseline's."""
-    if (s := c["speedup"]) is None:
+    """The speed-up to equal loss, which counts steps, of a variant whose steps may cost more than the baseline's.
+
+    None, too, where no baseline of more steps tells more than that the variant ends below all.
+    """
+    if (s := c["speedup"]) is None or (s["bound"] == "at least" and not c["longer_baselines"]):
         return None
     a_step = c["flops_ratio"] / c["steps_ratio"]
     ends = {end: None if s[end] is None else s[end] / a_step for end in ("low", "high")}
@@ -302,10 +307,14 @@ SOURCES = {
 
 
 def equal_time(equal: dict[str, Any]) -> str:
+    apart = equal["seeds_on_other_hardware"]
+    seeds = f"{apart} seed{'s' if apart > 1 else ''}"
+    of_apart = f"with {seeds} it ran on other hardware, or with another number of cores, than its baseline"
     if not math.isfinite(equal["ratio"]):
-        return "not measured: no step of the baseline was timed"
+        return f"not measured: {of_apart if apart else 'no step of the baseline was timed'}"
     per_seed: list[float] = equal["ratio_per_seed"]
     several = f" ({min(per_seed):.2f} to {max(per_seed):.2f} by seed)" if len(per_seed) > 1 else ""
+    several += f" ({of_apart}: left out)" if apart else ""
     text = (
         f"{duration(equal['seconds'])} of steps against {duration(equal['baseline_seconds'])} (medians over seeds, "
         f"without compiling), {equal['ratio']:.2f} x{several}; in that time, "
@@ -357,10 +366,15 @@ def short(n: float) -> str:
 
 
 def duration(seconds: float) -> str:
-    """3700 -> 1 h 2 min"""
+    """
+    >>> duration(4.56), duration(80), duration(95), duration(7182)
+    ('4.6 s', '80 s', '1.6 min', '2 h 0 min')
+    """
     if seconds < 10:
         return f"{seconds:.2g} s"
     if seconds < 90:
         return f"{seconds:.0f} s"
-    minutes = seconds / 60
-    return f"{minutes:.1f} min" if minutes < 90 else f"{minutes // 60:.0f} h {minutes % 60:.0f} min"
+    if seconds < 90 * 60:
+        return f"{seconds / 60:.1f} min"
+    hours, minutes = divmod(round(seconds / 60), 60)
+    return f"{hours} h {minutes} min"

@@ -16,8 +16,8 @@ from token_superposition.data.store import TokenStore, file_sha256, json_sha256
 from token_superposition.errors import TokenSuperpositionError
 from token_superposition.experiment.checkpoints import read_manifest
 from token_superposition.experiment.config import Config, load_config, without_none
-from token_superposition.experiment.metrics import read_metrics
-from token_superposition.experiment.result import CONFIG, METRICS, RESULT, read_result
+from token_superposition.experiment.files import CONFIG, METRICS, RESULT, read_metrics
+from token_superposition.experiment.result import read_result
 from token_superposition.experiment.resume import data_digest
 
 TEMPLATE = files("token_superposition") / "report" / "model_card.md.j2"
@@ -122,10 +122,11 @@ def model_card(figures: Figures, name: str, parameters: int, dtype: str) -> Mode
         for unit, value in found.items()
         if value is not None
     ]
+    superposed = figures.config is not None and any(p.is_superposed for p in figures.config.schedule.phases)
     data = ModelCardData(
         library_name="transformers",
         pipeline_tag="text-generation",
-        tags=["token-superposition-training"],
+        tags=["token-superposition-training"] if superposed else None,
         model_name=name,
         eval_results=evaluation or None,
     )
@@ -137,6 +138,7 @@ def model_card(figures: Figures, name: str, parameters: int, dtype: str) -> Mode
         parameters=f"{parameters:,}",
         dtype=dtype,
         schedule=_schedule(figures),
+        superposed=superposed,
         tables=[(title, rows) for title, rows in tables if rows],
         config=_config(figures.config),
     )

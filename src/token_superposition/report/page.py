@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Any
 
+from token_superposition.experiment.files import SWEEP, write_whole
+from token_superposition.report.cautions import ARM_HEADERS, arms, cautions, versions_of
 from token_superposition.report.contents import HEADERS, interval_table, read, rows, verdicts
 
 
@@ -24,14 +25,12 @@ def write_report(directory: str | Path) -> Path:
     else:
         page = environment.get_template("comparison.html.j2").render(**_comparison(directory))
     path = directory / "report.html"
-    partial = directory / f".report.html.{os.getpid()}.partial"  # several may write at once
-    partial.write_text(page, encoding="utf-8")
-    partial.rename(path)
+    write_whole(path, page)
     return path
 
 
 def is_sweep(directory: Path) -> bool:
-    return (directory / "sweep.json").exists()
+    return (directory / SWEEP).exists()
 
 
 def _comparison(directory: Path) -> dict[str, Any]:
@@ -44,13 +43,16 @@ def _comparison(directory: Path) -> dict[str, Any]:
         "pictures": pictures(contents),
         "headers": HEADERS,
         "rows": rows(contents),
+        "arm_headers": ARM_HEADERS,
+        "arms": arms(contents.runs),
         "intervals": interval_table(contents),
         "verdicts": verdicts(contents),
+        "cautions": cautions(contents),
         "note": contents.summary["note"],
         "samples": contents.summary["samples"],
         "config": contents.config_text,
         "hardware": "; ".join(dict.fromkeys(r.hardware for r in contents.runs)),
-        "versions": first.versions,
+        "versions": "; ".join(dict.fromkeys(map(versions_of, contents.runs))),
         "parameters": first.parameters,
         "data": contents.summary["data"],
         "flops": first.flops,

@@ -12,13 +12,14 @@ from typing import Any, Literal
 
 from token_superposition.errors import TokenSuperpositionError
 from token_superposition.experiment.config import SweepSchedule
+from token_superposition.experiment.files import CONFIG, SWEEP
 from token_superposition.experiment.form import misfit
 from token_superposition.experiment.grid import Cell
 from token_superposition.experiment.halving import Best
 from token_superposition.experiment.intervals import t_interval
 from token_superposition.experiment.published import Table, nearest_table
-from token_superposition.experiment.result import SWEEP
 from token_superposition.experiment.sweep import TABLE, Row, read_rows
+from token_superposition.report.cautions import not_shown
 from token_superposition.report.contents import interval, short, told_from_chance
 from token_superposition.weights import Weighting
 
@@ -48,6 +49,7 @@ class SweepContents:
     summary: dict[str, Any]
     rows: list[Row]
     config_text: str
+    directory: Path
 
     @cached_property
     def by_cell(self) -> dict[Cell, list[Row]]:
@@ -100,11 +102,11 @@ def read_sweep(directory: Path) -> SweepContents:
         summary: Any = json.loads((directory / SWEEP).read_text(encoding="utf-8"))
         wrong = misfit(summary, FORM, SWEEP)
         rows = read_rows(directory / TABLE)
-        config_text = (directory / "config.toml").read_text(encoding="utf-8")
+        config_text = (directory / CONFIG).read_text(encoding="utf-8")
     except (OSError, ValueError, TypeError, RecursionError) as e:
         why = e if isinstance(e, OSError) else f"{SWEEP} or {TABLE}: {e}"
         raise TokenSuperpositionError(f"{directory} holds no finished sweep ({why}); make one with tst sweep") from None
-    contents = SweepContents(summary, rows, config_text)
+    contents = SweepContents(summary, rows, config_text, directory)
     if not wrong and not {contents.best, contents.baseline} <= contents.by_cell.keys():
         wrong = f"{TABLE} lacks the best setting, or its baseline, that {SWEEP} names"
     if wrong:
@@ -143,8 +145,8 @@ def sweep_rows(contents: SweepContents) -> list[tuple[str, ...]]:
                 *("" if cell.is_baseline and isinstance(x, str) else str(x) for x in swept),
                 short(rows[0].raw_tokens),
                 str(len(rows)),
-                f"{losses[cell]:.4f}",
-                "" if cell.is_baseline else f"{mean(differences):+.4f}",
+                f"{losses[cell]:.4f}" if math.isfinite(losses[cell]) else "diverged",
+                "" if cell.is_baseline or not known else f"{mean(differences):+.4f}",
                 "" if cell.is_baseline else ends,
             )
         )
@@ -156,8 +158,10 @@ def sentences(contents: SweepContents) -> list[tuple[str, str]]:
     summary, cell, baseline = contents.summary["best"], contents.best, contents.baseline
     chosen, judged, same = summary["chosen"], summary["judged"], summary["same_rate"]
     result = [("best setting", f"{_settings(contents, cell)} (runs/{contents.by_cell[cell][0].run})")]
+    others = not_shown(contents.directory, {r.run for r in contents.rows})
     if judged["seeds"]:
-        part = "which took no part in choosing it" if chosen["seeds"] else "one setting: nothing was chosen"
+        alone = "one setting" + ("" if others else ": nothing was chosen")
+        part = "which took no part in choosing it" if chosen["seeds"] else alone
         text = f"{_by(judged['mean'])} ({_seeds(judged['seeds'])}, {part}; {_known(judged)})"
     else:
         text = (
@@ -189,6 +193,11 @@ def sentences(contents: SweepContents) -> list[tuple[str, str]]:
     if len(contents.cells) > 1 and any(len(rows) > 1 for rows in contents.by_cell.values()):
         text = "each as if that setting alone had been tried: among many some exclude 0 by chance"
         result.append(("other intervals", text))
+        if judged["seeds"] and chosen["seeds"]:
+            text = "the best setting's difference there is over all its seeds, those that chose it among them"
+            result.append(("table and pictures", text))
+    if others:
+        result.append(("not shown", others))
     return result
 
 

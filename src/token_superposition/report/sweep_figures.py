@@ -32,8 +32,12 @@ def _pictures(contents: SweepContents, facet: Facet, limit: float) -> list[Pictu
     at = {(c.bag_size, c.ratio): c for c in cells}
     sizes, ratios = sorted({s for s, _ in at}), sorted({r for _, r in at})
     where = f" ({contents.label(facet)})" if contents.label(facet) else ""
-    low = min(cells, key=contents.difference)
-    lowest = f"The lowest of {len(cells)} is {contents.difference(low):+.3f} at s = {low.bag_size}, r = {low.ratio:g}."
+    finite = [c for c in cells if math.isfinite(contents.difference(c))]
+    lowest = "All diverged."
+    if finite:
+        low = min(finite, key=contents.difference)
+        where_low = f"s = {low.bag_size}, r = {low.ratio:g}"
+        lowest = f"The lowest of {len(cells)} is {contents.difference(low):+.3f} at {where_low}."
 
     def picture(figure: Figure, title: str) -> Picture:
         return Picture(title, svg(figure), f"{title}. {lowest}")

@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from token_superposition.report.cautions import ARM_HEADERS, arms, cautions
 from token_superposition.report.contents import HEADERS, interval_table, read, rows, verdicts
 from token_superposition.report.page import is_sweep
 
@@ -29,9 +30,11 @@ def _print_comparison(directory: Path, console: Console) -> None:
     shown = [i for i, h in enumerate(HEADERS) if h != "seed" or len({r.seed for r in contents.runs}) > 1]
     names = [HEADERS[i].removesuffix(" tokens").removeprefix("val. ") for i in shown]
     console.print(_table(names, [[row[i] for i in shown] for row in rows(contents)], "run"))
+    if means := arms(contents.runs):
+        console.print(_table(ARM_HEADERS, means, "run"))
     headers, *variants = interval_table(contents)
     console.print(_table(headers, variants, "variant"))
-    _sentences(verdicts(contents), console)
+    _sentences([*verdicts(contents), *cautions(contents)], console)
     for sample in contents.summary["samples"]:
         console.print(f"\n[bold]{escape(sample['name'])}[/bold], prompt and continuation:", highlight=False)
         console.print(sample["prompt"] + sample["text"], highlight=False, markup=False)

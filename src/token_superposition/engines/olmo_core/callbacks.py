@@ -14,9 +14,9 @@ from olmo_core.distributed.utils import get_rank, get_world_size
 from olmo_core.train.callbacks import Callback, EvaluatorCallback
 
 from token_superposition.data.plan import PlannedDataset, ValidationSet
-from token_superposition.engines.olmo_core.data import PlannedDataLoader, held_out_batches, step_counts
+from token_superposition.engines.olmo_core.data import PlannedDataLoader, held_out_batches
 from token_superposition.engines.olmo_core.module import TSTTrainModule
-from token_superposition.experiment.metrics import read_metrics, write_metrics
+from token_superposition.experiment.files import read_metrics, write_metrics
 
 VALIDATION = "validation/CE loss"
 
@@ -62,11 +62,12 @@ class MetricsWriter(Callback):
     def log_metrics(self, step: int, metrics: dict[str, float]) -> None:
         if get_rank() != 0:
             return
+        plan = plan_of(self)
         line: dict[str, Any] = {
             "step": step,
             "seconds": round(metrics.get("superposition/seconds", self.seconds), 3),
             "flops": self.flops(step),
-            **step_counts(plan_of(self), step),
+            **plan.schedule.counts(plan.batch_size, plan.sequence_length, step),
         }
         if "train/CE loss" in metrics and step % self.log_every == 0:
             losses = {

@@ -141,17 +141,6 @@ def collate(samples: list[Sample]) -> dict[str, Tensor]:
     }
 
 
-def step_counts(plan: PlannedDataset, step: int) -> dict[str, int]:
-    """Bag sizes of a step, counted from 1, and the tokens up to its end."""
-    phase, counts = plan.schedule.at(max(step - 1, 0)), (plan.batch_size, plan.sequence_length, step)
-    return {
-        "input_bag": phase.input_bag,
-        "output_bag": phase.output_bag,
-        "latent_tokens": plan.schedule.latent_tokens(*counts),
-        "raw_tokens": plan.schedule.raw_tokens(*counts),
-    }
-
-
 def held_out_batches(
     dataset: Any, rows: int, dp_world_size: int, dp_rank: int, ignore_index: int
 ) -> Iterator[dict[str, Tensor]]:

@@ -16,7 +16,7 @@ from olmo_core.train.train_module import TransformerTrainModule
 from torch import Tensor
 
 from token_superposition.embedding import superpose
-from token_superposition.engines.olmo_core.data import PlannedDataLoader, step_counts
+from token_superposition.engines.olmo_core.data import PlannedDataLoader
 from token_superposition.engines.olmo_core.export import is_loaded
 from token_superposition.engines.olmo_core.model import NO_NGPT, TSTLMHead
 from token_superposition.errors import TokenSuperpositionError
@@ -124,5 +124,6 @@ class TSTSpeedMonitor(SpeedMonitorCallback):
     def post_step(self) -> None:
         super().post_step()
         if isinstance(loader := self.trainer.data_loader, PlannedDataLoader):
-            for name, value in step_counts(loader.plan, self.step).items():
+            plan = loader.plan
+            for name, value in plan.schedule.counts(plan.batch_size, plan.sequence_length, self.step).items():
                 self.trainer.record_metric(name, value, namespace="superposition")

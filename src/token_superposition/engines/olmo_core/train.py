@@ -42,10 +42,11 @@ from token_superposition.engines.olmo_core.model import transformer_config
 from token_superposition.engines.olmo_core.module import PlannedWSD, TSTSpeedMonitor, TSTTrainModule
 from token_superposition.errors import TokenSuperpositionError, require_int
 from token_superposition.experiment.config import Config
+from token_superposition.experiment.files import METRICS, MODEL, RESULT, write_json
 from token_superposition.experiment.launch import Launch
 from token_superposition.experiment.model import build_model
-from token_superposition.experiment.result import METRICS, MODEL, RESULT, RunResult, StepTimes, write_json
-from token_superposition.experiment.run import prepare_directory
+from token_superposition.experiment.result import RunResult, StepTimes
+from token_superposition.experiment.run import begin, prepare_directory
 
 
 @dataclass(frozen=True)
@@ -121,6 +122,7 @@ def train(
     )
     if first:
         prepare_directory(config, out)
+        begin(config, out)
 
     if processes > 1:
         backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
@@ -132,7 +134,7 @@ def train(
     module = train_module(config, model_config.build(init_device="meta"), layout)
     if config.model.path is not None:
         load_weights(module.model, start)
-    bits_per_byte = 1 / math.log(2) / validation.split.bytes_per_token
+    bits_per_byte = validation.split.bits_per_nat
     metrics = MetricsWriter(path=out / METRICS, log_every=config.train.log_every, bits_per_byte=bits_per_byte)
     own: dict[str, Callback] = {"metrics": metrics, "validation": evaluation}
     trainer = build_trainer(config, out, module, plan, own | dict(callbacks or {}))

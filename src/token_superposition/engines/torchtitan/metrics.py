@@ -16,10 +16,8 @@ from torchtitan.components.metrics import (
 )
 from torchtitan.distributed import ParallelDims
 
-from token_superposition.experiment.metrics import read_metrics, write_metrics
+from token_superposition.experiment.files import METRICS, read_metrics, write_metrics
 from token_superposition.schedule import Schedule
-
-METRICS = "metrics.jsonl"
 
 
 class BagMetrics(MetricsProcessor):
@@ -94,7 +92,7 @@ class BagMetrics(MetricsProcessor):
         extra_metrics: dict[str, Any] | None = None,
     ) -> None:
         extra = extra_metrics or {}
-        super().log(step, global_avg_loss, global_max_loss, grad_norm, extra | self._counts(step))
+        super().log(step, global_avg_loss, global_max_loss, grad_norm, extra | self.schedule.counts(*self.counts, step))
         self.step_ends()
         *_, rate = (v for k, v in extra.items() if k.startswith("lr/"))  # of the last group, which has the matrices
         self._write(step, {"loss": global_avg_loss, "grad_norm": grad_norm, "learning_rate": rate})
@@ -104,18 +102,9 @@ class BagMetrics(MetricsProcessor):
         bits = {} if self.bits_per_byte is None else {"val_bpb": loss * self.bits_per_byte}
         self._write(step, {"val_loss": loss, **bits})
 
-    def _counts(self, step: int) -> dict[str, int]:
-        phase = self.schedule.at(max(step - 1, 0))
-        return {
-            "input_bag": phase.input_bag,
-            "output_bag": phase.output_bag,
-            "latent_tokens": self.schedule.latent_tokens(*self.counts, step),
-            "raw_tokens": self.schedule.raw_tokens(*self.counts, step),
-        }
-
     def _write(self, step: int, values: dict[str, Any]) -> None:
         if self.path is not None:
-            counts = self._counts(step)
+            counts = self.schedule.counts(*self.counts, step)
             flops = float(self.num_flops_per_token * counts["latent_tokens"])
             line = {"step": step, "seconds": round(self.seconds, 3), "flops": flops, **values, **counts}
             with self.path.open("a", encoding="utf-8") as f:

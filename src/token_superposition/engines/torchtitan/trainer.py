@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
@@ -112,7 +111,7 @@ class TSTTrainer(Trainer):
             held_out_text = Meta.load(Path(held_out.dataset_path)).validation
             self.validated = training.local_batch_size * processes
             config.validator.steps = held_out.steps(training.seq_len, self.validated)
-            self.bits_per_byte = 1 / math.log(2) / held_out_text.bytes_per_token
+            self.bits_per_byte = held_out_text.bits_per_nat
         super().__init__(config)
         for part in self.model_parts:
             BalancedRouter.link(part)

@@ -32,9 +32,9 @@ from token_superposition.engines.transformers.head import (
 from token_superposition.engines.transformers.mtp import MTPHeads
 from token_superposition.errors import TokenSuperpositionError
 from token_superposition.loss import linear_multi_hot_cross_entropy, multi_hot_cross_entropy
-from token_superposition.loss.targets import BagLoss
+from token_superposition.loss.targets import BagLoss, check_loss
 from token_superposition.schedule import WSD, Schedule
-from token_superposition.weights import Weighting, weights_for
+from token_superposition.weights import Weighting, place_weights, weights_for
 
 logger = logging.getLogger(__name__)
 PLAN = "plan.json"
@@ -95,6 +95,8 @@ class TSTTrainer(Trainer):
                 args.ddp_find_unused_parameters = False
         if isinstance(head, str):
             logger.warning("%s computes whole logits in training: %s", type(model).__name__, head)
+        place_weights(weighting, 1)  # what is misspelt is told now
+        check_loss(bag_loss)
         dataset = kwargs.get("train_dataset")
         if isinstance(dataset, Subset) and isinstance(cast(Any, dataset).dataset, Plan):
             raise TokenSuperpositionError(
@@ -281,19 +283,11 @@ class TSTTrainer(Trainer):
         plan, step = self.train_dataset, self.state.global_step
         if isinstance(plan, Plan):
             phase_index = plan.schedule.phase_index(max(step - 1, 0))
-            phase = plan.schedule.phases[phase_index]
-            counts = (plan.batch_size, plan.sequence_length, step)
-            latent, raw = plan.schedule.latent_tokens(*counts), plan.schedule.raw_tokens(*counts)
-            logs |= {
-                "phase": phase_index,
-                "superposed": int(phase.is_superposed),
-                "input_bag": phase.input_bag,
-                "output_bag": phase.output_bag,
-                "latent_tokens": latent,
-                "raw_tokens": raw,
-            }
+            counts = plan.schedule.counts(plan.batch_size, plan.sequence_length, step)
+            superposed = plan.schedule.phases[phase_index].is_superposed
+            logs |= {"phase": phase_index, "superposed": int(superposed), **counts}
             if self.figures is not None:
-                logs |= self.figures(step, latent, raw)
+                logs |= self.figures(step, counts["latent_tokens"], counts["raw_tokens"])
             if isinstance(plan, PlannedDataset) and plan.boundaries is not None and "loss" in logs:
                 logs["tokens_per_bag"] = plan.tokens_per_bag(max(step - 1, 0))
         super().log(logs, start_time)

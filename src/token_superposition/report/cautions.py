@@ -1,0 +1,95 @@
+"""What to mistrust in a comparison: what else was run, what was left out, and where its runs are not alike."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Iterable, Sequence
+from pathlib import Path
+from statistics import mean, stdev
+from typing import TYPE_CHECKING
+
+from token_superposition.experiment.files import DIVERGED, RESULT
+
+if TYPE_CHECKING:
+    from token_superposition.experiment.summary import Run
+    from token_superposition.report.contents import Contents
+
+NAMED = 3
+
+
+def cautions(contents: Contents) -> list[tuple[str, str]]:
+    """(label, sentence) for each; most comparisons have none."""
+    runs = {r.directory: r for r in contents.runs}
+    left_out = {d: sum(len(line.get("skipped", ())) for line in lines) for d, lines in contents.metrics.items()}
+    found = {
+        "steps left out": ", ".join(f"{n} of {runs[d].steps:,} in {d}" for d, n in left_out.items() if n),
+        "several variants": _several(contents),
+        "not alike": _not_alike(contents.runs),
+        "not shown": not_shown(contents.directory, runs),
+    }
+    if found["steps left out"]:
+        found["steps left out"] += " (train.on_nonfinite): such a run has learned from fewer"
+    return [(label, sentence) for label, sentence in found.items() if sentence]
+
+
+def not_shown(directory: Path, shown: Collection[str]) -> str:
+    """What ``runs/`` holds of finished runs beside those ``shown``."""
+    finished = {p.parent.name for name in (RESULT, DIVERGED) for p in directory.glob(f"runs/*/{name}")}
+    if not (others := sorted(finished - set(shown))):
+        return ""
+    names = ", ".join(others[:NAMED]) + (", ..." if len(others) > NAMED else "")
+    return (
+        f"{len(others)} more finished run{'s' if len(others) > 1 else ''} in {directory / 'runs'} ({names}); if what "
+        "they say had a part in choosing what is shown, these figures flatter it"
+    )
+
+
+def _several(contents: Contents) -> str:
+    """Which of several variants are told from the baseline when it is counted how many were tried."""
+    from token_superposition.experiment.intervals import chance, holm
+
+    variants = contents.comparison["variants"]
+    values = {name: c["delta_val_loss_per_seed"] for name, c in variants.items() if c["delta_val_loss_interval"]}
+    if len(values) < 2:
+        return ""
+    kept = holm([chance(v) for v in values.values()])
+    told = [name for name, one in zip(values, kept, strict=True) if one]
+    return (
+        f"each interval is as if that variant alone had been tried; with {len(values)} of them "
+        f"{' and '.join(told) if told else 'none'} {'is' if len(told) < 2 else 'are'} told from the baseline at equal "
+        "steps (Holm's correction)"
+    )
+
+
+def _not_alike(runs: Sequence[Run]) -> str:
+    versions = _distinct(versions_of(r) for r in runs)
+    return f"the runs are of several versions, {'; '.join(versions)}" if len(versions) > 1 else ""
+
+
+def versions_of(run: Run) -> str:
+    return ", ".join(f"{name} {v}" for name, v in run.versions.items())
+
+
+def _distinct(values: Iterable[str]) -> list[str]:
+    return list(dict.fromkeys(values))
+
+
+ARM_HEADERS = ("run", "seeds", "steps", "mean loss", "sd", "bits/byte")
+
+
+def arms(runs: Sequence[Run]) -> list[tuple[str, ...]]:
+    """A row for each way of training: mean and standard deviation of the loss over seeds; none with one seed."""
+    by_name: dict[str, list[Run]] = {}
+    for r in runs:
+        by_name.setdefault(r.name, []).append(r)
+    if all(len(of) == 1 for of in by_name.values()):
+        return []
+    rows: list[tuple[str, ...]] = []
+    for name, of in by_name.items():
+        losses = [r.val_loss for r in of]
+        figures = ("diverged", "", "")
+        if all(map(math.isfinite, losses)):
+            spread = f"{stdev(losses):.4f}" if len(of) > 1 else ""
+            figures = (f"{mean(losses):.4f}", spread, f"{mean(r.val_bpb for r in of):.4f}")
+        rows.append((name, str(len(of)), f"{of[0].steps:,}", *figures))
+    return rows
