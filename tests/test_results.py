@@ -6,9 +6,10 @@ import csv
 import json
 import re
 import shutil
+import tomllib
 import xml.etree.ElementTree as ElementTree
 from collections import Counter
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from itertools import pairwise
 from pathlib import Path
 from statistics import mean
@@ -67,6 +68,24 @@ def test_a_comparison_is_kept_whole(kept: Path, two_seeds: tuple[Path, Path, str
         rows = list(csv.DictReader(f))
     lines = sum(len(p.read_text().splitlines()) for p in out.glob("runs/*/metrics.jsonl"))
     assert len(rows) == lines and {r["seed"] for r in rows} == {"3", "4"}
+
+
+def test_what_is_to_be_mistrusted_outlives_a_second_collection(
+    kept: Path, two_seeds: tuple[Path, Path, str], tmp_path: Path
+) -> None:
+    root = tmp_path / "results"
+    shutil.copytree(kept, root)
+    path = root / "tiny/about.toml"
+    path.write_text(path.read_text() + 'chose = [3]\nnote = "Seed 3 chose it."\n')
+    collect(two_seeds[1], "tiny", "Another question?", "a few sentences", root)
+    about = tomllib.loads(path.read_text())
+    assert (about["question"], about["chose"], about["note"]) == ("Another question?", [3], "Seed 3 chose it.")
+    assert not (root / "tiny/copying.csv").exists()  # of the runs before
+    write_findings(root, tmp_path)
+    rows = [
+        row for row in (tmp_path / "findings.md").read_text().splitlines() if "seed 3 had a part in choosing" in row
+    ]
+    assert rows and all(row.startswith("| tst |") for row in rows)
 
 
 def test_the_page_says_what_was_measured(kept: Path, tmp_path: Path) -> None:
@@ -216,6 +235,15 @@ def test_the_short_answers_are_those_of_comparisons_of_three_seeds() -> None:
     assert "by their own intervals: `weighting = exponential` -0.100" in below and "in made-up, better" in below
     assert below.endswith("for the 1 variants of at least 3 seeds: `weighting = exponential` (better).")
     assert short_answers([made_of({}, {})], {}) == ""
+    blocks = made_of({}, {}, seeds=3)
+    blocks.summary["config"]["data"]["common_bag"] = 4
+    by_text, by_tokens, *_ = short_answers([blocks], {}).splitlines()
+    assert "python: 1 below the baseline (read in blocks). They share" in by_text
+    assert "(made-up; read in blocks)" in by_tokens
+    by_text, *_ = short_answers([won, blocks], {}).splitlines()
+    assert "python: 2 below the baseline (1 of them read in blocks). They share" in by_text
+    old = replace(blocks, about=blocks.about | {"superseded": "made-up"})
+    assert short_answers([won, old], {}) == short_answers([won], {})  # the same runs in another order are no second win
     again = {("made-up", "exp"): "another", ("made-up", "tst"): "another"}
     assert short_answers([won], again) == ""  # what was told of it already
 

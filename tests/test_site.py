@@ -50,8 +50,15 @@ def test_the_reference_has_what_is_public(site: Path) -> None:
     import token_superposition
 
     content = (site / "reference/index.html").read_text()
-    for name in token_superposition.__all__:
+    pages = [ROOT / "README.md", *(ROOT / "docs").rglob("*.md"), *(ROOT / "examples").rglob("*.py")]
+    imported = r"^[ +]*from token_superposition[\w.]* import (?:\(([^)]*)\)|(.*))$"
+    texts = [a or b for page in pages for a, b in re.findall(imported, page.read_text(), re.M)]
+    names = {name for text in texts for name in re.findall(r"\w+", text)}
+    assert {"TSTTrainer", "export_model"} <= names
+    for name in names.union(token_superposition.__all__):
         assert re.search(rf'<h[3-5] id="token_superposition\.[\w.]*{name}"', content), name
+    (signature,) = re.findall(r"<code>.*?PlannedDataset</span>.*?</code>", content.replace("\n", " "))[:1]
+    assert "sequence_length" in signature  # arguments are seen without unfolding the source
     assert "&gt;&gt;&gt;" in content and "<blockquote>" not in content  # examples are code
 
 

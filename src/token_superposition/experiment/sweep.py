@@ -195,7 +195,7 @@ def rows_of(grid: Grid, rounds: Sequence[Round], found: Results) -> list[Row]:
 
 def write_rows(path: Path, rows: Sequence[Row]) -> None:
     text = io.StringIO()
-    writer = csv.writer(text)
+    writer = csv.writer(text, lineterminator="\n")
     writer.writerow(f.name for f in fields(Row))
     writer.writerows(astuple(row) for row in rows)
     write_whole(path, text.getvalue())
