@@ -135,6 +135,16 @@ def test_masked_instances_count_as_in_the_stock_module(kept: list[bool]) -> None
     torch.testing.assert_close(losses[0], losses[1])
 
 
+def test_the_stock_module_is_refused_with_bags_of_targets() -> None:
+    """It would divide by every token of a bag."""
+    config = transformer_config(small_model("llama").config)
+    module: Any = TransformerTrainModule(config.build(init_device="meta"), AdamWConfig(), 64, 16)
+    module.record_metric = module.record_ce_loss = lambda *_, **__: None
+    batch = {"input_ids": torch.ones(4, 16, dtype=torch.long), "labels": torch.ones(4, 16, 3, dtype=torch.long)}
+    with pytest.raises(TokenSuperpositionError, match="train with TSTTrainModule"):
+        module.train_batch(batch)
+
+
 def test_the_stock_evaluator_of_language_modelling(prepared: Path, tmp_path: Path) -> None:
     """It takes the collator of the loader; what it pads is masked. It runs while bags are trained on, too."""
     documents = [list(range(2, 14)), list(range(20, 33)), [40, 41, 42], [50, 51]]  # four fill a batch

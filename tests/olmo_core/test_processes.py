@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -137,7 +139,12 @@ def test_the_script_in_the_documentation(prepared: Path, tmp_path: Path) -> None
     launch(2, run_documented, prepared, tmp_path)
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
     assert model.config.model_type == "llama" and model.config.vocab_size == TokenStore(prepared).meta.vocab_size
-    assert (tmp_path / "checkpoints" / "step12").is_dir()
+    last = tmp_path / "checkpoints" / "step12"
+    assert last.is_dir()
+    (last / ".metadata.json").unlink()  # as where the save was cut short
+    shutil.rmtree(tmp_path / "model")
+    launch(2, run_documented, prepared, tmp_path)
+    assert (last / ".metadata.json").is_file() and (tmp_path / "model").is_dir()
 
 
 @pytest.mark.parametrize("save_every", [0, 100])
@@ -148,6 +155,17 @@ def test_sigterm_ends_a_run_after_the_step(save_every: int, prepared: Path, tmp_
     with pytest.raises(TokenSuperpositionError, match=rf"stopped after step 3 of 60; .*{remedy}"):
         train(config, tmp_path, callbacks={"signal": SignalAt(at=3)})
     assert (tmp_path / "checkpoints" / "step3").is_dir() == bool(save_every)
+
+
+def test_sigterm_in_the_last_step_changes_nothing(prepared: Path, tmp_path: Path) -> None:
+    """Nor does another start add a line, where the export had failed, say."""
+    config = run_config(prepared, steps=6, save_every=6)
+    result = train(config, tmp_path, callbacks={"signal": SignalAt(at=6)})
+    assert math.isfinite(result.val_loss)
+    (tmp_path / "run.json").unlink()
+    lines = read_metrics(tmp_path / "metrics.jsonl")
+    assert train(config, tmp_path).val_loss == result.val_loss
+    assert read_metrics(tmp_path / "metrics.jsonl") == lines
 
 
 def test_a_merged_models_validation_is_not_the_runs(whole_run: WholeRun, prepared: Path, tmp_path: Path) -> None:

@@ -121,7 +121,7 @@ def test_torchtitan_counts_latent_positions(runs: Path) -> None:
         assert log("n_tokens_seen") == [64.0 * s for s in range(1, 13)]
         seconds, rate = log("time_metrics/end_to_end(s)"), log("throughput(tps)")
         devices = 2 if "tensor" in flags else processes
-        assert [s * r for s, r in zip(seconds, rate, strict=True)] == pytest.approx([64 / devices] * 12, rel=1e-4)
+        assert [s * r for s, r in zip(seconds, rate, strict=True)] == pytest.approx([64 / devices] * 12, rel=0.02)
         flops = [f / r for f, r in zip(log("tflops"), rate, strict=True)]
         assert flops == pytest.approx([flops[0]] * 12, rel=1e-4) and flops[0] > 0
         written = column(read_metrics(runs / name / "metrics.jsonl"), "flops")
@@ -133,6 +133,9 @@ def test_seconds_count_steps_that_are_not_logged(runs: Path) -> None:
     not finite where it logs. A validation is not counted itself."""
     lines = read_metrics(runs / "sparse/metrics.jsonl")
     assert [m["step"] for m in lines if "loss" in m] == [1, 4, 8, 12]
+    log = scalars(runs / "sparse")  # a step takes as long however many lie between two logs
+    per_step = [s * r for s, r in zip(log("time_metrics/end_to_end(s)"), log("throughput(tps)"), strict=True)]
+    assert per_step == pytest.approx([per_step[0]] * 4, rel=0.02)
     one, four, eight, twelve = ([m["seconds"] for m in lines if m["step"] == step] for step in (1, 4, 8, 12))
     assert max(one) < min(four) <= max(four) < min(eight) <= max(eight) < min(twelve)
     assert twelve[-1] == twelve[-2]  # both validations of the last step

@@ -50,7 +50,10 @@ class MetricsWriter(Callback):
 
     def pre_train(self) -> None:
         if get_rank() == 0:
-            write_metrics(self.path, read_metrics(self.path, self.step))
+            kept = read_metrics(self.path, self.step)
+            if self.step >= plan_of(self).schedule.total_steps and kept and "val_loss" in kept[-1]:
+                kept.pop()  # the last validation comes again
+            write_metrics(self.path, kept)
 
     def pre_load_batch(self) -> None:
         self._mark = time.perf_counter()
@@ -108,7 +111,7 @@ class Validation(EvaluatorCallback):
 
     def post_train(self) -> None:
         assert self.final is not None
-        if not self.trainer.is_canceled:
+        if self.step >= plan_of(self).schedule.total_steps:  # also where it was asked to stop in the last step
             self.final_loss = self.loss(self.final)
             self.trainer.record_metric(f"eval/{VALIDATION}", self.final_loss)
 

@@ -63,6 +63,8 @@ class TSTLMHead(LMHead):
     def __init__(self, *, weighting: Weighting = "uniform", **kwargs: Any):
         super().__init__(**kwargs)
         self.weighting: Weighting = weighting
+        self.positions_are_counted = False
+        """By ``TSTTrainModule``: its ``loss_div_factor`` counts a bag once, the stock one each of its tokens."""
 
     def forward(
         self,
@@ -96,6 +98,11 @@ class TSTLMHead(LMHead):
         if z_loss_multiplier is not None:
             raise TokenSuperpositionError(
                 f"z_loss_multiplier is {z_loss_multiplier}; the loss on bags has no separate z-loss, so leave it None"
+            )
+        if labels.dim() == 3 and loss_div_factor is not None and not self.positions_are_counted:
+            raise TokenSuperpositionError(
+                f"labels are bags {tuple(labels.shape)}, of which a stock train module counts every token, so that the "
+                "loss would be too small; train with TSTTrainModule"
             )
         loss = linear_multi_hot_cross_entropy(
             self.norm(x) if self.norm is not None else x,

@@ -54,6 +54,7 @@ class TSTTrainModule(TransformerTrainModule):
                 f"z_loss_multiplier is {self.z_loss_multiplier:g}; the loss on bags has no separate z-loss, so leave "
                 "it None"
             )
+        model.lm_head.positions_are_counted = True
         self._history: dict[tuple[torch.Size, torch.Size], tuple[list[Tensor], list[Tensor]]] = {}
         superpose(self.model)  # after FSDP, which puts a class of its own in front of the embedding's
 

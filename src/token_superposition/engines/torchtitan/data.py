@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import count
@@ -86,11 +87,12 @@ class PlannedLoader(BaseDataLoader):
         self.micro_batches = step * self.per_step
 
     def state_dict(self) -> dict[str, Any]:
-        return {"step": self.micro_batches // self.per_step, "plan": self.plan.fingerprint()}
+        # As one value: torchtitan ends with a traceback where a checkpoint lacks a key of a dictionary.
+        return {"step": self.micro_batches // self.per_step, "plan": json.dumps(self.plan.fingerprint())}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Raises ``TokenSuperpositionError`` for the state of another plan."""
-        self.plan.check_fingerprint(state_dict["plan"], START_ANEW)
+        self.plan.check_fingerprint(json.loads(state_dict["plan"]), START_ANEW)
         self.begin_at(state_dict["step"])
 
 

@@ -35,12 +35,19 @@ def export_model(trainer: TSTTrainer, path: Path) -> None:
     state: dict[str, Any] = {}
     for part in trainer.model_parts:
         state |= part.state_dict()
+    exported = adapter.to_hf(state)
+    kept = any("expert_bias" in name or "correction_bias" in name for name in exported)
+    if any("expert_bias" in name for name in state) and not kept:
+        logger.warning(
+            f"{path} lacks the bias with which the experts were balanced (load_balance_coeff), for which "
+            f"{type(adapter).__name__} has no name: the exported model routes differently"
+        )
     first = dist.get_rank() == 0
     if first:
         shutil.rmtree(partial, ignore_errors=True)
     dist.barrier()
     writer = HuggingFaceStorageWriter(str(partial), save_distributed=True, enable_consolidation=True)
-    save(adapter.to_hf(state), storage_writer=writer)
+    save(exported, storage_writer=writer)
     if first:
         shutil.rmtree(partial / "sharded", ignore_errors=True)
         if trainer.settings is None:

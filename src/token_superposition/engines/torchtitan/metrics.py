@@ -51,6 +51,7 @@ class BagMetrics(MetricsProcessor):
         self.seconds = 0.0
         self.also_logged: Callable[[int], bool] = lambda step: False
         self._mark = time.perf_counter()
+        self._logged = 0
 
     def start(
         self,
@@ -64,6 +65,7 @@ class BagMetrics(MetricsProcessor):
         """Lines that a resumed run writes again, after ``step`` and of the last validation, are dropped."""
         self.schedule, self.counts, self.bits_per_byte = schedule, counts, bits_per_byte
         self.also_logged = also_logged
+        self._logged = step
         if self.path is not None:
             kept = read_metrics(self.path, step)
             if step == last_step and kept and "val_loss" in kept[-1]:
@@ -92,7 +94,11 @@ class BagMetrics(MetricsProcessor):
         extra_metrics: dict[str, Any] | None = None,
     ) -> None:
         extra = extra_metrics or {}
-        super().log(step, global_avg_loss, global_max_loss, grad_norm, extra | self.schedule.counts(*self.counts, step))
+        # torchtitan's own figure takes every interval to be log_freq long.
+        pace = (time.perf_counter() - self.time_last_log) / (step - self._logged)
+        ours = {"time_metrics/end_to_end(s)": pace, **self.schedule.counts(*self.counts, step)}
+        super().log(step, global_avg_loss, global_max_loss, grad_norm, extra | ours)
+        self._logged = step
         self.step_ends()
         *_, rate = (v for k, v in extra.items() if k.startswith("lr/"))  # of the last group, which has the matrices
         self._write(step, {"loss": global_avg_loss, "grad_norm": grad_norm, "learning_rate": rate})

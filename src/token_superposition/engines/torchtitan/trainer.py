@@ -57,7 +57,8 @@ class TSTTrainer(Trainer):
     @dataclass(kw_only=True, slots=True)
     class Config(Trainer.Config):
         model: Annotated[ModelConfig, tyro.conf.Suppress] = field(default_factory=ModelConfig)
-        """Architecture and fields of transformers; set by the registry. Not read where ``model_spec`` is given."""
+        """Architecture and fields of transformers; set by the registry. Not read where ``model_spec`` is given, but for
+        the weights at its path."""
         superposition: SuperpositionConfig = field(default_factory=SuperpositionConfig)
         """The first phase."""
 
@@ -73,7 +74,7 @@ class TSTTrainer(Trainer):
             raise TokenSuperpositionError(
                 "debug.spmd_typechecking is set, and the loss of bags has no types for it; leave it out"
             )
-        processes = data_parallel(parallelism, int(os.environ.get("WORLD_SIZE", 1)))
+        processes = self.data_processes = data_parallel(parallelism, int(os.environ.get("WORLD_SIZE", 1)))
         training.local_batch_size = batch_sizes(training.global_batch_size, training.local_batch_size, processes)
         whole = planned_steps(training.steps, config.lr_scheduler.total_steps)
         self.schedule = config.superposition.schedule(whole)
@@ -128,6 +129,8 @@ class TSTTrainer(Trainer):
         cast(PlannedLoader, self.dataloader).begin_at(self.step)
         training = self.config.training
         counts = (training.global_batch_size, training.seq_len)
+        # Of one process; the checkpoint has it of another number of them where that has changed.
+        self.ntokens_seen = self.step * training.global_batch_size * training.seq_len // self.data_processes
         cast(BagMetrics, self.metrics_processor).start(
             self.schedule, counts, self.step, training.steps, self.bits_per_byte, self.something_follows
         )
