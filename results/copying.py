@@ -64,4 +64,6 @@ def main(comparison: Path, store: Path, out: Path) -> None:
 if __name__ == "__main__":
     if len(sys.argv) != 4:
         sys.exit(__doc__)
+    if not (Path(__file__).parent / sys.argv[-1]).is_dir():
+        sys.exit(f"results has no folder {sys.argv[-1]}; collect it first (python -m results.collect)")
     main(Path(sys.argv[1]), Path(sys.argv[2]), Path(__file__).parent / sys.argv[3])

@@ -52,4 +52,6 @@ def main(comparison: Path, out: Path) -> None:
 if __name__ == "__main__":
     if len(sys.argv) != 3:
         sys.exit(__doc__)
+    if not (Path(__file__).parent / sys.argv[-1]).is_dir():
+        sys.exit(f"results has no folder {sys.argv[-1]}; collect it first (python -m results.collect)")
     main(Path(sys.argv[1]), Path(__file__).parent / sys.argv[2])
