@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 from torch.utils.data import Subset
-from transformers import EarlyStoppingCallback, TrainingArguments
+from transformers import EarlyStoppingCallback, Trainer, TrainingArguments
 
 from tests.conftest import VOCAB, tiny
 from tests.test_trainer import arguments, losses
@@ -20,6 +21,7 @@ from token_superposition import WSD, Schedule, TokenSuperpositionError
 from token_superposition.data.plan import PlannedDataset, ValidationSet
 from token_superposition.data.stream import StreamedPlan
 from token_superposition.engines.transformers import TSTTrainer
+from token_superposition.experiment.trainer import RunTrainer
 
 TOKENS = np.arange(20_000) % VOCAB
 Made = PlannedDataset | StreamedPlan
@@ -91,6 +93,16 @@ def test_learning_rates_that_exclude_each_other(tmp_path: Path) -> None:
     with pytest.raises(TokenSuperpositionError, match="lr_factor is for 3 steps, the run has 4"):
         trainer_of(arguments(tmp_path), plan, lr_factor=WSD(3))
     assert trainer_of(arguments(tmp_path, max_steps=3), plan, lr_factor=WSD(4)).args.max_steps == 3
+
+
+@pytest.mark.parametrize("kind", [TSTTrainer, RunTrainer])
+def test_another_trainer_is_refused(kind: type[TSTTrainer], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every private method that is overridden is looked for: renamed there, ours would not be called."""
+    private = {n for c in kind.__mro__[: kind.__mro__.index(Trainer)] for n in vars(c) if re.match(r"_[a-z]", n)}
+    assert private & set(dir(Trainer)) == set(kind.OVERRIDDEN)
+    monkeypatch.delattr(Trainer, "_get_train_sampler")  # without ours, the plan would be shuffled
+    with pytest.raises(TokenSuperpositionError, match=r"transformers \S+ has no Trainer._get_train_sampler"):
+        trainer_of(arguments(tmp_path), planned(Schedule.two_phase(4, 4, 0.5)))
 
 
 def test_what_is_misspelt_is_told_before_the_first_bag(tmp_path: Path) -> None:

@@ -39,6 +39,15 @@ class RunTrainer(TSTTrainer):
     that cannot be written is removed and raises ``TokenSuperpositionError``.
     """
 
+    OVERRIDDEN = (
+        *TSTTrainer.OVERRIDDEN,
+        "_get_grad_norm",
+        "_get_output_dir",
+        "_load_rng_state",
+        "_save_checkpoint",
+        "_save_rng_state",
+    )
+
     def __init__(
         self,
         *args: Any,

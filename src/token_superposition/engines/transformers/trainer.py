@@ -7,8 +7,9 @@ import logging
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
+from importlib.metadata import version
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -64,9 +65,18 @@ class TSTTrainer(Trainer):
     validation.
 
     Raises ``TokenSuperpositionError`` where plan and arguments or checkpoint disagree, for a plan with a model that
-    sees later tokens or in place of held-out text, for ``mtp`` where the head is not known, and for an ``lr_factor``
-    beside a scheduler or of fewer steps than the run.
+    sees later tokens or in place of held-out text, for ``mtp`` where the head is not known, for an ``lr_factor`` beside
+    a scheduler or of fewer steps than the run, and where ``Trainer`` lacks a method that is overridden here: that
+    nothing calls ours would go unseen.
     """
+
+    OVERRIDDEN: ClassVar[tuple[str, ...]] = (
+        "_get_num_items_in_batch",
+        "_get_train_sampler",
+        "_load_from_checkpoint",
+        "_set_signature_columns_if_needed",
+    )
+    """Private methods of ``Trainer``, which another version may have renamed."""
 
     def __init__(
         self,
@@ -82,6 +92,11 @@ class TSTTrainer(Trainer):
         figures: Callable[[int, int, int], Mapping[str, float]] | None = None,
         **kwargs: Any,
     ):
+        if missing := [name for name in self.OVERRIDDEN if not hasattr(Trainer, name)]:
+            raise TokenSuperpositionError(
+                f"transformers {version('transformers')} has no Trainer.{missing[0]}, in whose place we train "
+                "bags; install the version of constraints.txt"
+            )
         superpose(model, place_signal=place_signal, input_weighting=input_weighting)
         with torch.compiler.set_stance("force_eager"):  # nothing is compiled for 4 ids
             head = read_head(model)
