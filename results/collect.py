@@ -4,7 +4,7 @@
 
 Writes results/NAME: config.toml (``tst compare results/NAME/config.toml`` does it again), summary.json without the
 samples of text, curves.csv with every logged loss (of a sweep: sweep.json and sweep.csv), and about.toml with the
-question, the text and the command; a
+question, the text, the command and the commit; a
 ``note`` added there by hand, such as what is to be mistrusted, stands below the table on the page. Collected again,
 a folder keeps what was added to about.toml, and loses copying.csv and strings.csv, which are of the runs before.
 """
@@ -15,6 +15,7 @@ import csv
 import io
 import json
 import shutil
+import subprocess
 import sys
 import tomllib
 from pathlib import Path
@@ -46,10 +47,16 @@ def collect(directory: Path, name: str, question: str, text: str, into: Path = H
     command = f"tst {'sweep' if is_sweep(directory) else 'compare'} results/{name}/config.toml --out {name}"
     before = into / name / "about.toml"
     added = tomllib.loads(before.read_text()) if before.exists() else {}
-    about = added | {"question": question, "text": text, "command": command}
+    about = added | {"question": question, "text": text, "command": command} | commit()
     (partial / "about.toml").write_text(tomli_w.dumps(about))
     shutil.rmtree(into / name, ignore_errors=True)
     return partial.rename(into / name)
+
+
+def commit() -> dict[str, str]:
+    """Of this repository, since a command may read its text otherwise, or not run, with another version."""
+    found = subprocess.run(("git", "rev-parse", "--short", "HEAD"), cwd=HERE, capture_output=True, text=True)
+    return {"commit": found.stdout.strip()} if found.returncode == 0 else {}
 
 
 def curves(comparison: Path, runs: list[dict[str, Any]]) -> str:

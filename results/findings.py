@@ -9,7 +9,7 @@ from statistics import mean
 from typing import Any
 
 from results.figures import after_switch, ahead, forest
-from results.kept import Result, at_equal_flops, first_shown, load, rows, told, unfinished_in, verdict
+from results.kept import Result, at_equal_flops, first_shown, kept_at, load, rows, told, unfinished_in, verdict
 from results.plain import against_plain, differences, over_batches, recipes, text_of
 from results.short_answers import short_answers
 from results.sweeps import section as section_of_sweep
@@ -88,7 +88,8 @@ def section(r: Result, again: dict[tuple[str, str], str]) -> str:
         "",
         *longer_rows(r.variants),
         *against_tst(r),
-        f"`{r.about['command']}`; {'; '.join(r.hardware)}; torch {v['torch']}, transformers {v['transformers']}; "
+        f"`{r.about['command']}`{kept_at(r.about)}; {'; '.join(r.hardware)}; torch {v['torch']}, "
+        f"transformers {v['transformers']}; "
         f"[results/{r.name}](../results/{r.name}).",
         "",
         *((r.about["note"], "") if "note" in r.about else ()),
@@ -119,7 +120,8 @@ def cut_short(folder: Path) -> str:
         if len(losses) > 1:
             values = (f"{float(losses[n]):.4f}" if n in losses else "" for n in names)
             lines.append(f"| {step:,} | {' | '.join(values)} |")
-    lines += ["", f"`{about['command']}`; [results/{folder.name}](../results/{folder.name}).", "", about["note"], ""]
+    made = f"`{about['command']}`{kept_at(about)}; [results/{folder.name}](../results/{folder.name})."
+    lines += ["", made, "", about["note"], ""]
     return "\n".join(lines)
 
 
@@ -183,11 +185,14 @@ one of 110M parameters on a GPU: they say what TST does there, not what it does 
 on held-out text in nats per token; an interval is Student's t over paired seeds
 ([how to read a comparison](compare.md)). The texts come from `python -m results.corpora`. Sections of one seed or two
 say so, whatever their intervals are; further leads, and what was tried and left, are in the [log](../LOG.md).
-Parameters are counted with embedding and head, 0.26M of the 0.59M here and 0.13M of the 0.21M.
+Parameters are counted with embedding and head, 0.26M of the 0.59M here and 0.13M of the 0.21M. *English* is the
+docstrings and the documentation of the packages whose code is *python*; the *sentences of a grammar* are an invented
+language (what each is made of: [results/corpora.py](../results/corpora.py)). Where no precision is said, it is float32.
 
 *Read in blocks* is the order of the text before 2026-11-27: an ordinary step read pieces of blocks that bags fit into,
 which lay closer together than by chance. That makes the baseline worse and so flatters TST; by how much was measured in
-`proof-cpu` alone ([log](../LOG.md)). Such a comparison's command reads in the order of today.
+`proof-cpu` alone ([log](../LOG.md)). Such a comparison's command reads in that order at the commit that is named, and
+in that of today now.
 
 ![Differences of all comparisons with their intervals](findings_forest.svg)
 

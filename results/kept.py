@@ -53,11 +53,13 @@ class Result:
         options = c["model"]["options"]
         t, bags = c["train"], c["superposition"]
         of_input = bags.get("input_weighting", "uniform")  # older ones lack it
+        precision = self.baseline.get("precision")  # the oldest lack it: float32, on cores that have no other
+        precision = f" in {precision}" if precision not in (None, "", "float32") else ""
         read = "" if of_input == "uniform" else f" of the targets, {of_input} ones of what is read"
         return (
             f"{c['model']['architecture']} {options['num_hidden_layers']} x {options['hidden_size']}, "
             f"{short(self.baseline['parameters'])} parameters, {t['batch_size']} x {c['data']['sequence_length']} "
-            f"tokens a step, {t['steps']:,} steps, {t['optimizer']} at {t['learning_rate']:g}; tst: "
+            f"tokens a step, {t['steps']:,} steps, {t['optimizer']} at {t['learning_rate']:g}{precision}; tst: "
             f"s = {bags['bag_size']}, r = {bags['ratio']:g}, {bags['weighting']} weights{read}"
         )
 
@@ -138,6 +140,10 @@ def verdict(values: Sequence[float]) -> str:
         return f"{('one seed', 'two seeds')[len(values) - 1]}: a lead"
     low, high = t_interval(values) or (-math.inf, math.inf)
     return "better" if high < 0 else "worse" if low > 0 else "not told from chance"
+
+
+def kept_at(about: dict[str, Any]) -> str:
+    return f", kept at commit {about['commit']}" if "commit" in about else ""
 
 
 def told(values: list[float]) -> str:

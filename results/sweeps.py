@@ -5,6 +5,7 @@ from __future__ import annotations
 import tomllib
 from pathlib import Path
 
+from results.kept import kept_at
 from token_superposition.report.sweep import about, headers, read_sweep, sentences, sweep_rows
 from token_superposition.report.sweep_figures import sweep_pictures
 
@@ -31,7 +32,7 @@ def section(folder: Path, docs: Path) -> str:
         (docs / name).write_text(picture.svg)
         lines += [f"![{picture.alt}]({name})", "", f"*{picture.title}.*", ""]
     lines += [
-        f"`{question['command']}`; {made['Hardware']}; {made['Versions']}; "
+        f"`{question['command']}`{kept_at(question)}; {made['Hardware']}; {made['Versions']}; "
         f"[results/{folder.name}](../results/{folder.name}).",
         "",
         *((question["note"], "") if "note" in question else ()),

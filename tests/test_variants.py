@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -24,6 +24,7 @@ from token_superposition.experiment.files import read_metrics
 from token_superposition.experiment.launch import Launch
 from token_superposition.experiment.run import train
 from token_superposition.experiment.superposition import VARIANTS, SuperpositionConfig
+from token_superposition.weights import Weighting
 
 SAVES = (4, 6, 9)
 Run = Callable[..., list[dict[str, Any]]]
@@ -57,7 +58,13 @@ def changed(config: Config, settings: dict[str, Any], **changes: Any) -> Config:
     [
         ({"bag_size": 1}, {"shift": True}),
         ({"bag_size": 1}, {"loss": "sum-to-one"}),
-        ({"bag_size": 1}, {"reset_optimizer": True, "reset_embeddings": True}),
+        ({"bag_size": 1}, {"sides": "input"}),
+        ({"bag_size": 1}, {"sides": "output"}),
+        *(({"bag_size": 1}, {"weighting": weighting}) for weighting in get_args(Weighting)[1:]),
+        *(({"bag_size": 1}, {"input_weighting": weighting}) for weighting in get_args(Weighting)[1:]),
+        ({}, {"anneal": (4,)}),
+        ({"bag_size": 1}, {"reset_optimizer": True}),
+        ({"bag_size": 1}, {"reset_embeddings": True}),
         ({"ratio": 0.0}, {"reset_optimizer": True, "reset_embeddings": True}),
         ({"anneal": (4,)}, {"mixture": 1.0}),
     ],
