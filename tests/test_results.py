@@ -294,6 +294,20 @@ def test_the_intervals_of_the_readme_are_those_of_the_findings() -> None:
     assert len(found) > 5 and not [x for x in found if x not in findings]
 
 
+def test_the_intervals_of_the_pages_are_those_of_the_findings_or_the_log() -> None:
+    """Of a page that turns a difference round, the ends change places and signs."""
+
+    def intervals(page: Path) -> set[tuple[str, ...]]:
+        words = " ".join(page.read_text().split())
+        return {tuple(sorted(ends)) for ends in re.findall(r"[+-]?(\d\.\d{3}) to [+-]?(\d\.\d{3})", words)}
+
+    docs = REPOSITORY / "docs"
+    known = intervals(docs / "findings.md") | intervals(REPOSITORY / "LOG.md")
+    found = {page.name: intervals(page) for page in docs.rglob("*.md") if page.name != "findings.md"}
+    assert len(found["faq.md"]) > 5
+    assert not {name: ends - known for name, ends in found.items() if ends - known}
+
+
 def test_results_without_plain_tst_or_of_other_texts_are_left_out() -> None:
     other = made_of({"ratio": 0.5}, {})
     assert len(over_batches([other, made_of({}, {}, "369k tokens of Python source")], {})[1].splitlines()) == 2
