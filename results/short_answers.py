@@ -10,6 +10,21 @@ from results.plain import TEXTS, Again, differences, pairs, plain, text_of
 from token_superposition.experiment.intervals import chance, holm
 from token_superposition.report.contents import short
 
+ASKED = (
+    ("Are bags on 99% of the steps ever good?", "ratio-of-99", "ratio-0.99", "baseline"),
+    ("Is it what is read?", "sides", "input-only", "baseline"),
+    ("Is it what is predicted?", "sides", "output-only", "baseline"),
+    ("Do bags of what is predicted win where a text is read many times?", "few-tokens", "output-only", "baseline"),
+    ("And beside a baseline that stops sooner?", "few-tokens", "output-only", "baseline-x0.4"),
+    ("Does it hurt to throw the optimizer's state away at the switch?", "750-steps", "optimizer-reset", "tst"),
+    ("Do heads for two further tokens help?", "mtp", "mtp", "baseline"),
+    ("Do they help together with bags?", "mtp", "tst+mtp", "tst"),
+    ("Is a smaller bag better for a smaller model?", "small", "bags-of-2", "tst"),
+    ("Does it win with no more text than the baseline has?", "same-text", "tst", "baseline"),
+    ("Does it win with Muon?", "muon", "tst", "baseline"),
+)
+"""Questions that one comparison answers: its name, a run, and what it is compared with."""
+
 COUNTED = {"better": "below the baseline", "worse": "above it", "not told from chance": "not told from it"}
 
 
@@ -27,6 +42,7 @@ def short_answers(found: list[Result], again: Again) -> str:
         *at_equal_data(enough, again),
         *where(enough),
         *variants(enough, again),
+        *asked(enough),
     ]
     return "\n".join([*lines, ""]) if lines else ""
 
@@ -99,6 +115,18 @@ def variants(enough: list[Result], again: Again) -> list[str]:
         f"- Told from plain TST by their own intervals: {told_apart}. After Holm's correction for the {len(judged)} "
         f"variants of at least {SEEDS} seeds: {', '.join(left) or 'none'}."
     ]
+
+
+def asked(enough: list[Result]) -> list[str]:
+    """The answer to each of ``ASKED`` whose comparison is there."""
+    by_name = {r.name: r for r in enough}
+    lines: list[str] = []
+    for question, name, run, other in ASKED:
+        if (r := by_name.get(name)) and {run, other} <= {x["name"] for x in r.summary["runs"]}:
+            values = differences(r, run, other)
+            blocks = "; read in blocks" if r.in_blocks else ""
+            lines.append(f"- {question} `{run}` less `{other}` in {name}: {told(values)}, {verdict(values)}{blocks}.")
+    return lines
 
 
 def at_equal_data(enough: list[Result], again: Again) -> list[str]:

@@ -248,6 +248,14 @@ def test_the_short_answers_are_those_of_comparisons_of_three_seeds() -> None:
     assert short_answers([won], again) == ""  # what was told of it already
 
 
+def test_a_question_is_answered_by_its_comparison() -> None:
+    r = made_of({}, {"output-only": ({"sides": "output"}, 1.0)}, seeds=3)
+    lines = short_answers([replace(r, name="sides"), made_of({}, {})], {}).splitlines()
+    (answer,) = [line for line in lines if line.startswith("- Is it what is predicted?")]
+    assert answer.endswith("`output-only` less `baseline` in sides: -0.200 (-0.200 to -0.200), better.")
+    assert not any("Is it what is read?" in line for line in lines)  # that run is not there
+
+
 def test_of_many_variants_one_is_told_apart_by_chance() -> None:
     """One of four has an interval that excludes 0, as one in twenty would without any difference."""
     changed: dict[str, tuple[Changed, float]] = {f"v{s}": ({"bag_size": s}, 1.0) for s in (5, 6, 7, 8)}
