@@ -45,8 +45,8 @@ def by_hand(
     return (rows * (1 + signal * signs(s, d)) * (weights / weights.sum()).unsqueeze(1)).sum(-2)
 
 
-def lines_of(config: Config, out: Path, resume_from: Path | None = None) -> list[dict[str, Any]]:
-    train(config, out, branch_from=resume_from)
+def lines_of(config: Config, out: Path, branch_from: Path | None = None) -> list[dict[str, Any]]:
+    train(config, out, branch_from=branch_from)
     return [{k: v for k, v in m.items() if k != "seconds"} for m in read_metrics(out / "metrics.jsonl")]
 
 

@@ -79,7 +79,7 @@ def run(write_config: Callable[..., Path], tmp_path: Path) -> Run:
     """``tst train`` in this process: the lines of the metrics without times."""
 
     def go(
-        name: str, data: str = "", resume_from: Path | None = None, save_at: tuple[int, ...] = (), **settings: Any
+        name: str, data: str = "", branch_from: Path | None = None, save_at: tuple[int, ...] = (), **settings: Any
     ) -> list[dict[str, Any]]:
         path = write_config()
         lines = "".join(f"{key} = {toml(value)}\n" for key, value in settings.items())
@@ -90,7 +90,7 @@ def run(write_config: Callable[..., Path], tmp_path: Path) -> Run:
             data=replace(config.data, path=data or config.data.path),
             train=replace(config.train, save_at=save_at),
         )
-        train(config, tmp_path / name, branch_from=resume_from)
+        train(config, tmp_path / name, branch_from=branch_from)
         metrics = read_metrics(tmp_path / name / "metrics.jsonl")
         return [{k: v for k, v in m.items() if k != "seconds"} for m in metrics]
 

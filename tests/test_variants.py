@@ -35,10 +35,10 @@ def run(write_config: Callable[..., Path], tmp_path: Path) -> Run:
     """Trains a tiny run with settings of [superposition] and [train]; gives the lines of its metrics without times."""
 
     def go(
-        name: str, settings: dict[str, Any], resume_from: Path | None = None, **changes: Any
+        name: str, settings: dict[str, Any], branch_from: Path | None = None, **changes: Any
     ) -> list[dict[str, Any]]:
         config = changed(load_config(write_config()), settings, **changes)
-        train(config, tmp_path / name, branch_from=resume_from)
+        train(config, tmp_path / name, branch_from=branch_from)
         lines = read_metrics(tmp_path / name / "metrics.jsonl")
         return [{k: v for k, v in m.items() if k != "seconds"} for m in lines]
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from textwrap import shorten
 from typing import Any, Literal, cast
 
-from token_superposition.errors import TokenSuperpositionError, require_int
+from token_superposition.errors import TokenSuperpositionError
 from token_superposition.experiment.config import Config
 from token_superposition.loss.chunked import CHUNK_BYTES, CHUNK_ROWS_KERNEL
 
@@ -236,10 +236,7 @@ class Cost:
 
 
 def cost_of(config: Config, shape: Shape, gpus: int, gpu_type: GpuType, mfu: float) -> Cost:
-    """Raises ``TokenSuperpositionError`` for a number of GPUs or a utilisation that cannot be."""
-    require_int("gpus", gpus, 1)
-    if not 0 < mfu <= 1:
-        raise TokenSuperpositionError(f"mfu is {mfu}; give the share of the GPU's peak that is used, such as 0.4")
+    """On so many GPUs, of whose peak the share ``mfu`` is used."""
     schedule, batch, length = config.schedule, config.train.batch_size, config.data.sequence_length
     latent, raw = schedule.latent_tokens(batch, length), schedule.raw_tokens(batch, length)
     flops = float(shape.flops_per_token(length, config.superposition.trained_heads)) * latent

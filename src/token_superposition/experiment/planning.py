@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from token_superposition.data.store import Meta
-from token_superposition.errors import require_int
+from token_superposition.errors import TokenSuperpositionError, require_int
 from token_superposition.experiment.budget import (
     GPUS,
     USABLE,
@@ -102,6 +102,9 @@ def plan(
     GPUs or this much data is in ``warnings``.
     """
     config.check()
+    require_int("gpus", gpus, 1)
+    if not 0 < mfu <= 1:
+        raise TokenSuperpositionError(f"mfu is {mfu}; give the share of the GPU's peak that is used, such as 0.4")
     source = "given"
     directory = Path(config.data.path)
     if (directory / "meta.json").exists():
