@@ -72,8 +72,8 @@ def page() -> str:
     parts = [
         "# In the training script that you have",
         "Made by `python -m examples.diff` from the scripts in `examples/plain` and `examples`: each runs as it is "
-        "(that of the Trainer on text files of yours), tests run both, and with `--ratio 0` a script with TST trains ordinarily. Below, `-` is the script without "
-        "TST and `+` the one with it.",
+        "(that of the Trainer on text files of yours), tests run both, and with `--ratio 0` a script with TST trains "
+        "ordinarily. Below, `-` is the script without TST and `+` the one with it.",
     ]
     for name, title in NAMES.items():
         plain, tst = (folder / f"{name}.py" for folder in (HERE / "plain", HERE))

@@ -111,7 +111,7 @@ def loss_and_gradient(
 
 def tile_of(v: int, softcap: bool, dtype: torch.dtype) -> int:
     most = MAX_TILE_WITH_MORE_REGISTERS if softcap or dtype == torch.float64 else MAX_TILE
-    return min(triton.next_power_of_2(v), most)
+    return min(1 << (v - 1).bit_length(), most)  # the next power of 2
 
 
 def warps_of(tile: int) -> int:
