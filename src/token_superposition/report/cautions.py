@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from statistics import mean, stdev
 from typing import TYPE_CHECKING
@@ -62,16 +62,12 @@ def _several(contents: Contents) -> str:
 
 
 def _not_alike(runs: Sequence[Run]) -> str:
-    versions = _distinct(versions_of(r) for r in runs)
+    versions = dict.fromkeys(map(versions_of, runs))
     return f"the runs are of several versions, {'; '.join(versions)}" if len(versions) > 1 else ""
 
 
 def versions_of(run: Run) -> str:
     return ", ".join(f"{name} {v}" for name, v in run.versions.items())
-
-
-def _distinct(values: Iterable[str]) -> list[str]:
-    return list(dict.fromkeys(values))
 
 
 ARM_HEADERS = ("run", "seeds", "steps", "mean loss", "sd", "bits/byte")
