@@ -17,7 +17,10 @@ from token_superposition.report.figures import COLOURS, svg
 def forest(found: list[Result], again: dict[tuple[str, str], str], widest: float = 0.4) -> str:
     """Every difference with its interval, one line each; one further off than ``widest`` stands at the edge."""
     entries = [
-        (f"{r.name}: {label.replace('a baseline of ', 'baseline ').replace(' x the steps', ' x')}", values)
+        (
+            f"{r.label}: {label.replace('a baseline of ', 'baseline ').replace(' x the steps', ' x')}",
+            values,
+        )
         for r in found
         for name, c in r.variants.items()
         if (r.name, name) not in again
@@ -40,7 +43,10 @@ def forest(found: list[Result], again: dict[tuple[str, str], str], widest: float
     axes.set_xlim(-widest, widest)
     axes.set_ylim(-0.7, len(entries) - 0.3)
     axes.set_yticks(range(len(entries)), [name for name, _ in entries], fontsize=9)
-    axes.set_xlabel("loss less the baseline's, nats per token\n(left is better; hollow: too few seeds for an interval)")
+    axes.set_xlabel(
+        "loss less the baseline's, nats per token\n"
+        "(left is better; hollow: too few seeds for an interval; †: read in blocks)"
+    )
     bare(axes)
     return svg(figure)
 
@@ -53,13 +59,13 @@ def after_switch(r: Result, steps: int = 150) -> tuple[str, str]:
     figure = Figure(figsize=(7.2, 3.6), layout="constrained")
     axes = figure.subplots()
     losses: dict[str, dict[int, float]] = {}
-    for name, colour in ((longest, COLOURS[0]), ("tst", COLOURS[1])):
+    for name, label, colour in ((longest, "baseline", COLOURS[0]), ("tst", "tst", COLOURS[1])):
         shown: dict[int, list[float]] = defaultdict(list)
         for x in r.curves:
             if x["name"] == name and x["loss"] and at < int(x["step"]) <= at + steps:
                 shown[int(x["step"]) - at].append(float(x["loss"]))
         losses[name] = {step: mean(values) for step, values in sorted(shown.items())}
-        axes.plot(list(losses[name]), list(losses[name].values()), ".-", color=colour, label=name)
+        axes.plot(list(losses[name]), list(losses[name].values()), ".-", color=colour, label=label)
     axes.set_xlabel("steps after the switch")
     axes.set_ylabel("training loss (nats per token)")
     axes.legend(frameon=False)
@@ -88,7 +94,7 @@ def differences_by_step(r: Result) -> dict[int, list[float]]:
 
 
 def ahead(found: list[Result]) -> tuple[str, str]:
-    """Where TST passes the baseline on the way: a figure of comparisons of three seeds and more, and a table of all."""
+    """Where TST passes the baseline on the way: a table, and a figure of those in today's order of enough seeds."""
     figure = Figure(figsize=(8.6, 4.4), layout="constrained")
     axes = figure.subplots()
     styles = itertools.cycle(itertools.product("osD^", COLOURS))
@@ -101,7 +107,7 @@ def ahead(found: list[Result]) -> tuple[str, str]:
         steps = r.summary["config"]["train"]["steps"]
         switch = round(r.summary["config"]["superposition"]["ratio"] * steps)
         after = [step for step in by_step if step > switch]
-        if len(by_step[after[0]]) >= SEEDS:
+        if len(by_step[after[0]]) >= SEEDS and not r.in_blocks:
             marker, colour = next(styles)
             done = [step / steps for step in after]
             axes.plot(done, [mean(by_step[step]) for step in after], f"{marker}-", color=colour, ms=4, label=r.name)
@@ -110,7 +116,7 @@ def ahead(found: list[Result]) -> tuple[str, str]:
         first = next((step for step in after if step > max(unsure, default=0)), None)
         few = {1: "one seed", 2: "two seeds"}.get(len(by_step[after[0]]))
         found_at = few or (f"{first:,}" if first else "never")
-        lines.append(f"| {r.name} | {switch:,} | {max(behind, default=0):,} | {found_at} |")
+        lines.append(f"| {r.label} | {switch:,} | {max(behind, default=0):,} | {found_at} |")
     axes.axhline(0, color="#000000", lw=1)
     axes.set_xlabel("share of the steps done, up to where the learning rate decays")
     axes.set_ylabel("validation loss minus the baseline's\n(nats per token, mean over seeds)")

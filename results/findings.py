@@ -77,7 +77,7 @@ def baselines(r: Result) -> str:
 def section(r: Result, again: dict[tuple[str, str], str]) -> str:
     v = r.baseline["versions"]
     lines = [
-        f"### {r.about['question']}",
+        f"### {r.label}: {r.about['question']}",
         "",
         f"Text: {r.about['text']}{', read in blocks' if r.in_blocks else ''}. {r.setting}. {baselines(r)}, seeds "
         f"{', '.join(map(str, r.seeds))}.",
@@ -109,7 +109,7 @@ def cut_short(folder: Path) -> str:
             table[int(row["step"])].setdefault(row["name"], row["val_loss"])  # a run's last step has two: the first
     names = list(dict.fromkeys(row["name"] for row in rows(folder / "curves.csv")))
     lines = [
-        f"### {about['question']}",
+        f"### {folder.name}: {about['question']}",
         "",
         f"Text: {about['text']}.",
         "",
@@ -172,7 +172,7 @@ def copied(found: list[Result]) -> str:
                 told([by[name, kind, seed] - by["baseline", kind, seed] for seed in r.seeds])
                 for kind in ("new", "repeated")
             )
-            lines.append(f"| {r.name} | {text_of(r)} | {of} | {name} | {len(r.seeds)} | {' | '.join(cells)} |")
+            lines.append(f"| {r.label} | {text_of(r)} | {of} | {name} | {len(r.seeds)} | {' | '.join(cells)} |")
     return "\n".join([*lines, ""])
 
 
@@ -189,10 +189,10 @@ Parameters are counted with embedding and head, 0.26M of the 0.59M here and 0.13
 docstrings and the documentation of the packages whose code is *python*; the *sentences of a grammar* are an invented
 language (what each is made of: [results/corpora.py](../results/corpora.py)). Where no precision is said, it is float32.
 
-*Read in blocks* is the order of the text before 2026-11-27: an ordinary step read pieces of blocks that bags fit into,
-which lay closer together than by chance. That makes the baseline worse and so flatters TST; by how much was measured in
-`proof-cpu` alone ([log](../LOG.md)). Such a comparison's command reads in that order at the commit that is named, and
-in that of today now.
+*Read in blocks* (†) is the order of the text before 2026-11-27: an ordinary step read pieces of blocks that bags fit
+into, which lay closer together than by chance. That makes the baseline worse and so flatters TST; by how much was
+measured in `proof-cpu` alone ([log](../LOG.md)). Such a comparison's command reads in that order at the commit that is
+named, and in that of today now.
 
 ![Differences of all comparisons with their intervals](findings_forest.svg)
 
@@ -210,13 +210,16 @@ def write(root: Path, docs: Path) -> None:
         HEAD,
         *(["## In short\n", answers] if (answers := short_answers(found, again)) else []),
         "## Comparisons\n",
-        *(section(r, again) for r in found),
+        *(section(r, again) for r in found if not r.in_blocks),
+        "## Comparisons read in blocks\n",
+        *(section(r, again) for r in found if r.in_blocks),
+        "## Sweeps\n",
         *(section_of_sweep(folder, docs) for folder in sorted(p.parent for p in root.glob("*/sweep.json"))),
         *(["## Cut short\n", *map(cut_short, unfinished)] if (unfinished := unfinished_in(root)) else []),
         "## What the switch does to the loss\n",
         f"{sentence}\n\n![Training loss after the switch](findings_switch.svg)\n",
     ]
-    picture, table = ahead(found)
+    picture, table = ahead([r for r in found if (r.name, "tst") not in again])
     (docs / "findings_ahead.svg").write_text(picture)
     parts += [
         "## When TST overtakes the baseline\n",

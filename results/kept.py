@@ -69,6 +69,11 @@ class Result:
         return "common_bag" in self.summary["config"]["data"]
 
     @property
+    def label(self) -> str:
+        """The name, marked where it was read in blocks."""
+        return f"{self.name}†" if self.in_blocks else self.name
+
+    @property
     def seeds(self) -> list[int]:
         return sorted({r["seed"] for r in self.summary["runs"]})
 
@@ -105,15 +110,15 @@ def first_shown(found: Sequence[Result]) -> dict[tuple[str, str], str]:
 
 
 def load(root: Path) -> list[Result]:
-    """Comparisons in the order of their names, the shipped proof first."""
+    """Comparisons in the order of their names, the shipped proof first, those read in blocks last."""
     found: list[Result] = []
-    for folder in sorted(root.iterdir(), key=lambda p: (p.name != "proof-cpu", p.name)):
+    for folder in sorted(root.iterdir()):
         if (folder / "summary.json").is_file():
             about = tomllib.loads((folder / "about.toml").read_text())
             summary = json.loads((folder / "summary.json").read_text())
             tables = (rows(folder / f"{name}.csv") for name in ("curves", "strings", "copying"))
             found.append(Result(folder.name, about, summary, *tables))
-    return found
+    return sorted(found, key=lambda r: (r.name != "proof-cpu", r.in_blocks, r.name))
 
 
 def unfinished_in(root: Path) -> list[Path]:
@@ -132,14 +137,14 @@ def verdict(values: Sequence[float]) -> str:
     """What differences say, seed by seed.
 
     >>> verdict((-0.2, -0.19, -0.21)), verdict((-0.1, 0.1, 0.0)), verdict((-0.1, -0.1))
-    ('better', 'not told from chance', 'two seeds: a lead')
+    ('better', 'no clear difference', 'two seeds: a lead')
     """
     if not all(map(math.isfinite, values)):
         return "diverged"
     if len(values) < SEEDS:
         return f"{('one seed', 'two seeds')[len(values) - 1]}: a lead"
     low, high = t_interval(values) or (-math.inf, math.inf)
-    return "better" if high < 0 else "worse" if low > 0 else "not told from chance"
+    return "better" if high < 0 else "worse" if low > 0 else "no clear difference"
 
 
 def kept_at(about: dict[str, Any]) -> str:

@@ -15,7 +15,7 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from results.figures import bare
-from results.kept import Result, told, verdict
+from results.kept import SEEDS, Result, told, verdict
 from token_superposition.experiment.superposition import SuperpositionConfig
 from token_superposition.report.contents import short
 from token_superposition.report.figures import COLOURS, svg
@@ -113,17 +113,18 @@ def over_batches(found: list[Result], again: Again) -> tuple[str, str]:
         size = short(r.baseline["parameters"])
         lines.append(
             f"| {TEXTS[text]} | {per_parameter:.1f} | {tokens:,} | {steps:,} | {size} | {told(values)} | "
-            f"{len(values)} | {times} | [{r.name}](../results/{r.name}) |"
+            f"{len(values)} | {times} | [{r.label}](../results/{r.name}) |"
         )
         colour, label = COLOURS[sizes.index(size) % len(COLOURS)], f"{TEXTS[text]}, {size} parameters"
         axes.plot([per_parameter] * len(values), values, ".", color=colour, alpha=0.4)
         shown = None if label in labelled else label
-        axes.plot(per_parameter, mean(values), MARKERS[text], color=colour, ms=7, label=shown)
+        fill, pale = colour if len(values) >= SEEDS else "none", 0.45 if r.in_blocks else 1
+        axes.plot(per_parameter, mean(values), MARKERS[text], color=colour, ms=7, label=shown, mfc=fill, alpha=pale)
         labelled.add(label)
     axes.axhline(0, color="#000000", lw=1)
     axes.set_xscale("log")
     axes.set_xticks((3, 10, 30, 100), ("3", "10", "30", "100"))
-    axes.set_xlabel("latent tokens a parameter (log)")
+    axes.set_xlabel("latent tokens a parameter (log; hollow: fewer than three seeds; pale: read in blocks)")
     axes.set_ylabel("validation loss minus the baseline's\n(nats per token)")
     if entries:
         axes.legend(frameon=False, fontsize=8)
@@ -137,7 +138,7 @@ def against_plain(found: list[Result], again: Again) -> str:
     for p in pairs(found, again):
         row = (
             f"| `{p.how}` | {told(p.values)} | {len(p.values)} | {verdict(p.values)} | {read(p.result, p.name)} | "
-            f"{p.result.name} |"
+            f"{p.result.label} |"
         )
         table.append((len(p.values) == 1, mean(p.values), row))
     head = ["| changed | less plain TST, nats (95%) | seeds | | text read | comparison |", "|---|---|---|---|---|---|"]
@@ -159,7 +160,7 @@ def recipes(found: list[Result], length: float = 1.1) -> str:
                     how = ", ".join(f"{k} = {v}" for k, v in changed.items())
                     judged = verdict(values)
                     saves.append(judged == "better")
-                    lines.append(f"| {r.name} | {text_of(r)} | `{how}` | {told(values)} | {judged} |")
+                    lines.append(f"| {r.label} | {text_of(r)} | `{how}` | {told(values)} | {judged} |")
     if saves and not any(saves):
         lines += ["", "Nothing that was tried is shown to, so the default of `tst train` is plain TST."]
     elif not all(saves):

@@ -9,6 +9,7 @@ from results.kept import SEEDS, Result, told, verdict
 from results.plain import TEXTS, Again, differences, pairs, plain, text_of
 from token_superposition.experiment.intervals import chance, holm
 from token_superposition.report.contents import short
+from token_superposition.report.verdicts import in_short
 
 ASKED = (
     ("Are bags on 99% of the steps ever good?", "ratio-of-99", "ratio-0.99", "baseline"),
@@ -25,7 +26,7 @@ ASKED = (
 )
 """Questions that one comparison answers: its name, a run, and what it is compared with."""
 
-COUNTED = {"better": "below the baseline", "worse": "above it", "not told from chance": "not told from it"}
+COUNTED = {"better": "below the baseline", "worse": "above it", "no clear difference": "with no clear difference"}
 
 
 def short_answers(found: list[Result], again: Again) -> str:
@@ -37,6 +38,7 @@ def short_answers(found: list[Result], again: Again) -> str:
         if text_of(r) in TEXTS and (name := plain(r)) and (r.name, name) not in again and "superseded" not in r.about
     ]
     lines = [
+        *today(enough, again),
         *wins(of_plain),
         *from_where(of_plain),
         *at_equal_data(enough, again),
@@ -45,6 +47,21 @@ def short_answers(found: list[Result], again: Again) -> str:
         *asked(enough),
     ]
     return "\n".join([*lines, ""]) if lines else ""
+
+
+def today(enough: list[Result], again: Again) -> list[str]:
+    """What each comparison in today's order of the text says of tst, as its report does."""
+    return [
+        f"- **{text_of(r)}, {short(r.baseline['parameters'])} parameters** ({r.name}; {r.baseline['steps']:,} steps, "
+        f"{superposition(r)}): {in_short(r.variants['tst'])}."
+        for r in enough
+        if not r.in_blocks and text_of(r) in TEXTS and (r.name, "tst") not in again
+    ]
+
+
+def superposition(r: Result) -> str:
+    c = r.summary["config"]["superposition"]
+    return f"s = {c['bag_size']}, r = {c['ratio']:g}, {'uniform' if plain(r) == 'tst' else 'weighted'} bags"
 
 
 def wins(of_plain: list[Result]) -> list[str]:
@@ -56,7 +73,7 @@ def wins(of_plain: list[Result]) -> list[str]:
     def counted(count: Counter[tuple[str, bool]], kind: str) -> str:
         blocks, all_of = count[kind, True], count[kind, True] + count[kind, False]
         few = "" if blocks == all_of else f"{blocks} of them "
-        return f"{all_of} {COUNTED[kind]}" + (f" ({few}read in blocks)" if blocks else "")
+        return f"{all_of} {COUNTED[kind]}" + (f" ({few}†)" if blocks else "")
 
     told_of = (
         f"{text}: {', '.join(counted(count, kind) for kind in COUNTED if count[kind, True] + count[kind, False])}"
@@ -74,10 +91,9 @@ def from_where(of_plain: list[Result]) -> list[str]:
         b = r.baseline
         tokens, values = b["latent_tokens"] / b["parameters"], differences(r, plain(r) or "", "baseline")
         judged = verdict(values)
-        unsure = ", not told from chance" if judged == "not told from chance" else ""
+        unsure = f", {judged}" if judged == "no clear difference" else ""
         flattered = f"; its baseline is {r.about['mistuned']} mistuned" if "mistuned" in r.about else ""
-        blocks = "; read in blocks" if r.in_blocks else ""
-        said = f"{mean(values):+.3f} with {tokens:.1f} ({r.name}{unsure}{flattered}{blocks})"
+        said = f"{mean(values):+.3f} with {tokens:.1f} ({r.label}{unsure}{flattered})"
         groups[text_of(r), short(b["parameters"])].append((tokens, said))
     return [
         f"- Plain TST less the baseline by latent tokens a parameter, {text}, {size} parameters: "
@@ -103,17 +119,17 @@ def where(enough: list[Result]) -> list[str]:
 
 
 def variants(enough: list[Result], again: Again) -> list[str]:
-    """What of the changes to plain TST is told from chance, each by itself and among all of so many seeds."""
+    """Which changes to plain TST make a clear difference, each by itself and among all of so many seeds."""
     judged = [p for p in pairs(enough, again) if len(p.values) >= SEEDS]
     apart = [p for p in judged if verdict(p.values) in ("better", "worse")]
     if not apart:
         return []
-    told_apart = "; ".join(f"`{p.how}` {told(p.values)} in {p.result.name}, {verdict(p.values)}" for p in apart)
+    told_apart = "; ".join(f"`{p.how}` {told(p.values)} in {p.result.label}, {verdict(p.values)}" for p in apart)
     chances = [chance(p.values) for p in judged]
     left = [f"`{p.how}` ({verdict(p.values)})" for p, rejected in zip(judged, holm(chances), strict=True) if rejected]
     return [
-        f"- Told from plain TST by their own intervals: {told_apart}. After Holm's correction for the {len(judged)} "
-        f"variants of at least {SEEDS} seeds: {', '.join(left) or 'none'}."
+        f"- Clearly different from plain TST by their own intervals: {told_apart}. After Holm's correction for the "
+        f"{len(judged)} variants of at least {SEEDS} seeds: {', '.join(left) or 'none'}."
     ]
 
 
@@ -124,8 +140,7 @@ def asked(enough: list[Result]) -> list[str]:
     for question, name, run, other in ASKED:
         if (r := by_name.get(name)) and {run, other} <= {x["name"] for x in r.summary["runs"]}:
             values = differences(r, run, other)
-            blocks = "; read in blocks" if r.in_blocks else ""
-            lines.append(f"- {question} `{run}` less `{other}` in {name}: {told(values)}, {verdict(values)}{blocks}.")
+            lines.append(f"- {question} `{run}` less `{other}` in {r.label}: {told(values)}, {verdict(values)}.")
     return lines
 
 
@@ -139,5 +154,5 @@ def at_equal_data(enough: list[Result], again: Again) -> list[str]:
             if text_of(r) in TEXTS and more and (r.name, name) not in again:
                 how = "" if equal["how"] == "measured" else f", {equal['how']}"
                 difference = told(equal["delta_val_loss_per_seed"])
-                said.append(f"{difference} with {name} in {r.name} ({equal['ratio']:.3g} x the steps{how})")
+                said.append(f"{difference} with {name} in {r.label} ({equal['ratio']:.3g} x the steps{how})")
     return [f"- At equal data, less a baseline that reads as much text: {'; '.join(said)}."] if said else []

@@ -16,7 +16,7 @@ def section(folder: Path, docs: Path) -> str:
     question = tomllib.loads((folder / "about.toml").read_text())
     made = dict(about(contents))
     lines = [
-        f"### {question['question']}",
+        f"### {folder.name}: {question['question']}",
         "",
         f"Text: {question['text']}. {made['Model']}; each run {made['Each run']}.",
         "",

@@ -24,6 +24,7 @@ from token_superposition.experiment.summary import EqualLoss, Run, comparison, e
 from token_superposition.report import print_table, write_report
 from token_superposition.report.contents import interval_table, read
 from token_superposition.report.figures import draw
+from token_superposition.report.verdicts import bottom_line
 
 DELTAS = [-0.2766, -0.1645, -0.1132]
 
@@ -93,9 +94,20 @@ def test_what_is_done_once_is_in_no_pace(tmp_path: Path) -> None:
     assert StepTimes.of(tmp_path, [0, 70], 85) == StepTimes(by_phase=[2.0, None], steady=None)
 
 
-def test_runs_too_short_to_be_timed_have_no_equal_time() -> None:
-    found = comparison([replace(r, steady_seconds=0.0) for r in experiment()])["equal_time"]
-    assert math.isnan(found["ratio"]) and found["baseline_val_loss"] is None and found["how"] == "not run"
+def test_runs_too_short_to_be_timed_have_no_equal_time(tmp_path: Path) -> None:
+    """Where one phase has no pace, its run's seconds have compiling in them, the other's have not."""
+    for short in (
+        [replace(r, steady_seconds=0.0) for r in experiment()],
+        [replace(r, steady_seconds=None) if r.name == "tst" else r for r in experiment()],
+        [replace(r, steady_seconds=None) if r.name == "baseline" else r for r in experiment()],
+        [replace(r, phase_step_seconds=[1.0, None]) if r.name == "tst" else r for r in experiment()],  # of before
+    ):
+        found = comparison(short)["equal_time"]
+        assert math.isnan(found["ratio"]) and found["baseline_val_loss"] is None and found["how"] == "not run"
+    one = [replace(r, steady_seconds=None) if r.directory == "tst-seed1" else r for r in experiment()]
+    assert comparison(one)["equal_time"]["ratio_per_seed"] == [1.1, 0.9]
+    for text in shown(directory_of(short, tmp_path / "short")):
+        assert "not measured" in " ".join(text.split()) and "without compiling" not in text
 
 
 def test_a_loss_beyond_the_baselines_or_on_a_flat_line() -> None:
@@ -144,14 +156,16 @@ def test_a_longer_baseline_that_diverged_is_told_and_used_by_no_accounting(tmp_p
     assert comparison(only)["speedup"] is None
     for text in shown(directory_of(only, tmp_path / "out")):
         words = " ".join(text.split())
-        assert "a baseline of another length diverged" in words and "it diverged with some seed" in words
+        assert "a baseline of another length diverged" in words and "steps, with which it diverged" in words
 
 
 def test_beyond_the_lengths_that_were_run_nothing_is_told_of_a_baseline(tmp_path: Path) -> None:
     runs = experiment(longest=1.5)
     assert comparison(runs)["equal_data"]["baseline_val_loss"] is None
     for text in shown(directory_of(runs, tmp_path / "out")):
-        assert "was not run (--compare.baseline-lengths with 2 among them tells)" in " ".join(text.split())
+        assert "a length that was not run (to measure it, add 2 to --compare.baseline-lengths)" in " ".join(
+            text.split()
+        )
 
 
 def directory_of(runs: list[Run], out: Path) -> Path:
@@ -205,7 +219,7 @@ def test_table_and_report_show_the_intervals(tmp_path: Path) -> None:
     low, high = t_interval(DELTAS)  # pyright: ignore
     for text in shown(directory_of(experiment(longest=4), tmp_path / "measured")):
         for expected in ("-0.185", f"{low:+.3f} to {high:+.3f}", f"{low:+.4f} to {high:+.4f}", "3 paired seeds",
-                         "contains 0", "1.90 x", "1.10 x (0.90 to 1.27 by seed)",
+                         "contains 0", "1.90 x", "1.10 x the time", "own ratios, 0.90 to 1.27, which do not agree",
                          "geometric mean of 3 seeds", "4 x the steps", "above a baseline of 4,000"):  # fmt: skip
             assert expected in text, expected
         assert "at least" not in text
@@ -215,7 +229,31 @@ def test_table_and_report_show_the_intervals(tmp_path: Path) -> None:
     lower = [replace(r, val_loss=r.val_loss - 0.2 * (r.name == "tst")) for r in experiment(longest=2)]
     for text in shown(directory_of(lower, tmp_path / "beaten")):
         assert "the baseline needs at least 2.00 x" in text and " or more" in text
-        assert "with its whole 95% interval the variant ends below baselines of up to " in " ".join(text.split())
+        assert "95% lower bound " in " ".join(text.split())
+
+
+def test_in_short_it_says_no_more_than_is_sure(tmp_path: Path) -> None:
+    """Who is ahead at equal FLOPs, what that is worth, and who is ahead at equal text."""
+    lower = [replace(r, val_loss=r.val_loss - 0.2 * (r.name == "tst")) for r in experiment(longest=2)]
+    one = [r for r in lower if r.seed == 0]
+    two = [r for r in lower if r.seed < 2]
+
+    def in_short(runs: list[Run], of: str) -> str:
+        ((name, sentence),) = bottom_line(read(directory_of(runs, tmp_path / of)))
+        assert name == "tst in short"
+        return sentence
+
+    low, high = t_interval([d - 0.2 for d in DELTAS])  # pyright: ignore
+    beaten = in_short(lower, "beaten")
+    assert beaten.startswith(
+        f"0.385 nats below the baseline at equal FLOPs (95% interval {low:+.3f} to {high:+.3f} over"
+    )
+    assert "at least 1.85 x the FLOPs (95% lower bound); at equal text 0.185 nats below it" in beaten
+    assert "3 seeds: no clear difference)" in (unclear := in_short(experiment(longest=2), "unclear"))
+    assert "needs" not in unclear
+    assert "one seed: a lead" in in_short(one, "one") and "2 seeds; a lead)" in in_short(two, "two")
+    lost = [replace(r, val_loss=math.nan) if r.name == "tst" else r for r in lower]
+    assert in_short(lost, "lost") == "diverged, or its baseline did"
 
 
 def test_an_interval_of_two_seeds_is_called_a_lead(tmp_path: Path) -> None:

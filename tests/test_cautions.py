@@ -56,11 +56,11 @@ def test_of_several_variants_those_are_told_that_stand_the_correction(tmp_path: 
     runs = pairs(("tst", -0.1), ("weak", -weak), ("none", 0.0))
     assert 0.02 < chance([x - weak for x in NOISE]) < 0.05
     sentence = told(runs, tmp_path / "three")["several variants"]
-    assert "with 3 of them tst is told from the baseline" in sentence
+    assert "with 3 of them tst differs clearly from the baseline" in sentence
     assert "several variants" not in told(pairs(("tst", -0.1)), tmp_path / "one")
     assert "several variants" not in told(pairs(("tst", -0.1), ("weak", -weak), seeds=1), tmp_path / "seed")
     assert (
-        "with 2 of them none is told" in told(pairs(("tst", 0.0), ("x", 0.001)), tmp_path / "two")["several variants"]
+        "with 2 of them none differs" in told(pairs(("tst", 0.0), ("x", 0.001)), tmp_path / "two")["several variants"]
     )
 
 

@@ -88,7 +88,7 @@ def test_every_picture_has_words(page: Element) -> None:
         assert title.words == caption.words and svg.attributes["aria-label"] == description.words
         assert re.search(r"\d\.\d{3}", description.words), description.words  # it says what the picture shows
     drawn = [text.words for text in page.all("text")]
-    axes = {"FLOPs", "seconds of training", "raw tokens read"}, {"bag size s", "ratio r"}
+    axes = {"FLOPs", "training time (s)", "raw tokens read"}, {"bag size s", "ratio r"}
     assert axes[0] <= set(drawn) or axes[1] <= set(drawn)
 
 

@@ -114,7 +114,7 @@ def test_where_tst_passes_the_baseline() -> None:
         for seed in (0, 1, 2)
         for name in ("baseline", "tst", "baseline-x2")
     ]
-    settings = {"train": {"steps": 100, "decay_ratio": 0.1}, "superposition": {"ratio": 0.3}}
+    settings = {"data": {}, "train": {"steps": 100, "decay_ratio": 0.1}, "superposition": {"ratio": 0.3}}
     _, table = ahead([Result("made-up", {}, {"config": settings}, curves, [], [])])
     assert "| made-up | 30 | 40 | 80 |" in table
     alone = [x for x in curves if x["seed"] == "0"]
@@ -188,7 +188,7 @@ def test_a_sweep_is_on_the_page_with_its_pictures(kept: Path, tmp_path: Path) ->
     assert {p.name for p in (root / "bags").iterdir()} == {"config.toml", "sweep.json", "sweep.csv", "about.toml"}
     write_findings(root, tmp_path)
     page = (tmp_path / "findings.md").read_text()
-    assert "### Which bags?" in page and "### Does it win?" in page
+    assert "### bags: Which bags?" in page and ": Does it win?" in page
     assert "- best setting: s = 4, r = 0.3" in page and "| best | 4 | 0.3 |" in page
     assert "`tst sweep results/bags/config.toml --out bags`" in page
     for number in (1, 2, 3):

@@ -105,7 +105,10 @@ def test_the_short_answers_are_those_of_comparisons_of_three_seeds() -> None:
     weights: Changed = {"weighting": "exponential"}
     won = made_of({}, {"exp": (weights, 1.0)}, seeds=3)
     found = [won, made_of({}, {}), made_of({}, {}, "other", 3)]
-    (by_text, by_tokens, below) = short_answers(found, {}).splitlines()
+    (today, by_text, by_tokens, below) = short_answers(found, {}).splitlines()
+    assert today.startswith(
+        "- **python, 1k parameters** (made-up; 100 steps, s = 4, r = 0.3, uniform bags): 0.100 nats"
+    )
     assert "at least 3 seeds: python: 1 below the baseline. They share" in by_text
     assert by_tokens.endswith("a parameter, python, 1k parameters: -0.100 with 8.0 (made-up).")
     assert "by their own intervals: `weighting = exponential` -0.100" in below and "in made-up, better" in below
@@ -114,10 +117,10 @@ def test_the_short_answers_are_those_of_comparisons_of_three_seeds() -> None:
     blocks = made_of({}, {}, seeds=3)
     blocks.summary["config"]["data"]["common_bag"] = 4
     by_text, by_tokens, *_ = short_answers([blocks], {}).splitlines()
-    assert "python: 1 below the baseline (read in blocks). They share" in by_text
-    assert "(made-up; read in blocks)" in by_tokens
-    by_text, *_ = short_answers([won, blocks], {}).splitlines()
-    assert "python: 2 below the baseline (1 of them read in blocks). They share" in by_text
+    assert "python: 1 below the baseline (†). They share" in by_text
+    assert "(made-up†)" in by_tokens
+    _, by_text, *_ = short_answers([won, blocks], {}).splitlines()
+    assert "python: 2 below the baseline (1 of them †). They share" in by_text
     old = replace(blocks, about=blocks.about | {"superseded": "made-up"})
     assert short_answers([won, old], {}) == short_answers([won], {})  # the same runs in another order are no second win
     again = {("made-up", "exp"): "another", ("made-up", "tst"): "another"}

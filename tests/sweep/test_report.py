@@ -33,7 +33,8 @@ def made_up(out: Path, config: Config, loss: Callable[[Cell, int], float]) -> Gr
     design = Design.of(len(grid.candidates), grid.seeds, config.sweep.keep, config.sweep.selection_seeds)
     found = {
         (c, seed): RunResult(
-            seed=seed, bag_size=c.bag_size, ratio=c.ratio, steps=1000, latent_tokens=1000, raw_tokens=2000, epochs=0.5,
+            seed=seed, bag_size=c.bag_size, ratio=c.ratio, steps=1000, latent_tokens=1000,
+            raw_tokens=round(1000 * (1 + c.ratio * (c.bag_size - 1))), epochs=0.5,
             flops=1e9, train_seconds=60.0, steady_seconds=60.0, phase_step_seconds=[1.0],
             val_loss=loss(c, seed), val_bpb=1.0, parameters=1000, hardware="none",
             versions={"torch": "0"}, data_sha256="", precision="float32",
@@ -51,6 +52,21 @@ def shown(directory: Path) -> tuple[str, str]:
     console = Console(record=True, width=100, file=(directory / "terminal.txt").open("w"))
     print_table(directory, console)
     return re.sub(r"\s+", " ", console.export_text()), write_report(directory).read_text()
+
+
+def test_a_setting_about_as_good_that_reads_less_text_is_named(tmp_path: Path) -> None:
+    """Judged by the seed that compared all: the larger bag wins there by a hair, and reads 1.63 times the text."""
+
+    def loss(cell: Cell, seed: int, by: float) -> float:
+        return 3.0 - {1: 0.0, 2: 0.02, 4: 0.1, 8: 0.1 + by}[cell.bag_size] - 0.03 * (seed > 0 and cell.bag_size == 8)
+
+    config = swept((0, 1, 2, 3), bag_sizes=(2, 4, 8), ratios=(0.3,), keep=0.4, selection_seeds=1)
+    made_up(tmp_path / "near", config, lambda cell, seed: loss(cell, seed, 0.0004))
+    for text in shown(tmp_path / "near"):
+        assert "s = 4, r = 0.3 ended 0.0004 nats behind it on seed 0 and reads 0.61 x its text" in text
+    made_up(tmp_path / "far", config, lambda cell, seed: loss(cell, seed, 0.04))
+    for text in shown(tmp_path / "far"):
+        assert "about as good" not in text
 
 
 def test_table_and_report_say_what_is_to_be_believed(tmp_path: Path) -> None:

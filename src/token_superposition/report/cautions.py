@@ -39,13 +39,13 @@ def not_shown(directory: Path, shown: Collection[str]) -> str:
         return ""
     names = ", ".join(others[:NAMED]) + (", ..." if len(others) > NAMED else "")
     return (
-        f"{len(others)} more finished run{'s' if len(others) > 1 else ''} in {directory / 'runs'} ({names}); if what "
-        "they say had a part in choosing what is shown, these figures flatter it"
+        f"{len(others)} more finished run{'s' if len(others) > 1 else ''} in {directory / 'runs'} ({names}); if they "
+        "had a part in choosing what is shown, these figures are too good"
     )
 
 
 def _several(contents: Contents) -> str:
-    """Which of several variants are told from the baseline when it is counted how many were tried."""
+    """Which of several variants differ clearly from the baseline when it is counted how many were tried."""
     from token_superposition.experiment.intervals import chance, holm
 
     variants = contents.comparison["variants"]
@@ -56,8 +56,8 @@ def _several(contents: Contents) -> str:
     told = [name for name, one in zip(values, kept, strict=True) if one]
     return (
         f"each interval is as if that variant alone had been tried; with {len(values)} of them "
-        f"{' and '.join(told) if told else 'none'} {'is' if len(told) < 2 else 'are'} told from the baseline at equal "
-        "steps (Holm's correction)"
+        f"{' and '.join(told) if told else 'none'} {'differs' if len(told) < 2 else 'differ'} clearly from the "
+        "baseline at equal steps (Holm's correction)"
     )
 
 

@@ -7,7 +7,8 @@ from typing import Any
 
 from token_superposition.experiment.files import SWEEP, write_whole
 from token_superposition.report.cautions import ARM_HEADERS, arms, cautions, versions_of
-from token_superposition.report.contents import HEADERS, interval_table, read, rows, verdicts
+from token_superposition.report.contents import HEADERS, interval_table, read, rows
+from token_superposition.report.verdicts import bottom_line, verdicts
 
 
 def write_report(directory: str | Path) -> Path:
@@ -46,6 +47,7 @@ def _comparison(directory: Path) -> dict[str, Any]:
         "arm_headers": ARM_HEADERS,
         "arms": arms(contents.runs),
         "intervals": interval_table(contents),
+        "bottom_line": bottom_line(contents),
         "verdicts": verdicts(contents),
         "cautions": cautions(contents),
         "note": contents.summary["note"],

@@ -17,10 +17,11 @@ from token_superposition.experiment.form import misfit
 from token_superposition.experiment.grid import Cell
 from token_superposition.experiment.halving import Best
 from token_superposition.experiment.intervals import t_interval
-from token_superposition.experiment.published import Table, nearest_table
+from token_superposition.experiment.published import NEAR_BEST, Table, nearest_table
 from token_superposition.experiment.sweep import TABLE, Row, read_rows
 from token_superposition.report.cautions import not_shown
-from token_superposition.report.contents import interval, short, told_from_chance
+from token_superposition.report.contents import interval, short
+from token_superposition.report.verdicts import clear
 from token_superposition.weights import Weighting
 
 FORM = {
@@ -74,6 +75,21 @@ class SweepContents:
     @property
     def baseline(self) -> Cell:
         return Cell(**self.summary["best"]["baseline"])
+
+    @property
+    def frugal(self) -> tuple[Cell, float] | None:
+        """Of the cells about as good as the best on the seeds that chose it the one that reads the least text, and how
+        far it is behind; None where none reads less.
+        """
+        seeds = self.summary["best"]["chosen"]["seeds"]
+        losses = {c: {r.seed: r.val_loss for r in self.by_cell[c]} for c in self.cells}
+        best = losses[self.best]
+        behind = {
+            c: mean(of[s] - best[s] for s in seeds) for c, of in losses.items() if seeds and set(seeds) <= of.keys()
+        }
+        reads = {c: self.by_cell[c][0].raw_tokens for c in behind}
+        near = [c for c in behind if behind[c] <= NEAR_BEST and reads[c] < reads[self.best]]
+        return (least, behind[least]) if (least := min(near, key=lambda c: reads[c], default=None)) else None
 
     def difference(self, cell: Cell) -> float:
         """Mean over the cell's seeds, to the baseline of the same learning rate."""
@@ -186,15 +202,20 @@ def sentences(contents: SweepContents) -> list[tuple[str, str]]:
         by = losses[cell] - losses[lowest]
         text = f"{_settings(contents, lowest)} has the lowest mean loss, by {by:.4f}; to go by that would flatter it"
         result.append(("over all seeds", text))
+    if frugal := contents.frugal:
+        other, by = frugal
+        share = contents.by_cell[other][0].raw_tokens / contents.by_cell[cell][0].raw_tokens
+        text = f"{_settings(contents, other)} ended {abs(by):.4f} nats {'behind' if by >= 0 else 'before'} it on "
+        result.append(("about as good", f"{text}{_seeds(chosen['seeds'])} and reads {share:.2f} x its text"))
     if repeated := [r for r in contents.rows if r.epochs > 1]:
         most = max(r.epochs for r in repeated)
         text = f"{len(repeated)} of {len(contents.rows)} rows read their text more than once, up to {most:.2g} times"
         result.append(("repeated text", f"{text}, which costs large bags more"))
     if len(contents.cells) > 1 and any(len(rows) > 1 for rows in contents.by_cell.values()):
-        text = "each as if that setting alone had been tried: among many some exclude 0 by chance"
+        text = "not corrected for the number of settings tried, so among many some exclude 0 by chance"
         result.append(("other intervals", text))
         if judged["seeds"] and chosen["seeds"]:
-            text = "the best setting's difference there is over all its seeds, those that chose it among them"
+            text = "there the best setting's difference includes the seeds that chose it"
             result.append(("table and pictures", text))
     if others:
         result.append(("not shown", others))
@@ -250,7 +271,7 @@ def _known(difference: dict[str, Any]) -> str:
     if ends is None:
         return "no interval"
     seeds = len(difference["seeds"])
-    return f"95% interval of the difference {interval(ends, '+.4f')}, {told_from_chance(ends, seeds)}"
+    return f"95% interval of the difference {interval(ends, '+.4f')}, {clear(ends, seeds)}"
 
 
 def _seeds(seeds: list[int]) -> str:

@@ -38,6 +38,9 @@ def _pictures(contents: SweepContents, facet: Facet, limit: float) -> list[Pictu
         low = min(finite, key=contents.difference)
         where_low = f"s = {low.bag_size}, r = {low.ratio:g}"
         lowest = f"The lowest of {len(cells)} is {contents.difference(low):+.3f} at {where_low}."
+        if contents.best in cells and low != contents.best:
+            best = contents.best
+            lowest += f" The best setting, by the seeds that chose, is s = {best.bag_size}, r = {best.ratio:g}."
 
     def picture(figure: Figure, title: str) -> Picture:
         return Picture(title, svg(figure), f"{title}. {lowest}")

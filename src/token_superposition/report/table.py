@@ -11,8 +11,9 @@ from rich.markup import escape
 from rich.table import Table
 
 from token_superposition.report.cautions import ARM_HEADERS, arms, cautions
-from token_superposition.report.contents import HEADERS, interval_table, read, rows, verdicts
+from token_superposition.report.contents import HEADERS, interval_table, read, rows
 from token_superposition.report.page import is_sweep
+from token_superposition.report.verdicts import bottom_line, verdicts
 
 TOP = 20  # settings of a sweep; the report has all
 
@@ -34,7 +35,7 @@ def _print_comparison(directory: Path, console: Console) -> None:
         console.print(_table(ARM_HEADERS, means, "run"))
     headers, *variants = interval_table(contents)
     console.print(_table(headers, variants, "variant"))
-    _sentences([*verdicts(contents), *cautions(contents)], console)
+    _sentences([*verdicts(contents), *cautions(contents), *bottom_line(contents)], console)
     for sample in contents.summary["samples"]:
         console.print(f"\n[bold]{escape(sample['name'])}[/bold], prompt and continuation:", highlight=False)
         console.print(sample["prompt"] + sample["text"], highlight=False, markup=False)
