@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -156,6 +157,25 @@ def test_as_many_runs_go_at_a_time_as_can_start(tmp_path: Path, monkeypatch: pyt
     monkeypatch.setattr("token_superposition.experiment.speed.cores", lambda: 64)
     jobs = jobs_of(replace(Config(), compare=CompareConfig(baseline_lengths=(1.0, 2.0), seeds=(0, 1))))
     assert [slots(n, jobs, tmp_path) for n in (0, 3, 16)] == [4, 3, 6]
+
+
+def test_every_branch_has_a_gpu_of_its_own_where_there_are_as_many(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Trunk and tst at first, then three branches beside tst; also where the trunk alone is left before them."""
+    config = replace(Config(), compare=CompareConfig(baseline_lengths=(0.5, 1.0, 1.5, 2.0)))
+    jobs = jobs_of(replace(config, train=replace(config.train, steps=100, warmup_steps=5)))
+    left = [j for j in jobs if j.name != "tst"]
+    for count, expected in ((8, [4, 3]), (2, [2, 2])):
+        monkeypatch.setattr(jobs_module, "gpus", lambda count=count: count)
+        monkeypatch.setattr("token_superposition.experiment.speed.gpus", lambda count=count: count)
+        assert [slots(0, some, tmp_path) for some in (jobs, left)] == expected
+    (tmp_path / "runs/baseline-x2").mkdir(parents=True)
+    (tmp_path / "runs/baseline-x2/run.json").touch()
+    assert slots(0, unfinished(jobs, tmp_path), tmp_path) == 2
+    monkeypatch.setattr(jobs_module, "gpus", lambda: 8)
+    monkeypatch.setattr("token_superposition.experiment.speed.gpus", lambda: 8)
+    assert slots(0, unfinished(jobs, tmp_path), tmp_path) == 4
 
 
 def test_a_baseline_that_decays_from_its_start_branches_off_nothing() -> None:
@@ -318,6 +338,23 @@ def test_a_sample_of_bytes_that_are_no_text_fits_into_a_sequence(
     (sample,) = samples(config, tmp_path, runs)
     assert sample["prompt"] == "\ufffd" * 4
     assert prompt_of([byte], tokenizer, 2) == ("", 1)  # it begins a document
+
+
+def test_a_model_that_writes_no_text_loses_no_comparison(
+    write_config: Callable[..., Path], prepared: Path, tmp_path: Path
+) -> None:
+    """A run that diverged has no sample; where a finite loss came of weights that give none, that is told."""
+    config, tokenizer = load_config(write_config("gpt2")), load_tokenizer(str(prepared / "tokenizer"))
+    runs = [run("baseline", 3, 1, 3.0), run("tst", 3, 1, math.nan), run("shifted", 3, 1, 3.0)]
+    for made in runs:
+        model = tiny("gpt2", max_position_embeddings=config.data.sequence_length)
+        if made.name != "baseline":
+            torch.nn.init.constant_(model.get_parameter("transformer.ln_f.weight"), math.nan)
+        model.save_pretrained(tmp_path / "runs" / made.directory / "model")
+        tokenizer.save_pretrained(tmp_path / "runs" / made.directory / "model")
+    with pytest.warns(UserWarning, match="there is no sample of shifted-seed3: no text comes of its model") as told:
+        assert [sample["name"] for sample in samples(config, tmp_path, runs)] == ["baseline"]
+    assert len(told) == 1
 
 
 def test_further_seeds_leave_the_runs_of_the_first_where_they_are() -> None:

@@ -19,6 +19,8 @@ from tests.architectures import build
 from tests.conftest import TINY, VOCAB, tiny
 from token_superposition import TokenSuperpositionError, bag_embedding, reference, superpose, unsuperpose
 from token_superposition.embedding import bag_mean
+from token_superposition.engines.transformers.switch import initialise_embeddings
+from token_superposition.places import _kept_signs  # pyright: ignore
 
 IDS = torch.randint(VOCAB, (2, 6, 3), generator=torch.Generator().manual_seed(1))
 
@@ -69,6 +71,63 @@ def test_an_embedding_that_is_replaced_afterwards_is_told_and_can_be_superposed(
     expected = model(inputs_embeds=reference.bag_embedding(new.weight, IDS)).logits
     torch.testing.assert_close(superpose(model)(input_ids=IDS).logits, expected)
     torch.testing.assert_close(superpose(unsuperpose(model))(input_ids=IDS).logits, expected)
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_arguments_by_position(compiled: bool) -> None:
+    """Llama's: ids, mask, positions, cache, embeddings; what is no bag goes through as it is."""
+    model: Any = superpose(tiny("llama")).eval()
+    torch._dynamo.reset()
+    decoder: Any = model.get_decoder()
+    run: Any = torch.compile(decoder, backend="eager", fullgraph=True) if compiled else decoder
+    embeddings = decoder.embed_tokens(IDS)
+    want = decoder(inputs_embeds=embeddings, use_cache=False).last_hidden_state
+    mask = torch.ones(2, 6, dtype=torch.long)
+    others = ((IDS, mask), (None, mask, None, None, embeddings))
+    for args in ((IDS, mask, None, None, None), *(() if compiled else others)):
+        torch.testing.assert_close(run(*args, use_cache=False).last_hidden_state, want)
+
+
+class EmbeddingsFirst(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Embedding(10, 4)
+
+    def forward(self, inputs_embeds: torch.Tensor | None = None, input_ids: torch.Tensor | None = None) -> torch.Tensor:
+        return self.table(input_ids) if inputs_embeds is None else inputs_embeds
+
+
+def test_embeddings_that_are_the_first_argument_are_no_ids() -> None:
+    model, given, ids = superpose(EmbeddingsFirst()), torch.randn(2, 5, 4), torch.randint(10, (2, 5, 3))
+    assert model(given) is given
+    for got in (model(None, ids), model(input_ids=ids)):
+        torch.testing.assert_close(got, model.table.weight[ids].mean(2))
+
+
+def test_an_embedding_that_two_models_share_is_told_when_it_reads_no_bags() -> None:
+    first, second = tiny("llama"), tiny("llama")
+    second.set_input_embeddings(first.get_input_embeddings())
+    want = superpose(second)(IDS).logits
+    unsuperpose(superpose(first))
+    with pytest.raises(TokenSuperpositionError, match=r"reads no bags any more: another .*; superpose\(model\) again$"):
+        second(IDS)
+    second(IDS[..., 0])
+    torch.testing.assert_close(superpose(second)(IDS).logits, want)
+
+
+def test_another_default_device_changes_nothing() -> None:
+    """As after ``torch.set_default_device("cuda")``: signs and new weights are drawn on the CPU, as the seeds are."""
+    table, model = nn.Embedding(VOCAB, 20, scale_grad_by_freq=True), tiny("llama")
+    found: list[torch.Tensor] = []
+    for device in ("meta", "cpu"):
+        _kept_signs.cache_clear()
+        torch.set_default_device(device)
+        try:
+            found.append(bag_embedding(table, IDS, 0.5))
+            found.append(initialise_embeddings(model, 1)[0].detach().clone())
+        finally:
+            torch.set_default_device(None)
+    assert torch.equal(found[0], found[2]) and torch.equal(found[1], found[3])
 
 
 def test_an_embedding_whose_class_was_changed_afterwards_keeps_it() -> None:
@@ -255,6 +314,7 @@ def test_any_module_with_an_embedding() -> None:
     with pytest.raises(TokenSuperpositionError, match=r"2 embeddings \(tokens, positions\); name the token embedding"):
         superpose(net)
     superpose(net, net.tokens)
+    assert superpose(net) is net  # it is named by now
     ids = torch.randint(10, (2, 5, 3))
     torch.testing.assert_close(net(ids), net.tokens.weight[ids].mean(2) + net.positions.weight[:5])
 

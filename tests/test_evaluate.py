@@ -237,6 +237,9 @@ def test_what_cannot_be_evaluated(
         ([model, "--text", str(tmp_path / "text.txt"), "--stride", "20"], "stride 20 would leave out text"),
         ([model, "--text", str(tmp_path / "text.txt"), "--max-tokens", "0"], "max-tokens is 0"),
         ([model, "--data", str(prepared), "--stride", "8"], "stride is 8, which only --text has"),
+        ([model, "--data", str(prepared), "--limit", "8"], "limit is 8, which only --tasks has"),
+        ([model, "--tasks", "x", "--sequence-length", "8"], "sequence-length is 8, which only --data and --text have"),
+        ([model, "--tasks", "x", "--max-tokens", "None"], "max-tokens is None, which only --data and --text have"),
     ):
         assert main(["eval", *arguments]) == 2
         assert message in capsys.readouterr().err, message

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from benchmarks.measure import peak_bytes
-from token_superposition import TokenSuperpositionError, bag_embedding
+from token_superposition import TokenSuperpositionError, bag_embedding, place_weights
 from token_superposition import linear_multi_hot_cross_entropy as linear
 from token_superposition.embedding import bag_mean
 from token_superposition.loss.chunked import linear_multi_hot_loss
@@ -64,6 +64,24 @@ def test_compiled_once_for_all_bags_of_one_rank() -> None:
     for s in (2, 3, 5, 8, 4):
         for _ in range(2):
             compiled(hidden, head, torch.randint(19, (12, s))).backward()
+    assert counter.frame_count <= 2
+
+
+def test_compiled_once_for_all_bags_with_weights_of_their_places() -> None:
+    """Those of the targets, and those of the bags that are read."""
+    hidden, head, _ = example()
+    table = nn.Embedding(19, 4)
+
+    def loss(bags: Tensor) -> Tensor:
+        read = bag_embedding(table, bags, input_weighting="exponential")
+        return linear(hidden * read, head, bags, place_weights("power", bags.shape[1]))
+
+    torch._dynamo.reset()
+    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(loss, backend=counter, fullgraph=True)
+    for s in (2, 3, 5, 8, 4):
+        bags = torch.randint(19, (12, s))
+        torch.testing.assert_close(compiled(bags), loss(bags))
     assert counter.frame_count <= 2
 
 

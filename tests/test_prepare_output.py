@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -65,6 +66,24 @@ def test_output_that_cannot_be_replaced_is_refused_before_any_work(
             prepare((), out, OPTIONS, documents=lambda _, read=read: iter(read.append(1) or text()))
         assert not read
     assert sorted(p.name for p in tmp_path.iterdir()) == ["cwd", "here", "loop"] and not list(here.iterdir())
+
+
+def test_what_could_only_fail_later_is_refused_before_any_work(tmp_path: Path) -> None:
+    read: list[int] = []
+    cases = (
+        (tmp_path / "data", 10**15, "shard_tokens is 1,000,000,000,000,000; give at most 2,147,483,648"),
+        (tmp_path / os.fsdecode(b"caf\xe9"), 99, r"--out leads to b'.*caf\\xe9', a name that is not UTF-8"),
+    )
+    for out, shard_tokens, what in cases:
+        with pytest.raises(TokenSuperpositionError, match=what):
+            options = PrepareOptions(shard_tokens=shard_tokens)
+            prepare((), out, options, documents=lambda _: iter(read.append(1) or text()))
+    assert not read and not list(tmp_path.iterdir())
+
+
+def test_a_store_has_two_splits(prepared: Path) -> None:
+    with pytest.raises(TokenSuperpositionError, match="split is 'val'; choose one of train, validation"):
+        TokenStore(prepared, cast(Any, "val"))
 
 
 def test_mount_points_are_refused_before_any_work(tmp_path: Path) -> None:

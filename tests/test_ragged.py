@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from itertools import chain, pairwise
 from pathlib import Path
 from typing import Any, cast
@@ -168,6 +169,22 @@ def sentencepiece() -> PreTrainedTokenizerFast:
     trainer = trainers.BpeTrainer(vocab_size=500, special_tokens=special, show_progress=False, limit_alphabet=60)
     bpe.train_from_iterator((t.replace("\n", " ") for t in text()), trainer)
     return PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token="</s>", unk_token="<unk>")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_boundaries_where_ids_have_a_gap(kind: BoundaryKind, prepared: Path) -> None:
+    """As cl100k's have before its end-of-text token."""
+    content = json.loads((prepared / "tokenizer/tokenizer.json").read_text())
+    content["model"]["vocab"]["\u0120Q\u010a"] = 999  # " Q\n", which no merge makes
+    whole = load_tokenizer(str(prepared / "tokenizer"))
+    gap = PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(json.dumps(content)), eos_token=whole.eos_token)
+    found, expected = find_boundaries(gap, kind), find_boundaries(whole, kind)
+    assert found is not None and expected is not None and len(gap) == VOCAB + 1
+    for name in ("before", "after"):
+        table = getattr(found, name)
+        assert len(table) == 1000 and np.array_equal(table[:VOCAB], getattr(expected, name))
+        assert not table[VOCAB:-1].any()
+    assert (bool(found.before[999]), bool(found.after[999])) == (kind == "word", kind != "document")
 
 
 WORDS = "The river carries boats\nto the  sea, and bags hold tokens\n    return x + 12\n\n\nBag 7"

@@ -41,6 +41,17 @@ def test_a_streamed_plan_reads_every_token_once(kind: Callable[[list[int]], Any]
         assert torch.equal(targets, ids + (3 if ids.dim() == 2 else 1)) and targets.dtype == torch.int64
 
 
+@pytest.mark.parametrize("kind", [list, np.array, torch.tensor])
+def test_a_padded_document_of_a_stream_is_refused(kind: Callable[[list[int]], Any]) -> None:
+    """By its mask, of whatever type; none is no padding."""
+    for mask in (kind([1] * 50), None):
+        documents = [{"input_ids": kind(list(range(50))), "attention_mask": mask}]
+        assert len(list(StreamedPlan(documents, Schedule([Phase(2)]), 4, 2))) == 4
+    documents = [{"input_ids": kind([1] * 50), "attention_mask": kind([1] * 49 + [0])}]
+    with pytest.raises(TokenSuperpositionError, match="is padded"):
+        next(iter(StreamedPlan(documents, Schedule([Phase(2)]), 4, 2)))
+
+
 def test_a_streamed_plan_takes_documents_of_any_length() -> None:
     """The time is that of the tokens: what is left of a long document is not moved for every sample."""
 

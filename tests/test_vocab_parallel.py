@@ -144,6 +144,33 @@ def check_sequence_parallel(rank: int) -> None:
         linear(hidden, distribute_tensor(head.detach(), grid, [Shard(0), Replicate()]), targets)
 
 
+def check_sharded_ids_and_targets(rank: int) -> None:
+    """DTensors of which a process has some sequences: means and gradients are the whole batch's, placed as by torch."""
+    mesh = init_device_mesh("cpu", (2,))
+    g = torch.Generator().manual_seed(2)
+    whole, ids = torch.randn(V, D, generator=g).double(), torch.randint(V, (4, 5, S), generator=g)
+    exact = whole.clone().requires_grad_()
+    expected = reference.bag_embedding(exact, ids)
+    (want,) = torch.autograd.grad(expected.square().sum(), exact)
+    for of_weight in (Replicate(), Shard(0)):
+        weight: Any = nn.Parameter(distribute_tensor(whole, mesh, [of_weight]))
+        table = nn.Embedding(V, D, _weight=weight)
+        table.weight = weight
+        for of_ids in (Replicate(), Shard(0), Shard(1), Shard(2)):  # the last one: parts of bags
+            placed: Any = distribute_tensor(ids, mesh, [of_ids])
+            out: Any = bag_embedding(table, placed)
+            assert out.shape == expected.shape
+            if of_weight == Replicate() and of_ids != Shard(2):
+                assert out.placements == (of_ids,) == table(placed[..., 0]).placements
+            close(out, expected)
+            close(torch.autograd.grad(out.redistribute(mesh, [of_ids]).square().sum(), weight)[0], want)
+    hidden, head, _, targets = example()
+    expected = linear(hidden, head, targets)
+    rows, part = (distribute_tensor(t.detach(), mesh, [Shard(0)]) for t in (hidden, head))
+    for labels in (distribute_tensor(targets, mesh, [Shard(0)]), distribute_tensor(targets, mesh, [Replicate()])):
+        close(linear(rows, part, labels), expected)
+
+
 def check_fsdp(rank: int) -> None:
     """Processes with rows of their own: a head that FSDP2 sharded is refused, and gathered it gives each its loss."""
     hidden, whole, bias, targets = example()
@@ -165,7 +192,14 @@ def check_fsdp(rank: int) -> None:
     assert isinstance(table, FSDPModule)
 
 
-CHECKS = (check_loss_on_local_rows, check_number_of_collectives, check_dtensors, check_sequence_parallel, check_fsdp)
+CHECKS = (
+    check_loss_on_local_rows,
+    check_number_of_collectives,
+    check_dtensors,
+    check_sequence_parallel,
+    check_sharded_ids_and_targets,
+    check_fsdp,
+)
 
 
 def worker(rank: int, rendezvous: str) -> None:

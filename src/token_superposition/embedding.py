@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator
 from types import MethodType
 from typing import Any, TypeVar, cast
 
@@ -12,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from token_superposition.errors import TokenSuperpositionError
-from token_superposition.places import check_signal, local_ids, place_factors, placed_bag_mean, places, shares
+from token_superposition.places import bag_mean, check_signal, place_factors, placed_bag_mean, places, shares
 from token_superposition.weights import Weighting, place_weights
 
 M = TypeVar("M", bound=nn.Module)
@@ -30,8 +29,8 @@ def bag_embedding(  # (..., s) -> (..., d)
 
     An ``nn.Embedding``, also one with a padding row, an ``embed_scale`` (Gemma) or a DTensor weight sharded over the
     vocabulary or replicated, never holds (..., s, d), forward or backward. Any other one (quantised, adapted) is asked
-    for the s rows and these are averaged. From a sharded weight comes a DTensor with the placement ``Partial``, as
-    from ``nn.Embedding`` itself.
+    for the s rows and these are averaged. From a sharded weight comes a DTensor with the placement ``Partial``, from a
+    replicated one a DTensor with the placement of the ids, as from ``nn.Embedding`` itself.
 
     Raises ``TokenSuperpositionError`` for ids that are neither int64 nor int32.
     """
@@ -96,108 +95,28 @@ def _local_mean(
     return bag_mean(weight, rows, start, padding_idx).unflatten(0, ids.shape[:-1])
 
 
-@torch.library.custom_op("token_superposition::bag_mean", mutates_args=())
-def bag_mean(
-    weight: Tensor,  # (V, d), or the rows of tokens start .. start + V
-    ids: Tensor,  # (N, s); a place below 0 is not there
-    start: int | None,  # None: weight is the whole table, and torch refuses an id of V or more
-    padding_idx: int,  # this row gets no gradient; -1 for none
-) -> Tensor:  # (N, d) sum over the ids whose row is here, over the number of places that are there
-    """``embedding_bag`` with the gradient summed in float32, for part of a vocabulary too."""
-    inside, local = local_ids(ids, start, weight.shape[0])
-    total = F.embedding_bag(local, weight, mode="sum", per_sample_weights=inside.to(weight.dtype))
-    return total / places(ids)[1]
-
-
-@bag_mean.register_fake
-def _(weight: Tensor, ids: Tensor, start: int | None, padding_idx: int) -> Tensor:
-    return weight.new_empty(ids.shape[0], weight.shape[1])
-
-
-@torch.library.custom_op("token_superposition::bag_mean_backward", mutates_args=())
-def bag_mean_backward(
-    grad: Tensor,  # (N, d)
-    weight: Tensor,  # (V, d)
-    ids: Tensor,  # (N, s)
-    start: int | None,
-    padding_idx: int,
-) -> Tensor:  # (V, d)
-    inside, local = local_ids(ids, start, weight.shape[0])
-    acc = torch.promote_types(grad.dtype, torch.float32)
-    count = places(ids)[1]
-    if grad.device.type == "cpu":
-        total = torch.zeros_like(weight)
-        s, v = ids.shape[1], weight.shape[0]
-        full = bool((count == s).all())  # then sums are divided, which are fewer than rows
-        for tokens, sums in _sums_by_token(grad, None if full else count, local.where(inside, v), v, acc):
-            total[tokens] = (sums / s if full else sums).to(weight.dtype)
-    else:  # in float32 for the whole vocabulary: tokens cannot be counted without waiting for the device
-        share = grad.to(acc) / count
-        summed = torch.zeros_like(weight, dtype=acc)
-        for place in range(ids.shape[1]):  # never (N, s, d)
-            summed.index_add_(0, local[:, place], share * inside[:, place : place + 1])
-        total = summed.to(weight.dtype)
-    if 0 <= (padding := padding_idx - (start or 0)) < weight.shape[0]:
-        total[padding] = 0
-    return total
-
-
-ROWS = 128  # tokens, and places, that are summed at a time
-
-
-def _sums_by_token(
-    grad: Tensor,  # (N, d)
-    count: Tensor | None,  # (N, 1) by which it is divided, if at all
-    ids: Tensor,  # (N, s); those from v on are left out
-    v: int,
-    dtype: torch.dtype,
-) -> Iterator[tuple[Tensor, Tensor]]:  # tokens (n,) and the sums of their bags' gradients (n, d) in dtype
-    """Some tokens at a time: the places of the batch are sorted by token, so a few rows in ``dtype`` are enough."""
-    by_token, place = ids.reshape(-1).sort(stable=True)
-    bags = place.div_(ids.shape[1], rounding_mode="floor")
-    tokens, token_of, counts = torch.unique_consecutive(by_token, return_inverse=True, return_counts=True)
-    ends = counts.cumsum(0).tolist()
-    sums = torch.empty(ROWS, grad.shape[1], dtype=dtype)
-    last = len(tokens) - (len(tokens) > 0 and bool(tokens[-1] >= v))
-    for first in range(0, last, ROWS):
-        stop = min(first + ROWS, last)
-        part = sums[: stop - first].zero_()
-        begin, end = ends[first - 1] if first else 0, ends[stop - 1]
-        for i in range(begin, end, ROWS):
-            some = slice(i, min(i + ROWS, end))
-            rows = grad[bags[some]].to(dtype)
-            part.index_add_(0, token_of[some] - first, rows if count is None else rows / count[bags[some]])
-        yield tokens[first:stop], part
-
-
-@bag_mean_backward.register_fake
-def _(grad: Tensor, weight: Tensor, ids: Tensor, start: int | None, padding_idx: int) -> Tensor:
-    return torch.empty_like(weight)
-
-
-def _setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, int | None, int], output: Tensor) -> None:
-    ctx.save_for_backward(*inputs[:2])
-    ctx.place = inputs[2:]
-
-
-def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    return bag_mean_backward(grad, *ctx.saved_tensors, *ctx.place), None, None, None
-
-
-bag_mean.register_autograd(_backward, setup_context=_setup_context)
-
-
 def _dtensor_bag_mean(weight: Any, ids: Tensor, padding_idx: int, place_signal: float, weighting: Weighting) -> Tensor:
-    """The rows that this process holds; ``Partial`` sums them over the processes when it is redistributed."""
-    from torch.distributed.tensor import DTensor, Partial, Replicate
+    """The rows that this process holds; ``Partial`` sums them over the processes when it is redistributed.
+
+    Ids that are a DTensor, too, may be sharded: beside a replicated weight the means are where they are.
+    """
+    from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 
     from token_superposition.sharding import local_rows
 
     rows, start, sharded = local_rows(weight)
-    local = ids.to_local() if isinstance(ids, DTensor) else ids
-    out = _local_mean(rows, local, start if sharded else None, padding_idx, place_signal, weighting)
     mesh = weight.device_mesh
-    return DTensor.from_local(out, mesh, [Partial() if sharded else Replicate()] * mesh.ndim, run_check=False)
+    where: list[Any] = [Replicate()] * mesh.ndim  # the bags that this process has
+    means = torch.empty(*ids.shape[:-1], weight.shape[1], device="meta")  # of all processes; shards may be uneven
+    if isinstance(ids, DTensor):
+        if not sharded:  # a process keeps whole bags of its own, and its gradient is a part of the sum
+            own = [isinstance(p, Shard) and p.dim < ids.dim() - 1 for p in ids.placements]
+            where = [p if keep else Replicate() for p, keep in zip(ids.placements, own, strict=True)]
+            rows = weight.to_local(grad_placements=[Partial() if keep else Replicate() for keep in own])
+        ids = ids.redistribute(mesh, where).to_local()
+    out = _local_mean(rows, ids, start if sharded else None, padding_idx, place_signal, weighting)
+    placements = [Partial()] if sharded else where
+    return DTensor.from_local(out, mesh, placements, run_check=False, shape=means.shape, stride=means.stride())
 
 
 def superpose(
@@ -240,11 +159,11 @@ def superpose(
     for module in model.modules():
         reads_ids = module is model or _uncompiled(_own_embedding(module)) is embedding
         if reads_ids and "inputs_embeds" in inspect.signature(module.forward).parameters:
-            own = _own_embedding(module)
-            for key in (there := _feeders(module)):
-                cast(Any, module)._forward_pre_hooks[key].read(embedding, own)  # replaced since, perhaps
+            hooks = cast(Any, module)._forward_pre_hooks
+            for key in (there := _ours(hooks)):
+                hooks[key].read(module, embedding)  # replaced since, perhaps
             if not there:
-                module.register_forward_pre_hook(_FeedEmbeddings(embedding, own), with_kwargs=True)
+                module.register_forward_pre_hook(_FeedEmbeddings(module, embedding), with_kwargs=True)
     return model
 
 
@@ -263,9 +182,11 @@ def unsuperpose(model: M) -> M:
         _forget_own_forward(module)
     for module in model.modules():
         hooks = cast(Any, module)
-        for key in _feeders(module):
+        for key in _ours(hooks._forward_pre_hooks):
             del hooks._forward_pre_hooks[key]
             hooks._forward_pre_hooks_with_kwargs.pop(key, None)
+        for key in _ours(hooks._forward_hooks):
+            del hooks._forward_hooks[key]
         if is_superposed(module):
             module.__class__ = _stock_class(type(module))
     return model
@@ -282,6 +203,8 @@ def find_embedding(model: nn.Module) -> nn.Module:
     inside = {e for m in model.modules() if (e := _own_embedding(m)) is not None}
     if len(inside) == 1:
         return inside.pop()
+    if len(named := [m for m in model.modules() if is_superposed(m)]) == 1:
+        return named[0]  # by whoever superposed it
     found = {name: m for name, m in model.named_modules() if isinstance(m, nn.Embedding)}
     if len(found) != 1:
         raise TokenSuperpositionError(
@@ -360,34 +283,52 @@ def _unpickle(stock: type, place_signal: float, input_weighting: Weighting) -> A
     return made.__new__(made)
 
 
-class _FeedEmbeddings:
+class OwnHook:
+    """A hook that ``unsuperpose`` removes."""
+
+
+class _FeedEmbeddings(OwnHook):
     """Forward pre-hook of a model: bags of ``input_ids`` are replaced by ``inputs_embeds``."""
 
-    def __init__(self, embedding: nn.Module, own: nn.Module | None):
-        self.read(embedding, own)
+    def __init__(self, model: nn.Module, embedding: nn.Module):
+        self.read(model, embedding)
 
-    def read(self, embedding: nn.Module, own: nn.Module | None) -> None:
+    def read(self, model: nn.Module, embedding: nn.Module) -> None:
         """``own`` is what the hooked model says is its embedding; it is seen by that whether it has been replaced."""
-        self.embedding, self.own = embedding, _uncompiled(own)
+        self.embedding, self.own = embedding, _uncompiled(_own_embedding(model))
+        parameters = inspect.signature(model.forward).parameters.values()
+        names = [p.name for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+        self.ids_at = names.index("input_ids") if "input_ids" in names else 0
+        self.embeddings_at = names.index("inputs_embeds") if "inputs_embeds" in names else None
 
     def __call__(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        ids = args[0] if args else kwargs.get("input_ids")
-        if ids is None or ids.dim() != 3:
+        ids = args[self.ids_at] if self.ids_at < len(args) else kwargs.get("input_ids")
+        if not isinstance(ids, Tensor) or ids.dim() != 3 or ids.is_floating_point():
             return None
         if _uncompiled(_own_embedding(model)) is not self.own:
             raise TokenSuperpositionError(
                 f"the input embedding of {type(model).__name__} was replaced or wrapped after superpose, which "
                 "would go on with the old one; unsuperpose(model), then superpose(model)"
             )
-        return (None, *args[1:]) if args else (), {
-            **kwargs,
-            **({} if args else {"input_ids": None}),
-            "inputs_embeds": self.embedding(ids),
-        }
+        if not is_superposed(self.embedding):
+            raise TokenSuperpositionError(
+                f"the input embedding of {type(model).__name__} reads no bags any more: another model that shares it "
+                "was given to unsuperpose; superpose(model) again"
+            )
+        new_args, new_kwargs = list(args), dict(kwargs)
+        for at, name, value in (
+            (self.ids_at, "input_ids", None),
+            (self.embeddings_at, "inputs_embeds", self.embedding(ids)),
+        ):
+            if at is not None and at < len(args):
+                new_args[at] = value
+            else:
+                new_kwargs[name] = value
+        return tuple(new_args), new_kwargs
 
 
-def _feeders(model: nn.Module) -> list[int]:
-    return [key for key, hook in cast(Any, model)._forward_pre_hooks.items() if isinstance(hook, _FeedEmbeddings)]
+def _ours(hooks: dict[int, Any]) -> list[int]:
+    return [key for key, hook in hooks.items() if isinstance(hook, OwnHook)]
 
 
 def _stock_class(cls: type) -> type:

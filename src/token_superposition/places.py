@@ -1,7 +1,8 @@
-"""How the places of a bag that is read count in its mean, and the fixed signs that may tell them apart."""
+"""The mean of a bag that is read: how its places count, the fixed signs that may tell them apart, and its gradient."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from functools import lru_cache
 from typing import Any, cast
 
@@ -32,11 +33,90 @@ def place_factors(bag_size: int, width: int, signal: float, like: Tensor) -> Ten
 def _signs(bag_size: int, width: int, device: torch.device) -> Tensor:  # (s, d)
     """Drawn for each place from its own seed, so a place keeps its signs in bags of another size."""
     seeds = (torch.Generator().manual_seed(SEED + place) for place in range(bag_size))
-    rows = [torch.randint(2, (width,), generator=g) * 2 - 1 for g in seeds]
+    rows = [torch.randint(2, (width,), generator=g, device="cpu") * 2 - 1 for g in seeds]
     return torch.stack(rows).to(device)
 
 
 _kept_signs = lru_cache(_signs)
+
+
+@torch.library.custom_op("token_superposition::bag_mean", mutates_args=())
+def bag_mean(
+    weight: Tensor,  # (V, d), or the rows of tokens start .. start + V
+    ids: Tensor,  # (N, s); a place below 0 is not there
+    start: int | None,  # None: weight is the whole table, and torch refuses an id of V or more
+    padding_idx: int,  # this row gets no gradient; -1 for none
+) -> Tensor:  # (N, d) sum over the ids whose row is here, over the number of places that are there
+    """``embedding_bag`` with the gradient summed in float32, for part of a vocabulary too."""
+    inside, local = local_ids(ids, start, weight.shape[0])
+    total = F.embedding_bag(local, weight, mode="sum", per_sample_weights=inside.to(weight.dtype))
+    return total / places(ids)[1]
+
+
+@bag_mean.register_fake
+def _(weight: Tensor, ids: Tensor, start: int | None, padding_idx: int) -> Tensor:
+    return weight.new_empty(ids.shape[0], weight.shape[1])
+
+
+@torch.library.custom_op("token_superposition::bag_mean_backward", mutates_args=())
+def bag_mean_backward(
+    grad: Tensor,  # (N, d)
+    weight: Tensor,  # (V, d)
+    ids: Tensor,  # (N, s)
+    start: int | None,
+    padding_idx: int,
+) -> Tensor:  # (V, d)
+    inside, local = local_ids(ids, start, weight.shape[0])
+    acc = torch.promote_types(grad.dtype, torch.float32)
+    count = places(ids)[1]
+    if grad.device.type == "cpu":
+        total = torch.zeros_like(weight)
+        s, v = ids.shape[1], weight.shape[0]
+        full = bool((count == s).all())  # then sums are divided, which are fewer than rows
+        for tokens, sums in _sums_by_token(grad, None if full else count, local.where(inside, v), v, acc):
+            total[tokens] = (sums / s if full else sums).to(weight.dtype)
+    else:  # in float32 for the whole vocabulary: tokens cannot be counted without waiting for the device
+        share = grad.to(acc) / count
+        summed = torch.zeros_like(weight, dtype=acc)
+        for place in range(ids.shape[1]):  # never (N, s, d)
+            summed.index_add_(0, local[:, place], share * inside[:, place : place + 1])
+        total = summed.to(weight.dtype)
+    if 0 <= (padding := padding_idx - (start or 0)) < weight.shape[0]:
+        total[padding] = 0
+    return total
+
+
+ROWS = 128  # tokens, and places, that are summed at a time
+
+
+def _sums_by_token(
+    grad: Tensor,  # (N, d)
+    count: Tensor | None,  # (N, 1) by which it is divided, if at all
+    ids: Tensor,  # (N, s); those from v on are left out
+    v: int,
+    dtype: torch.dtype,
+) -> Iterator[tuple[Tensor, Tensor]]:  # tokens (n,) and the sums of their bags' gradients (n, d) in dtype
+    """Some tokens at a time: the places of the batch are sorted by token, so a few rows in ``dtype`` are enough."""
+    by_token, place = ids.reshape(-1).sort(stable=True)
+    bags = place.div_(ids.shape[1], rounding_mode="floor")
+    tokens, token_of, counts = torch.unique_consecutive(by_token, return_inverse=True, return_counts=True)
+    ends = counts.cumsum(0).tolist()
+    sums = torch.empty(ROWS, grad.shape[1], dtype=dtype, device=grad.device)
+    last = len(tokens) - (len(tokens) > 0 and bool(tokens[-1] >= v))
+    for first in range(0, last, ROWS):
+        stop = min(first + ROWS, last)
+        part = sums[: stop - first].zero_()
+        begin, end = ends[first - 1] if first else 0, ends[stop - 1]
+        for i in range(begin, end, ROWS):
+            some = slice(i, min(i + ROWS, end))
+            rows = grad[bags[some]].to(dtype)
+            part.index_add_(0, token_of[some] - first, rows if count is None else rows / count[bags[some]])
+        yield tokens[first:stop], part
+
+
+@bag_mean_backward.register_fake
+def _(grad: Tensor, weight: Tensor, ids: Tensor, start: int | None, padding_idx: int) -> Tensor:
+    return torch.empty_like(weight)
 
 
 @torch.library.custom_op("token_superposition::placed_bag_mean", mutates_args=())
@@ -121,13 +201,18 @@ def local_ids(ids: Tensor, start: int | None, rows: int) -> tuple[Tensor, Tensor
     return inside, torch.where(inside, local, 0)
 
 
-def _setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, int | None, int, float, str], output: Tensor) -> None:
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     ctx.save_for_backward(*inputs[:2])
     ctx.settings = inputs[2:]
 
 
-def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+def _mean_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    return bag_mean_backward(grad, *ctx.saved_tensors, *ctx.settings), None, None, None
+
+
+def _placed_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     return placed_bag_mean_backward(grad, *ctx.saved_tensors, *ctx.settings), None, None, None, None, None
 
 
-placed_bag_mean.register_autograd(_backward, setup_context=_setup_context)
+bag_mean.register_autograd(_mean_backward, setup_context=_setup_context)
+placed_bag_mean.register_autograd(_placed_backward, setup_context=_setup_context)

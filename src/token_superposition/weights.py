@@ -28,7 +28,9 @@ def place_weights(weighting: Weighting, bag_size: int) -> Tensor:  # (s,) float3
     >>> place_weights("power", 2).tolist()
     [0.6666666865348816, 0.3333333432674408]
     """
-    i = torch.arange(1, require_int("bag_size", bag_size, 1) + 1, dtype=torch.float64)
+    if not torch.compiler.is_compiling():  # there it may be a symbol, which a look at its value would make a constant
+        bag_size = require_int("bag_size", bag_size, 1)
+    i = torch.arange(1, bag_size + 1, dtype=torch.float64)
     match weighting:
         case "uniform":
             w = torch.ones_like(i)

@@ -182,10 +182,11 @@ def test_a_signal_for_the_whole_group_leaves_the_loader_to_the_run(runs: Runs, t
 
 def test_an_interrupted_comparison_loses_no_step(runs: Runs, tmp_path: Path) -> None:
     """A terminal sends Ctrl-C to the comparison and to its runs alike. The same command ends as if it had not been."""
-    options = [str(runs.config), "--train.save-every", "0", "--train.steps", "200", "--compare.parallel", "2", "--out"]
+    options = [str(runs.config), "--train.save-every", "0", "--train.steps", "200", "--out"]
     whole, out = tmp_path / "whole", tmp_path / "out"
     tst("train", *options, whole, OMP_NUM_THREADS="1")
-    line = [sys.executable, "-m", "token_superposition", "compare", *options, str(out)]
+    options += [str(out), "--compare.parallel", "2"]
+    line = [sys.executable, "-m", "token_superposition", "compare", *options]
     process = subprocess.Popen(
         line, stdout=subprocess.PIPE, text=True, start_new_session=True, preexec_fn=interruptible
     )
@@ -196,7 +197,7 @@ def test_an_interrupted_comparison_loses_no_step(runs: Runs, tmp_path: Path) -> 
     (saved,) = checkpoints_in(out / "runs/tst/checkpoints")
     assert step_of(saved) == steps_done(out / "runs/tst") < 200
     assert f"tst: saved after step {step_of(saved)}\n" in printed and "the same command goes on" in printed
-    tst("compare", *options, out)
+    tst("compare", *options)
     assert outcome(out / "runs/tst") == outcome(whole)
 
 
@@ -247,7 +248,7 @@ def test_a_second_ctrl_c_does_not_wait() -> None:
 
 def test_both_signals_are_caught_only_while_training() -> None:
     before = [signal.getsignal(s) for s in SIGNALS]
-    for s in SIGNALS:
+    for s in (signal.SIGTERM, signal.SIGUSR1):  # for SIGHUP see test_signals.py
         with Preemption() as preemption:
             os.kill(os.getpid(), s)
             assert preemption.signalled and not preemption.stopped

@@ -94,6 +94,39 @@ def test_a_sweep_that_lacks_a_baseline_of_an_earlier_round_trains_it(
     )
 
 
+def test_what_finished_after_the_sweep_was_killed_is_not_kept_either(
+    tiny_sweep: tuple[list[str], Path], tmp_path: Path
+) -> None:
+    """Its run went on alone, and nobody was there to remove its model."""
+    arguments, finished = tiny_sweep
+    out = shutil.copytree(finished, tmp_path / "out")
+    for name in ("model", "checkpoints"):
+        (out / "runs/s2-r0.5-lr0.003-seed3" / name / "checkpoint-4").mkdir(parents=True)
+    assert main([*arguments[:-1], str(out)]) == 0
+    assert not [*out.glob("runs/*/model"), *out.glob("runs/*/checkpoints")]
+
+
+def test_a_sweep_does_not_go_into_a_comparison_that_is_not_finished_nor_the_reverse(
+    tiny_sweep: tuple[list[str], Path],
+    two_seeds: tuple[Path, Path, str],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Neither has its summary yet; each would overwrite the other's configuration."""
+    arguments, sweep = tiny_sweep
+    path, comparison, _ = two_seeds
+    left = {"compare": shutil.copytree(comparison, tmp_path / "c"), "sweep": shutil.copytree(sweep, tmp_path / "s")}
+    for out in left.values():
+        for name in ("summary.json", "sweep.json"):
+            (out / name).unlink(missing_ok=True)
+    before = {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
+    assert main([*arguments[:-1], str(left["compare"])]) == 2
+    assert f"{left['compare']} holds a comparison; choose another --out for the sweep" in capsys.readouterr().err
+    assert main(["compare", str(path), "--out", str(left["sweep"])]) == 2
+    assert f"{left['sweep']} holds a sweep; choose another --out for the comparison" in capsys.readouterr().err
+    assert {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()} == before
+
+
 def test_a_rate_with_which_all_diverges_is_a_result(
     tiny_sweep: tuple[list[str], Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

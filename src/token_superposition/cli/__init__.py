@@ -8,6 +8,7 @@ import os
 import re
 import select
 import signal
+import stat
 import sys
 import threading
 from collections.abc import Sequence
@@ -82,11 +83,32 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 141
 
 
-def _is_closed(stream: TextIO) -> bool:
-    """Whether it is a pipe whose reader has gone."""
+def _is_closed(stream: TextIO | int) -> bool:
+    """Whether it is a pipe whose reader has gone, or a terminal that was closed."""
     poll = select.poll()
     poll.register(stream, 0)
     return bool(poll.poll(0))
+
+
+def leave_terminal() -> None:
+    """After SIGHUP, print nowhere in place of to a terminal that was closed, or a pipe, whose reader ends as well."""
+    for stream in (1, 2):
+        if _is_closed(stream) or stat.S_ISFIFO(os.fstat(stream).st_mode):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream)
+
+
+def _end_by_signals() -> None:
+    """So that whatever was started is stopped, too. Under nohup SIGHUP is ignored, and stays so."""
+
+    def hang_up(*_: object) -> None:
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)  # shell and terminal send one each
+        leave_terminal()
+        sys.exit(143)
+
+    for s in (signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(s, lambda *_: sys.exit(143))
+    if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
+        signal.signal(signal.SIGHUP, hang_up)
 
 
 def _main(args: list[str]) -> int:
@@ -107,7 +129,7 @@ def _main(args: list[str]) -> int:
         return _fail(f"unknown command {command}; {hint}")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that whatever was started is stopped, too
+        _end_by_signals()
     try:
         importlib.import_module(f"token_superposition.cli.{command}").run(rest)
     except KeyboardInterrupt:

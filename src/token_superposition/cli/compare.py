@@ -10,6 +10,7 @@ from typing import Annotated
 import tyro
 
 from token_superposition.cli.arguments import parse, split_config
+from token_superposition.cli.ignored import refuse_ignored, refuse_seed
 from token_superposition.experiment.config import Config
 
 
@@ -37,6 +38,9 @@ class CompareCommand:
 def run(args: Sequence[str]) -> None:
     config, rest = split_config(args)
     options = parse(CompareCommand, "compare", rest, CompareCommand(config))
+    which = "which tst compare does not read; give it to tst sweep, or leave it out"
+    refuse_ignored(config, options.config, "sweep", which)
+    refuse_seed(config, options.config)
     options.config.check()
     from rich.console import Console
 

@@ -61,6 +61,16 @@ def run(args: Sequence[str]) -> None:
         raise TokenSuperpositionError("there is nothing to evaluate on; give --data, --text or --tasks")
     if options.stride is not None and not options.text:
         raise TokenSuperpositionError(f"stride is {options.stride}, which only --text has; give it or leave this out")
+    if options.limit is not None and not options.tasks:
+        raise TokenSuperpositionError(f"limit is {options.limit}, which only --tasks has; give it or leave this out")
+    for name, value, default in (
+        ("sequence-length", options.sequence_length, None),
+        ("max-tokens", options.max_tokens, "auto"),
+    ):
+        if value != default and options.data is None and not options.text:
+            raise TokenSuperpositionError(
+                f"{name} is {value}, which only --data and --text have; give one of them or leave this out"
+            )
     if isinstance(most := options.max_tokens, int) and most < 1:
         raise TokenSuperpositionError(f"max-tokens is {most}; give at least 1, or None")
     if (limit := options.limit) is not None and limit < 1:

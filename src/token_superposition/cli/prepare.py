@@ -17,10 +17,10 @@ from token_superposition.data.prepare import PrepareOptions
 class PrepareCommand:
     """Turn text into a token store that tst train and tst compare read.
 
-    SOURCES are files, folders (searched for text, Markdown, code, JSON lines, Parquet; .gz and .zst too; not in what is
-    hidden, such as .git), quoted globs, or hf:DATASET[:CONFIG[:SPLIT]]. A file is a document, except in JSON lines and
-    Parquet, where a row is one. What cannot be used is counted by its reason: docs/data.md has the list. tst verify
-    reads the result again.
+    SOURCES are files, folders (searched for text, Markdown, code, JSON lines, Parquet, Arrow; .gz and .zst too; not in
+    what is hidden, such as .git), quoted globs, or hf:DATASET[:CONFIG[:SPLIT]]. A file is a document, except in JSON
+    lines, Parquet and Arrow, where a row is one. What cannot be used is counted by its reason: docs/data.md has the
+    list. tst verify reads the result again.
 
     Example: tst prepare ~/notes 'src/**/*.py' pages.jsonl.zst --out data --vocab-size 16384
     """
@@ -47,7 +47,8 @@ def run(args: Sequence[str]) -> None:
         meta = prepare(command.sources, command.out, command.preparation, progress)
     asked = command.preparation.vocab_size
     few = command.preparation.tokenizer is None and meta.vocab_size < asked
-    note = f" (asked: {asked:,}; the text has no more)" if few else ""
+    had = "the sample has no more: give more --tokenizer-bytes" if meta.sampled else "the text has no more"
+    note = f" (asked: {asked:,}; {had})" if few else ""
     console.print(f"vocabulary: {meta.vocab_size:,}{note}")
     for split, s in (("train", meta.train), ("validation", meta.validation)):
         console.print(f"{split}: {s.tokens:,} tokens, {s.documents:,} documents, {s.bytes_per_token:.3f} bytes/token")

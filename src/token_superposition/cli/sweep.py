@@ -10,6 +10,7 @@ from typing import Annotated
 import tyro
 
 from token_superposition.cli.arguments import parse, split_config
+from token_superposition.cli.ignored import refuse_ignored, refuse_seed
 from token_superposition.experiment.config import Config
 
 
@@ -43,6 +44,9 @@ def run(args: Sequence[str]) -> None:
 
     config, rest = split_config(args)
     options = parse(SweepCommand, "sweep", rest, SweepCommand(config))
+    which = "which tst sweep does not read; give it to tst compare, or leave it out"
+    refuse_ignored(config, options.config, "compare", which, ["baseline_lengths", "variants"])
+    refuse_seed(config, options.config)
     options.config.check()
     from rich.console import Console
 

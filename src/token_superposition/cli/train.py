@@ -10,6 +10,7 @@ from typing import Annotated
 import tyro
 
 from token_superposition.cli.arguments import parse, split_config
+from token_superposition.cli.ignored import refuse_ignored
 from token_superposition.experiment.config import Config
 
 
@@ -20,8 +21,8 @@ class TrainCommand:
     Presets: 270m, 600m, 3b, 10b-a1b (the paper's), demo, proof-cpu. Options override the file. The directory --out
     holds the configuration, metrics.jsonl, checkpoints/, and, when it is done, model/ (an ordinary transformers model)
     and run.json. Calling it again continues from the newest checkpoint that is whole.
-    Ctrl-C and SIGTERM (or SIGUSR1) finish the step, save a checkpoint and exit with status 130 and 143: start it again.
-    1: a process died or hung, start it again. 2: one line says what to change first.
+    Ctrl-C, SIGTERM, SIGUSR1 and a closed terminal finish the step, save a checkpoint and exit with status 130 or 143:
+    start it again. Exit status 1: a process died or hung, start it again; 2: one line says what to change first.
     Several processes: torchrun --nproc-per-node 2 -m token_superposition train CONFIG.toml
     DDP or FSDP2: accelerate launch --config_file FILE -m token_superposition train CONFIG.toml
 
@@ -40,6 +41,9 @@ class TrainCommand:
 def run(args: Sequence[str]) -> None:
     config, rest = split_config(args)
     options = parse(TrainCommand, "train", rest, TrainCommand(config))
+    which = "which tst train, of one run, does not read; give it to tst {}, or leave it out"
+    refuse_ignored(config, options.config, "compare", which.format("compare"))
+    refuse_ignored(config, options.config, "sweep", which.format("sweep"))
     options.config.check()
     from rich.console import Console
 

@@ -1,4 +1,4 @@
-"""Where bags must end: at documents, lines or words, told from each token alone."""
+"""Where bags must end: at documents, lines or words, found from each token alone."""
 
 from __future__ import annotations
 
@@ -51,21 +51,22 @@ def find_boundaries(tokenizer: PreTrainedTokenizerBase, kind: BoundaryKind) -> B
         raise TokenSuperpositionError(f"boundaries is {kind!r}; choose one of {', '.join(get_args(BoundaryKind))}")
     if kind == "none":
         return None
-    v = len(tokenizer)
+    ids = sorted(tokenizer.get_vocab().values())
+    v = ids[-1] + 1  # there may be gaps
     before, after = np.zeros(v, bool), np.zeros(v, bool)
-    after[tokenizer.eos_token_id] = True
     if kind == "line":
-        after |= np.array(["\n" in text for text in _texts(tokenizer)])
+        after[ids] = ["\n" in text for text in _texts(tokenizer, ids)]
     elif kind == "word":
-        texts = _texts(tokenizer)
-        before |= np.array([text[:1].isspace() for text in texts])
-        after |= np.array([text[-1:].isspace() and not text.isspace() for text in texts])
+        texts = _texts(tokenizer, ids)
+        before[ids] = [text[:1].isspace() for text in texts]
+        after[ids] = [text[-1:].isspace() and not text.isspace() for text in texts]
+    after[tokenizer.eos_token_id] = True
     return Boundaries(before, after)
 
 
-def _texts(tokenizer: Any) -> list[str]:
-    """What each token of the vocabulary adds to a text."""
+def _texts(tokenizer: Any, ids: list[int]) -> list[str]:
+    """What each of these tokens adds to a text."""
     first: int = tokenizer.encode("a", add_special_tokens=False)[-1]
-    pairs = [[first, i] for i in range(len(tokenizer))]
+    pairs = [[first, i] for i in ids]
     lead, *texts = tokenizer.backend_tokenizer.decode_batch([[first], *pairs], skip_special_tokens=False)
     return [text.removeprefix(lead) for text in texts]

@@ -3,13 +3,22 @@
 from __future__ import annotations
 
 import os
+import shlex
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from token_superposition.data.store import is_partial, is_store
-from token_superposition.errors import TokenSuperpositionError, first_line
+from token_superposition.data.tables import (
+    COMPRESSIONS,
+    check_json_lines,
+    is_json_lines,
+    open_arrow,
+    open_file,
+    open_parquet,
+    parquet_bytes,
+)
+from token_superposition.errors import TokenSuperpositionError
 
 # What a folder is searched for. A file that is named itself, or matched by a glob, is read whatever its ending.
 # fmt: off
@@ -22,24 +31,28 @@ TEXT_SUFFIXES = frozenset({
     ".srt", ".vtt", ".csv", ".tsv",
 })
 # fmt: on
-TABLE_SUFFIXES = (".jsonl", ".ndjson", ".parquet")
-COMPRESSED_SUFFIXES = (".gz", ".zst")
+TABLE_SUFFIXES = (".jsonl", ".ndjson", ".parquet", ".arrow")
 ARCHIVE_SUFFIXES = frozenset({".tar", ".tgz", ".tbz2", ".txz", ".zip", ".7z", ".rar", ".xz", ".bz2", ".lz4", ".z"})
 STORE = "folders that are prepared data"
 HIDDEN = "hidden files and folders in folders"
 OTHER_FILE = "files in folders that are not text by their ending, or not regular files"
+LINK = "links in folders to other folders"
+DESCRIPTION = "descriptions and caches of saved datasets in folders"
+MATCHED_FOLDER = "folders that a glob matches, but nothing in them"
 
 
 def find_files(sources: Sequence[str], dropped: Counter[str] | None = None) -> list[Path]:
     """Files of folders (searched recursively), globs and paths, each once, in a fixed order.
 
     Links to files are followed, links to folders inside a folder are not: there are no loops. What a folder holds
-    beside text is counted in ``dropped``; hidden files and folders in it, token stores, and what a killed
-    ``tst prepare`` left, are passed over.
+    beside text is counted in ``dropped``, and so is a folder that a glob matches; hidden files and folders in a folder,
+    token stores, and what a killed ``tst prepare`` left, are passed over.
     Raises ``TokenSuperpositionError`` for a source that does not exist, matches nothing, or holds no text.
     """
     found: dict[Path, None] = {}
     for source in sources:
+        if not source:
+            raise TokenSuperpositionError('a source is empty (""); name a file, a folder (this one is .) or a glob')
         path = Path(os.path.expanduser(source))  # noqa: PTH111 - Path's raises for an unknown user
         try:
             path.stat()
@@ -56,9 +69,7 @@ def find_files(sources: Sequence[str], dropped: Counter[str] | None = None) -> l
         elif path.exists():
             files = [path]
         elif any(c in source for c in "*?["):
-            root = Path(path.anchor)
-            matches = root.glob(str(path.relative_to(root)))
-            files = sorted(p for p in matches if p.is_file() and not any(map(is_partial, p.parts)))
+            files = _match(path, dropped)
             if not files:
                 raise TokenSuperpositionError(f"the pattern {source} matches no file; quote it and check the folder")
         elif path.is_symlink():
@@ -72,9 +83,11 @@ def find_files(sources: Sequence[str], dropped: Counter[str] | None = None) -> l
 def check_files(files: Sequence[Path], text_field: str) -> None:
     """Raise ``TokenSuperpositionError`` for the first file that cannot be read at all.
 
-    That is a pipe or device, an archive, a file without permission, or a Parquet file that is none or has no such
-    column of text. What is wrong inside a file is found, and counted, when it is read.
+    That is a pipe or device, an archive, a file without permission, a Parquet or Arrow file that is none, or one that,
+    like JSON lines, has no text in its field. What else is wrong inside a file is found, and counted, when it is read.
     """
+    import pyarrow as pa
+
     for path in files:
         if not path.is_file():
             raise TokenSuperpositionError(
@@ -86,46 +99,39 @@ def check_files(files: Sequence[Path], text_field: str) -> None:
                 "and .zst of single files are read)"
             )
         try:
-            path.open("rb").close()
-        except OSError as e:
-            raise unreadable(path, e) from None
-        if kind == ".parquet":
-            open_parquet(path, text_field).close()
-
-
-def open_parquet(path: Path, text_field: str) -> Any:
-    """Raises ``TokenSuperpositionError`` if it is no Parquet file or has no such column of text."""
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    try:
-        file = pq.ParquetFile(path.open("rb"))
-        schema = file.schema_arrow
-    except (OSError, ValueError, pa.ArrowException) as e:  # ValueError: a name of a column that is not UTF-8
-        raise TokenSuperpositionError(
-            f"{path} is not a Parquet file, or not a whole one ({first_line(e)}); remove it"
-        ) from None
-    if text_field not in schema.names:
-        raise TokenSuperpositionError(
-            f"{path} has no column {text_field!r}; choose one of {', '.join(schema.names)} with --text-field"
-        )
-    kind = schema.field(schema.names.index(text_field)).type
-    kind = kind.value_type if pa.types.is_dictionary(kind) else kind
-    if not (pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)):
-        raise TokenSuperpositionError(
-            f"{path} has {kind} in its column {text_field!r}, not text; choose another with --text-field"
-        )
-    return file
+            with path.open("rb") as f:
+                if kind == ".arrow":
+                    open_arrow(f, path, text_field)
+            if kind == ".parquet":
+                open_parquet(path, text_field).close()
+            elif kind in (".jsonl", ".ndjson") or (kind == ".json" and is_json_lines(path)):
+                check_json_lines(path, text_field)
+            elif path.suffix.lower() in COMPRESSIONS:
+                with open_file(path) as f:
+                    f.read(1)
+        except (OSError, pa.ArrowException) as e:  # pyarrow's own, without a number, are of what is damaged
+            if isinstance(e, OSError) and e.errno is not None:
+                raise unreadable(path, e) from None
+            if "too much memory for decoding" in str(e):
+                raise TokenSuperpositionError(
+                    f"{path} was compressed with a window of more than 128 MiB, which is not opened here; decompress "
+                    f"it first: zstd -d --long=31 {shlex.quote(str(path))}"
+                ) from None
 
 
 def kind_of(path: Path) -> str:
     """The last ending that is not one of a compression."""
-    return next((s for s in reversed([s.lower() for s in path.suffixes]) if s not in COMPRESSED_SUFFIXES), "")
+    return next((s for s in reversed([s.lower() for s in path.suffixes]) if s not in COMPRESSIONS), "")
 
 
-def estimated_bytes(files: Sequence[Path]) -> int:
+def estimated_bytes(files: Sequence[Path], text_field: str) -> int:
     """Rough bytes of text in the files."""
-    return sum(p.stat().st_size * (4 if p.suffix in (*COMPRESSED_SUFFIXES, ".parquet") else 1) for p in files)
+    return sum(
+        parquet_bytes(p, text_field)
+        if kind_of(p) == ".parquet"
+        else p.stat().st_size * (4 if p.suffix.lower() in COMPRESSIONS else 1)
+        for p in files
+    )
 
 
 def unreadable(path: Path, e: OSError) -> TokenSuperpositionError:
@@ -134,10 +140,23 @@ def unreadable(path: Path, e: OSError) -> TokenSuperpositionError:
     )
 
 
+def _match(pattern: Path, dropped: Counter[str] | None) -> list[Path]:
+    """The files that a glob matches; folders of which it matches nothing else are counted."""
+    root = Path(pattern.anchor)
+    pattern = pattern / "*" if pattern.name == "**" else pattern  # which matches folders alone before Python 3.13
+    matches = sorted(p for p in root.glob(str(pattern.relative_to(root))) if not any(map(is_partial, p.parts)))
+    files = [p for p in matches if p.is_file()]
+    above = {folder for p in files for folder in p.parents}
+    if dropped is not None and (count := sum(p.is_dir() and p not in above for p in matches)):
+        dropped[MATCHED_FOLDER] += count
+    return files
+
+
 def _search(folder: Path, dropped: Counter[str] | None) -> list[Path]:
     def failed(e: OSError) -> None:
         raise unreadable(Path(e.filename), e)
 
+    root = os.path.realpath(folder)
     found: list[Path] = []
     for directory, folders, names in os.walk(folder, onerror=failed):
         hidden = [name for name in (*folders, *names) if name.startswith(".")]
@@ -149,16 +168,36 @@ def _search(folder: Path, dropped: Counter[str] | None) -> list[Path]:
             continue
         if dropped is not None and (count := sum(not is_partial(name) for name in hidden)):
             dropped[HIDDEN] += count
+        if dropped is not None and (count := sum(_leads_out(Path(directory, name), root) for name in folders)):
+            dropped[LINK] += count
+        described = _descriptions(Path(directory), names, folders)
         for path in (Path(directory, name) for name in names if name not in hidden):
-            if _is_text_name(path) and path.is_file():
+            if path.name in described:
+                if dropped is not None:
+                    dropped[DESCRIPTION] += 1
+            elif _is_text_name(path) and path.is_file():
                 found.append(path)
             elif dropped is not None:
                 dropped[OTHER_FILE] += 1
     return sorted(found)
 
 
+def _leads_out(folder: Path, root: str) -> bool:
+    """Whether this is a link, which is not followed, to what is not searched anyway."""
+    return folder.is_symlink() and not Path(os.path.realpath(folder)).is_relative_to(root)
+
+
+def _descriptions(directory: Path, names: Sequence[str], folders: Sequence[str]) -> set[str]:
+    """The names beside the text of a dataset that the datasets library saved: its metadata, and what ``map`` keeps."""
+    arrow = {name for name in names if name.endswith(".arrow")}
+    if arrow and not {"state.json", "dataset_info.json"}.isdisjoint(names):
+        return {"state.json", "dataset_info.json"} | {name for name in arrow if name.startswith("cache-")}
+    saved = "dataset_dict.json" in names and any((directory / name / "state.json").is_file() for name in folders)
+    return {"dataset_dict.json"} if saved else set()
+
+
 def _is_text_name(path: Path) -> bool:
     suffixes = [s.lower() for s in path.suffixes]
-    if suffixes and suffixes[-1] in COMPRESSED_SUFFIXES:
+    if suffixes and suffixes[-1] in COMPRESSIONS:
         suffixes.pop()
     return bool(suffixes) and (suffixes[-1] in TEXT_SUFFIXES or suffixes[-1] in TABLE_SUFFIXES)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
@@ -73,6 +74,11 @@ def choose_held_out(pieces: Iterable[Piece], share: float) -> HeldOut | None:
         if missing <= 0:
             return HeldOut(_place(document) + 1)
     return HeldOut(_place(last), last, int(sizes[last] - missing))
+
+
+def digest(data: bytes, seed: int) -> bytes:
+    """Of a text; its first half decides whether that is held out, its second whether a tokenizer is trained on it."""
+    return hashlib.blake2b(data, digest_size=16, key=seed.to_bytes(8, "little")).digest()
 
 
 def _place(document: bytes) -> int:

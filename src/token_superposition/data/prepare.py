@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 import shutil
 import sqlite3
@@ -18,7 +17,8 @@ from typing import Any, cast
 import numpy as np
 
 from token_superposition.data.files import check_files, estimated_bytes, find_files
-from token_superposition.data.held_out import HeldOut, Piece, choose_held_out
+from token_superposition.data.held_out import HeldOut, Piece, choose_held_out, digest
+from token_superposition.data.sample import Part, Sample
 from token_superposition.data.sources import CUT, Continued, cut_at_lines, read_documents
 from token_superposition.data.store import SPLITS, Meta, Split, file_sha256, partial_of
 from token_superposition.data.tokenizer import (
@@ -34,8 +34,7 @@ from token_superposition.errors import TokenSuperpositionError, first_line, requ
 
 BATCH_BYTES = 2 * 2**20
 PIECE_CHARS = 2**16  # a longer document is tokenised in pieces cut at line ends, if it can be: all cores share it
-SAMPLES = 32  # no text gives more than one part in so many to the sample that the tokenizer is trained on
-MIN_SAMPLE = 2**14  # bytes: with fewer, the parts would be too short to be text
+MAX_SHARD_TOKENS = 2**31  # a shard is filled in memory
 DISK_FULL = "cannot write {out} ({why}); free the disk or choose another --out"
 Progress = Callable[[str, float, float | None], None]  # (stage, bytes done, bytes in all if known)
 Documents = Callable[[Counter[str]], Iterator[str]]  # reads texts, and counts in its argument what it drops
@@ -65,7 +64,7 @@ class PrepareOptions:
 
 
 def prepare(
-    sources: str | Iterable[str],
+    sources: str | os.PathLike[str] | Iterable[str | os.PathLike[str]],
     out: str | Path,
     options: PrepareOptions = PrepareOptions(),
     progress: Progress = lambda stage, done, total: None,
@@ -76,29 +75,33 @@ def prepare(
     Exact duplicates of a document are dropped. The same text, options and seed give the same bytes. ``documents``
     replaces the reading of ``sources`` by an iterator over texts (called three times: to see that there is text to
     train on and to hold out, to train the tokenizer, of which they give the first ``tokenizer_bytes`` unless
-    ``max_bytes`` is set, then to tokenise; it counts in its argument what it drops).
+    ``max_bytes`` is set, then to tokenise; once more to train where there is far less text than ``max_bytes``; it
+    counts in its argument what it drops).
 
     Raises ``TokenSuperpositionError`` for unusable options or sources, an empty corpus, or a full disk.
     """
     _check(options, Path(out))
-    sources = [sources] if isinstance(sources, str) else list(sources)
+    names = [os.fspath(s) for s in ([sources] if isinstance(sources, str | os.PathLike) else sources)]
     out = Path(os.path.realpath(out))  # a link stays, and leads to the store
     dropped: Counter[str] = Counter()
     total: int | None = None
     parts: list[tuple[Documents, int | None]] = []
     if documents is None:
-        if not sources:
+        if not names:
             raise TokenSuperpositionError("no source given; name files, folders, globs or hf:DATASET")
-        hub = [s for s in sources if s.startswith("hf:")]
-        files = find_files([s for s in sources if not s.startswith("hf:")], dropped)
+        hub = [s for s in names if s.startswith("hf:")]
+        files = find_files([s for s in names if not s.startswith("hf:")], dropped)
         check_files(files, options.text_field)  # what cannot be read is found before any work
+        for name in hub:
+            next(read_documents([name], options.text_field, Counter()), None)
         documents = bind(read_documents, [*hub, *files], options.text_field)
         if not hub:
-            total = estimated_bytes(files)
+            total = estimated_bytes(files, options.text_field)
         elif options.max_bytes is None:
             parts = [(bind(read_documents, [name], options.text_field), None) for name in hub]
             if files:
-                parts.append((bind(read_documents, files, options.text_field), estimated_bytes(files)))
+                size = estimated_bytes(files, options.text_field)
+                parts.append((bind(read_documents, files, options.text_field), size))
     if options.max_bytes is not None:
         total = min(total, options.max_bytes) if total is not None else options.max_bytes
     parts = parts or [(documents, total)]
@@ -147,6 +150,13 @@ def _check(options: PrepareOptions, out: Path) -> None:
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise TokenSuperpositionError(f"{out} exists already; choose another --out or remove it")
     target = Path(os.path.realpath(out))
+    try:
+        str(target).encode()
+    except UnicodeEncodeError:
+        raise TokenSuperpositionError(
+            f"--out leads to {os.fsencode(target)}, a name that is not UTF-8, which tokenizers cannot be saved under; "
+            "choose another --out"
+        ) from None
     if target.is_symlink():
         raise TokenSuperpositionError(f"{out} is a link that leads in a circle; choose another --out")
     if target == Path.cwd() or target.is_mount():
@@ -158,6 +168,10 @@ def _check(options: PrepareOptions, out: Path) -> None:
         )
     for name in ("vocab_size", "tokenizer_bytes", "shard_tokens"):
         require_int(name, getattr(options, name), 1)
+    if options.shard_tokens > MAX_SHARD_TOKENS:
+        raise TokenSuperpositionError(
+            f"shard_tokens is {options.shard_tokens:,}; give at most {MAX_SHARD_TOKENS:,}: a shard is filled in memory"
+        )
     if options.tokenizer is None:
         check_vocab_size(options.vocab_size)
     else:
@@ -182,13 +196,22 @@ def _prepare(
     total: int | None,
     dropped: Counter[str],
 ) -> Meta:
+    sampled = False
     if options.tokenizer is not None:
         tokenizer = load_tokenizer(options.tokenizer)
         held_out = _choose_held_out(documents, out, options, dropped)
     else:
         held_out = _choose_held_out(documents, out, options, dropped)
-        sample = _sample(parts, options, lambda done: progress("train tokenizer", done, total))
-        tokenizer = train_bpe(sample, options.vocab_size)
+        readers: list[Part] = [(bind(_read, read, Counter()), size) for read, size in parts]
+        sample = Sample(
+            readers,
+            options.tokenizer_bytes,
+            options.max_bytes,
+            options.seed,
+            report=lambda done: progress("train tokenizer", done, total),
+        )
+        tokenizer = train_bpe(iter(sample), options.vocab_size)
+        sampled = not sample.whole
     tokenizer.save_pretrained(str(out / "tokenizer"))
     bos, eos = begin_token(tokenizer), cast(int, tokenizer.eos_token_id)
     vocab_size = max(tokenizer.get_vocab().values()) + 1  # ids may have gaps
@@ -222,6 +245,7 @@ def _prepare(
         dropped=dict(sorted(dropped.items())),
         cut=cut,
         bos_id=bos,
+        sampled=sampled,
         tokenizer_files={p.name: file_sha256(p) for p in sorted((out / "tokenizer").iterdir()) if p.is_file()},
     )
 
@@ -238,48 +262,11 @@ def _choose_held_out(documents: Documents, out: Path, options: PrepareOptions, d
 
 def _nothing_left(split: str, usable: int, dropped: Counter[str]) -> TokenSuperpositionError:
     why = f" ({', '.join(f'{n} dropped: {why}' for why, n in dropped.items())})" if dropped else ""
+    field = ", another --text-field" if any(why.startswith("no text in field") for why in dropped) else ""
     return TokenSuperpositionError(
-        f"no document is left for {split}: {usable} usable in all{why}; give more text or another --validation-share"
+        f"no document is left for {split}: {usable} usable in all{why}; give more text{field} or another "
+        "--validation-share"
     )
-
-
-def _digest(data: bytes, seed: int) -> bytes:
-    return hashlib.blake2b(data, digest_size=16, key=seed.to_bytes(8, "little")).digest()
-
-
-def _sample(
-    parts: Sequence[tuple[Documents, int | None]],  # with their bytes, if known
-    options: PrepareOptions,
-    report: Callable[[int], None],
-) -> Iterator[str]:
-    """Texts chosen by hash, up to ``tokenizer_bytes`` in all and as many from each part.
-
-    Of a text that would be a large part of the sample, pieces are chosen: the sample comes from everywhere in a part,
-    and is not empty or a single text because there are few. Of a part whose size is not known, the first texts are
-    taken.
-    """
-    wanted = options.tokenizer_bytes // len(parts)
-    length = max(MIN_SAMPLE // SAMPLES, wanted // SAMPLES)
-    done = sampled = 0
-    for documents, size in parts:
-        share = 1.0 if not size else min(1.0, wanted / size)
-        taken = 0
-        texts = _read(documents, Counter())
-        for piece in (p for text in texts for p in (cut_at_lines(text, length) if share < 1 else [text])):
-            data = piece.encode()
-            done += len(data)
-            report(done)
-            if int.from_bytes(_digest(data, options.seed)[8:]) < share * 2**64:
-                taken += len(data)
-                yield piece
-            if taken >= wanted or (options.max_bytes is not None and done >= options.max_bytes):
-                break
-        sampled += taken
-    if done and not sampled:
-        raise TokenSuperpositionError(
-            f"tokenizer_bytes is {options.tokenizer_bytes}, too few to choose any of {done} bytes of text; give at "
-            f"least {MIN_SAMPLE}"
-        )
 
 
 def _deduplicate(
@@ -289,7 +276,7 @@ def _deduplicate(
 
     The hashes seen are kept in a temporary SQLite file, so that memory does not grow with the corpus.
     """
-    path, done, digest, document = scratch / "seen.sqlite", 0, b"", b""
+    path, done, seen, document = scratch / "seen.sqlite", 0, b"", b""
     db = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
     try:
         db.execute("PRAGMA journal_mode=OFF")
@@ -302,10 +289,10 @@ def _deduplicate(
                 return
             data, further = text.encode(), isinstance(text, Continued)
             # A further piece is a duplicate where all of its document up to its end is one.
-            digest = _digest((digest if further else b"") + data, options.seed)
+            seen = digest((seen if further else b"") + data, options.seed)
             if not further:  # a document is held out as a whole, but for one where there are few
-                document = digest
-            if db.execute("INSERT OR IGNORE INTO seen VALUES (?)", (digest,)).rowcount == 0:
+                document = seen
+            if db.execute("INSERT OR IGNORE INTO seen VALUES (?)", (seen,)).rowcount == 0:
                 dropped["duplicate"] += 1
                 continue
             done += len(data)

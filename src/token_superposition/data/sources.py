@@ -1,20 +1,27 @@
-"""Read documents out of files: text, Markdown, code, JSON lines, Parquet, and datasets of the Hugging Face hub.
+"""Read documents out of files: text, Markdown, code, JSON lines, Parquet, Arrow, and datasets of the hub.
 
 What cannot be read is counted by its reason, and a file that breaks off is named in a warning.
 """
 
 from __future__ import annotations
 
-import io
 import json
 import warnings
 from codecs import BOM_UTF16_BE, BOM_UTF16_LE
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, cast
 
-from token_superposition.data.files import find_files, kind_of, open_parquet, unreadable
+from token_superposition.data.files import find_files, kind_of, unreadable
+from token_superposition.data.tables import (
+    check_names,
+    check_records,
+    is_json_lines,
+    open_arrow,
+    open_file,
+    open_parquet,
+)
 from token_superposition.errors import TokenSuperpositionError, first_line
 
 # A longer document is read as several, cut at line ends: memory stays bounded.
@@ -50,17 +57,32 @@ def _documents(texts: Iterator[str], dropped: Counter[str]) -> Iterator[str]:
         begun = begun and isinstance(text, Continued)
         if not text.strip():
             dropped["empty document"] += 1
-        elif not _is_unicode(text):
+            continue
+        try:
+            data = text.encode()
+        except UnicodeEncodeError:
             dropped["not Unicode (half of a surrogate pair)"] += 1
-        elif len(text) <= MAX_TEXT_BYTES * 9 // 8:
+            continue
+        if len(data) <= MAX_TEXT_BYTES * 9 // 8:
             yield text if begun else str(text)
             begun = True
-        else:
-            dropped[CUT] += 1
-            for piece in cut_at_lines(text, MAX_TEXT_BYTES):
-                if piece.strip():
-                    yield Continued(piece) if begun else piece
-                    begun = True
+            continue
+        dropped[CUT] += 1
+        for piece in _cut_bytes(data, MAX_TEXT_BYTES):
+            if piece.strip():
+                yield Continued(piece) if begun else piece
+                begun = True
+
+
+def _cut_bytes(data: bytes, length: int) -> Iterator[str]:
+    """Texts of at most ``length`` bytes that end with a line where they can, and never inside a character."""
+    start = 0
+    while len(data) - start > length:
+        end = data.rfind(b"\n", start, start + length) + 1
+        end = end or start + _last_whole_character(data[start : start + length])
+        yield data[start:end].decode()
+        start = end
+    yield data[start:].decode()
 
 
 def cut_at_lines(text: str, length: int) -> Iterator[str]:
@@ -73,19 +95,12 @@ def cut_at_lines(text: str, length: int) -> Iterator[str]:
     yield text[start:]
 
 
-def _is_unicode(text: str) -> bool:
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
-
-
 def _read_file(path: Path, text_field: str, dropped: Counter[str]) -> Iterator[str]:
     import pyarrow as pa
 
     readers = {
         ".parquet": _read_parquet,
+        ".arrow": _read_arrow,
         ".jsonl": _read_json_lines,
         ".ndjson": _read_json_lines,
         ".json": _read_json,
@@ -105,19 +120,10 @@ def _read_file(path: Path, text_field: str, dropped: Counter[str]) -> Iterator[s
         dropped["empty file"] += 1
 
 
-def _open(path: Path) -> Any:
-    """Opened by Python, since names that are not UTF-8 are none to pyarrow."""
-    import pyarrow as pa
-
-    file = path.open("rb")
-    compression = {".gz": "gzip", ".zst": "zstd"}.get(path.suffix.lower())
-    return io.BufferedReader(cast(Any, pa.CompressedInputStream(file, compression)), 2**20) if compression else file
-
-
 def _read_text(path: Path, text_field: str, dropped: Counter[str]) -> Iterator[str]:
     """The file as one document, or as several if it is too long for one."""
     encoding, rest, pieces = "utf-8-sig", b"", 0
-    with _open(path) as f:
+    with open_file(path) as f:
         while piece := rest + f.read(MAX_TEXT_BYTES):
             rest = b""
             if len(piece) >= MAX_TEXT_BYTES:
@@ -152,21 +158,11 @@ def _last_whole_character(data: bytes) -> int:
 
 
 def _read_json(path: Path, text_field: str, dropped: Counter[str]) -> Iterator[str]:
-    """JSON lines under the name of JSON, as C4 has them, if the first two lines are objects; else text."""
-    with _open(path) as f:
-        lines = all(_is_object(f.readline(MAX_TEXT_BYTES)) for _ in range(2))
-    return (_read_json_lines if lines else _read_text)(path, text_field, dropped)
-
-
-def _is_object(line: bytes) -> bool:
-    try:
-        return isinstance(json.loads(line), dict)
-    except (ValueError, RecursionError):
-        return False
+    return (_read_json_lines if is_json_lines(path) else _read_text)(path, text_field, dropped)
 
 
 def _read_json_lines(path: Path, text_field: str, dropped: Counter[str]) -> Iterator[str]:
-    with _open(path) as f:
+    with open_file(path) as f:
         while line := f.readline(MAX_RECORD_BYTES):
             if len(line) == MAX_RECORD_BYTES and not line.endswith(b"\n"):
                 dropped[f"JSON line of more than {MAX_RECORD_BYTES:,} bytes"] += 1
@@ -189,17 +185,26 @@ def _read_json_lines(path: Path, text_field: str, dropped: Counter[str]) -> Iter
 
 def _read_parquet(path: Path, text_field: str, dropped: Counter[str]) -> Iterator[str]:
     with open_parquet(path, text_field) as file:
-        for batch in file.iter_batches(batch_size=256, columns=[text_field]):
-            for value in batch.column(0):
-                try:
-                    text = value.as_py()
-                except UnicodeDecodeError:
-                    dropped["not UTF-8"] += 1
-                    continue
-                if isinstance(text, str):
-                    yield text
-                else:
-                    dropped[f"no text in field {text_field!r}"] += 1
+        batches = file.iter_batches(batch_size=256, columns=[text_field])
+        yield from _values((batch.column(0) for batch in batches), text_field, dropped)
+
+
+def _read_arrow(path: Path, text_field: str, dropped: Counter[str]) -> Iterator[str]:
+    with path.open("rb") as file:
+        yield from _values(open_arrow(file, path, text_field), text_field, dropped)
+
+
+def _values(columns: Iterable[Any], text_field: str, dropped: Counter[str]) -> Iterator[str]:
+    for value in (value for column in columns for value in column):
+        try:
+            text = value.as_py()
+        except UnicodeDecodeError:
+            dropped["not UTF-8"] += 1
+            continue
+        if isinstance(text, str):
+            yield text
+        else:
+            dropped[f"no text in field {text_field!r}"] += 1
 
 
 def _read_hub(name: str, text_field: str, dropped: Counter[str]) -> Iterator[str]:
@@ -218,15 +223,22 @@ def _read_hub(name: str, text_field: str, dropped: Counter[str]) -> Iterator[str
             f"hf:{name} cannot be opened ({first_line(e)}); the form is hf:DATASET[:CONFIG[:SPLIT]], and the hub must "
             "be within reach"
         ) from None
+    if rows.column_names is not None:  # else they are not known before a row, and nothing is decoded
+        check_names(f"hf:{name}", rows.column_names, text_field)
+        rows = rows.select_columns([text_field])  # the others may be pictures and sound
     read = 0
     try:
         for row in rows:
             read += 1
+            if read == 1:
+                check_records(f"hf:{name}", [row], text_field)
             text = row.get(text_field)
             if isinstance(text, str):
                 yield text
             else:
                 dropped[f"no text in field {text_field!r}"] += 1
+    except TokenSuperpositionError:
+        raise
     except Exception as e:  # of the connection, a file, or the dataset's own
         raise TokenSuperpositionError(
             f"hf:{name} breaks off after {read} rows ({first_line(e)}); see to the connection or the dataset and "

@@ -103,10 +103,13 @@ class Meta:
     tokenizer_files: dict[str, str] = field(default_factory=dict[str, str])
     """SHA-256 of every file of ``tokenizer/``; none in stores of earlier versions."""
     format: int = FORMAT
+    sampled: bool = field(default=False, compare=False)
+    """The tokenizer was trained on a part of the text. Known of what was just prepared: the file does not have it."""
 
     def save(self, path: Path) -> None:
+        fields = {k: v for k, v in asdict(self).items() if k != "sampled"}
         derived = {s: {"bytes_per_token": getattr(self, s).bytes_per_token} for s in SPLITS}
-        content = {k: v | derived.get(k, {}) if isinstance(v, dict) else v for k, v in asdict(self).items()}
+        content = {k: v | derived.get(k, {}) if isinstance(v, dict) else v for k, v in fields.items()}
         path.write_text(json.dumps(content | {"sha256": json_sha256(content)}, indent=2) + "\n", encoding="utf-8")
 
     @classmethod
@@ -179,10 +182,12 @@ class TokenStore:
 
     Raises ``TokenSuperpositionError``, which names the file: here, if the directory is not a finished store, its
     tokenizer is another one, or a shard has the wrong size or header; when tokens are read, if they are not those that
-    were written.
+    were written. Also for a split that is none.
     """
 
     def __init__(self, directory: str | Path, split: Split = "train"):
+        if split not in SPLITS:
+            raise TokenSuperpositionError(f"split is {split!r}; choose one of {', '.join(SPLITS)}")
         self.directory = Path(directory)
         self.meta = Meta.load(self.directory)
         self.split: SplitMeta = getattr(self.meta, split)

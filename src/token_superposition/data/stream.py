@@ -102,7 +102,8 @@ class StreamedPlan(IterableDataset[Sample]):
                         f"a document of the stream has no input_ids (its keys: {keys or 'none'}); tokenise the text "
                         'first and give {"input_ids": ids}'
                     ) from None
-                if not np.all(document.get("attention_mask", 1)):
+                mask = document.get("attention_mask")  # a list, an array or a tensor
+                if mask is not None and not np.asarray(mask).all():
                     raise TokenSuperpositionError(
                         "a document of the stream is padded (its attention_mask has 0), which would be trained on; "
                         "tokenise without padding: documents of any length are joined"

@@ -5,7 +5,9 @@ Further lengths, of the baseline or of a variant, are there to count what a way 
 
 from __future__ import annotations
 
+import math
 import shutil
+import warnings
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -13,7 +15,7 @@ from typing import Any
 from rich.console import Console
 
 from token_superposition.data.store import Meta, TokenStore
-from token_superposition.errors import TokenSuperpositionError
+from token_superposition.errors import TokenSuperpositionError, first_line
 from token_superposition.experiment.config import Config, Variant, load_config, save_config
 from token_superposition.experiment.files import CONFIG, MODEL, SUMMARY, SWEEP, write_json
 from token_superposition.experiment.generate import generate, load_model
@@ -63,7 +65,7 @@ def checked_jobs(config: Config, out: Path) -> list[Job]:
     """Raises ``TokenSuperpositionError`` for what cannot be trained, or not into ``out``."""
     config.check()
     Meta.load(Path(config.data.path))
-    if (out / SWEEP).exists():
+    if (out / SWEEP).exists() or any(out.glob("runs/baseline-lr*")):
         raise TokenSuperpositionError(f"{out} holds a sweep; choose another --out for the comparison")
     for v in (Variant("tst", config.superposition), *config.compare.variants):
         s, steps = v.superposition, v.steps(config.train.steps)
@@ -129,13 +131,22 @@ def samples(config: Config, out: Path, runs: list[Run], prompt_tokens: int = 24)
     prompt_ids = TokenStore(config.data.path, "validation")[: min(prompt_tokens, length // 2)].tolist()
     result: list[dict[str, str]] = []
     for run in runs:
-        there = (out / "runs" / run.directory / MODEL).is_dir()  # else it diverged, or was removed
-        if there and run.seed == runs[0].seed and not run.name.startswith("baseline-"):
-            model, tokenizer = load_model(out / "runs" / run.directory / MODEL)
-            prompt, read = prompt_of(prompt_ids, tokenizer, length)
-            text = generate(model, tokenizer, prompt, max_new_tokens=max(min(64, length - read), 1))
-            result.append({"name": run.name, "prompt": prompt, "text": text})
+        directory = out / "runs" / run.directory / MODEL
+        whole = directory.is_dir() and math.isfinite(run.val_loss)  # else it diverged, or was removed
+        if whole and run.seed == runs[0].seed and not run.name.startswith("baseline-"):
+            try:
+                result.append({"name": run.name, **continued(directory, prompt_ids, length)})
+            except Exception as e:  # of what the model's own code raises; the figures do not depend on it
+                why = f"no text comes of its model ({first_line(e)})"
+                warnings.warn(f"there is no sample of {run.directory}: {why}", stacklevel=1)
     return result
+
+
+def continued(model: Path, prompt_ids: list[int], length: int) -> dict[str, str]:
+    loaded, tokenizer = load_model(model)
+    prompt, read = prompt_of(prompt_ids, tokenizer, length)
+    text = generate(loaded, tokenizer, prompt, max_new_tokens=max(min(64, length - read), 1))
+    return {"prompt": prompt, "text": text}
 
 
 def prompt_of(ids: list[int], tokenizer: Any, length: int) -> tuple[str, int]:

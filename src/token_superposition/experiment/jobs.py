@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -23,9 +24,10 @@ from token_superposition.experiment.checkpoints import checkpoints_in, step_of
 from token_superposition.experiment.config import CompareConfig, Config, SweepConfig, load_config, save_config
 from token_superposition.experiment.files import CONFIG, DIVERGED, METRICS, GrowingMetrics
 from token_superposition.experiment.launch import Launch
+from token_superposition.experiment.model import check_superpositions
 from token_superposition.experiment.progress import RunProgress
-from token_superposition.experiment.result import read_result, result_file
-from token_superposition.experiment.resume import changes, data_digest, says_all
+from token_superposition.experiment.result import began_with, read_result, result_file
+from token_superposition.experiment.resume import changes, data_digest, model_digest, says_all
 from token_superposition.experiment.speed import cores, default_parallel, gpus
 
 HUGE_PAGES = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
@@ -70,7 +72,8 @@ def check_directory(config: Config, out: Path) -> None:
 def check_jobs(jobs: list[Job], out: Path) -> None:
     """Raise ``TokenSuperpositionError`` for what cannot be trained, or not into ``out`` beside what is there."""
     meta = Meta.load(Path(jobs[0].config.data.path))
-    data = data_digest(meta)
+    data, model_path = data_digest(meta), jobs[0].config.model.path
+    model_sha256 = model_digest(model_path)
     for job in jobs:
         job.config.check()
         directory = out / "runs" / job.directory
@@ -89,7 +92,14 @@ def check_jobs(jobs: list[Job], out: Path) -> None:
                 f"{directory} read another text than {job.config.data.path} holds now, so their losses cannot be "
                 "compared; prepare that text again, or choose another --out"
             )
+        if path and began_with(path) != model_sha256:
+            raise TokenSuperpositionError(
+                f"{directory} does not say that it began with the weights that {model_path} holds now, so their losses "
+                "cannot be compared; put back those it began with, or choose another --out"
+            )
         count_blocks(meta.train.tokens, job.config.schedule, job.config.data.sequence_length)
+    if left := {job.name: job.config for job in unfinished(jobs, out)}:
+        check_superpositions(left)
 
 
 def run_jobs(
@@ -99,8 +109,9 @@ def run_jobs(
 
     A run that diverges is told of and is over, too: the others go on. Those that are interrupted, by Ctrl-C, SIGTERM or
     the failure of another one, save a checkpoint each, from which the next call goes on.
-    Raises ``TokenSuperpositionError`` where a run failed in another way, and before any where the finished ones were
-    trained in another precision than the others would be.
+    Raises ``TokenSuperpositionError`` where a run ended with status 2, and before any where the finished ones were
+    trained in another precision than the others would be; ``SystemExit`` with status 1 where a run was killed, hung or
+    failed in another way, so that the same command may do.
     """
     waiting = unfinished(jobs, out)
     for job in jobs if waiting else []:
@@ -117,11 +128,11 @@ def run_jobs(
                         running[slot] = ready[0], _start(ready[0], out, slot, parallel)
                 for slot, (job, process) in list(running.items()):
                     progress.update(job.directory, job.config.train.steps, metrics[job.directory].read())
-                    if process.poll() is not None:
+                    if (status := process.poll()) is not None:
                         del running[slot]
-                        if process.returncode and not _over(out, job.directory):
-                            raise TokenSuperpositionError(f"{_failure(job, out)}; see {_log(job, out)}")
-                        if process.returncode:
+                        if status and not _over(out, job.directory):
+                            raise _error(job, out, status)
+                        if status and (out / "runs" / job.directory / DIVERGED).exists():
                             console.print(f"[yellow]diverged[/yellow]: {escape(_failure(job, out))}", highlight=False)
                         progress.finish(job.directory)
                         finished(job)
@@ -160,7 +171,13 @@ def check_precision(job: Job, out: Path) -> None:
 
 def slots(parallel: int, waiting: list[Job], out: Path) -> int:
     """How many of the runs go at a time: ``parallel``, or what suits the machine where that is 0."""
-    return min(parallel, len(waiting)) or default_parallel(len(startable(waiting, out)))
+    if wanted := min(parallel, len(waiting)):
+        return wanted
+    ready = startable(waiting, out)
+    if not gpus():  # one more slot would take cores from the trunk that its run waits for
+        return default_parallel(len(ready))
+    branches = Counter(j.trunk for j in waiting if j not in ready)
+    return default_parallel(len(ready) + sum(n - 1 for n in branches.values()))  # in the place of their trunk
 
 
 def unfinished(jobs: list[Job], out: Path) -> list[Job]:
@@ -221,6 +238,17 @@ def share(slot: int, parallel: int) -> dict[str, str]:
 
 def _log(job: Job, out: Path) -> Path:
     return out / "runs" / job.directory / "log.txt"
+
+
+def _error(job: Job, out: Path, status: int) -> BaseException:
+    """What a run is told to have ended of, by its exit status."""
+    if status == 2:
+        return TokenSuperpositionError(f"{_failure(job, out)}; see {_log(job, out)}")
+    what = _failure(job, out)
+    if status < 0:
+        memory = " (out of memory?)" if -status == signal.SIGKILL else ""
+        what = f"the run {job.directory} was killed by signal {-status}{memory}"
+    return SystemExit(f"tst: error: {what}; see {_log(job, out)}; the same command goes on from the newest checkpoint")
 
 
 def _failure(job: Job, out: Path) -> str:

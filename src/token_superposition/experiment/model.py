@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Generator
+from collections.abc import Generator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from textwrap import shorten
@@ -13,9 +13,12 @@ from typing import Any, Literal, cast
 import torch
 from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
+from token_superposition.data.boundaries import BoundaryKind, find_boundaries
 from token_superposition.data.store import Meta
+from token_superposition.data.tokenizer import load_tokenizer
 from token_superposition.errors import TokenSuperpositionError, first_line
 from token_superposition.experiment.config import Config, ModelConfig
+from token_superposition.experiment.launch import Launch
 
 _MASK = re.compile(r"\.attn(\.attention)?\.((masked_)?bias|causal_mask)$")  # in old files of GPT-Neo, GPT-J, CodeGen
 
@@ -50,6 +53,43 @@ def build_model(config: Config, meta: Meta) -> PreTrainedModel:
             f"data.sequence_length is {length}; the model has {positions(model)} positions, give at most that"
         )
     return model
+
+
+def check_superpositions(configs: Mapping[str, Config]) -> None:
+    """Raise ``TokenSuperpositionError`` for what one of these runs, by name, would refuse and its baseline would not.
+
+    They have the same model and data. What takes a model to tell is told by one with weights, in memory. One that does
+    not run on the CPU is not asked: its runs will be.
+    """
+    from token_superposition.engines.transformers.head import ids_used_elsewhere, read_head
+
+    first = next(iter(configs.values()))
+    kinds: set[BoundaryKind] = {c.superposition.boundaries for c in configs.values()}
+    for kind in kinds - {"none"}:
+        find_boundaries(load_tokenizer(str(Path(first.data.path) / "tokenizer")), kind)
+    bags = next((n for n, c in configs.items() if any(p.input_bag > 1 for p in c.schedule.phases)), None)
+    heads = next((n for n, c in configs.items() if c.superposition.trained_heads), None)
+    if bags is heads is None:
+        return
+    meta = Meta.load(Path(first.data.path))
+    empty = empty_model(first, meta.vocab_size)
+    Launch.from_environment().check_memory(sum(p.numel() for p in empty.parameters()))
+    model = build_model(first, meta)
+    try:
+        with torch.no_grad():
+            cast(Any, model)(input_ids=torch.zeros(1, 4, dtype=torch.long), use_cache=False)
+    except Exception:
+        return
+    if bags is not None and (why := ids_used_elsewhere(model)) is not None:
+        raise TokenSuperpositionError(
+            f"{type(model).__name__} cannot read the bags of {bags}: {why}; superpose the output only "
+            '(superposition.sides = "output")'
+        )
+    if heads is not None and isinstance(head := read_head(model), str):
+        raise TokenSuperpositionError(
+            f"superposition.mtp_heads of {heads} is {configs[heads].superposition.mtp_heads}, but "
+            f"{type(model).__name__} shows no hidden states for them ({head}); set it to 0"
+        )
 
 
 def load_exactly(source: str | Path, dtype: torch.dtype | Literal["auto"] = "auto") -> Any:

@@ -101,7 +101,7 @@ def plan(
     Raises ``TokenSuperpositionError`` for a configuration that cannot be trained anywhere; what does not fit these
     GPUs or this much data is in ``warnings``.
     """
-    config.check()
+    replace(config, train=replace(config.train, compile=False)).check()  # the compiler is another machine's
     require_int("gpus", gpus, 1)
     if not 0 < mfu <= 1:
         raise TokenSuperpositionError(f"mfu is {mfu}; give the share of the GPU's peak that is used, such as 0.4")

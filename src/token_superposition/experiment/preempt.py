@@ -1,4 +1,4 @@
-"""SIGTERM or Ctrl-C while training: the step is finished, a checkpoint saved, and the run ends with 143 or 130."""
+"""A signal to end while training: the step is finished, a checkpoint saved, and the run ends with 143 or 130."""
 
 from __future__ import annotations
 
@@ -13,15 +13,18 @@ import torch.distributed as dist
 from torch import Tensor
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-SIGNALS = (signal.SIGTERM, signal.SIGUSR1)  # SLURM: --signal=USR1@120
+from token_superposition.cli import leave_terminal
+
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)  # SLURM: --signal=USR1@120; a terminal that is closed
 TERMINATED, INTERRUPTED = 143, 130
 
 
 class Preemption(TrainerCallback):
-    """Catches SIGTERM, SIGUSR1 and SIGINT inside ``with``, and stops the training after the step.
+    """Catches SIGTERM, SIGUSR1, SIGHUP and SIGINT inside ``with``, and stops the training after the step.
 
     A second SIGINT is ``KeyboardInterrupt`` at once. Among several processes it is not: a launcher passes on to them
-    the Ctrl-C that they got from the terminal, too. Where SIGINT is ignored, as in a shell's background, it stays so.
+    the Ctrl-C that they got from the terminal, too. Where SIGINT is ignored, as in a shell's background, it stays so;
+    so does SIGHUP, under nohup.
 
     Several processes agree: each step sums up who got a signal over gloo, beside the step's computation, and the next
     step's end takes note, so they all stop after the same one. A signal after the last step changes nothing.
@@ -40,7 +43,9 @@ class Preemption(TrainerCallback):
 
     def __enter__(self) -> Preemption:
         if threading.current_thread() is threading.main_thread():
-            self._before = {s: signal.signal(s, self._take) for s in SIGNALS}
+            nohup = signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+            caught = [s for s in SIGNALS if not (nohup and s == signal.SIGHUP)]
+            self._before = {s: signal.signal(s, self._take) for s in caught}
             if signal.getsignal(signal.SIGINT) == signal.default_int_handler:
                 self._before[signal.SIGINT] = signal.signal(signal.SIGINT, self._interrupt)
         return self
@@ -49,8 +54,10 @@ class Preemption(TrainerCallback):
         for s, handler in self._before.items():
             signal.signal(s, handler)
 
-    def _take(self, *_: object) -> None:
+    def _take(self, number: int, *_: object) -> None:
         self.signalled = True
+        if number == signal.SIGHUP:
+            leave_terminal()  # to print there would fail, before the checkpoint is saved
 
     def _interrupt(self, *_: object) -> None:
         if self.processes == 1:

@@ -5,12 +5,12 @@ from __future__ import annotations
 import json
 import os
 import platform
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from itertools import pairwise
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -20,6 +20,9 @@ from token_superposition.experiment.config import Config
 from token_superposition.experiment.files import DIVERGED, METRICS, RESULT, read_metrics
 from token_superposition.experiment.form import misfit
 from token_superposition.experiment.resume import data_digest
+
+BEGAN = "model_sha256"
+"""In run.json, beside the result: of what ``model.path`` held."""
 
 
 @dataclass(frozen=True)
@@ -44,8 +47,11 @@ class RunResult:
     """
     train_seconds: float
     """Time in training steps, without validation and saving."""
-    steady_seconds: float
-    """The same at the pace of each phase, without what is done once, such as compiling."""
+    steady_seconds: float | None
+    """The same at the pace of each phase, without what is done once, such as compiling.
+
+    None where a phase has fewer than two logged steps; runs of before have train_seconds there.
+    """
     phase_step_seconds: list[float | None]
     """Median time of a step in each phase; where bag sizes are mixed, in all the steps on bags and in the rest.
 
@@ -95,7 +101,7 @@ class RunResult:
             epochs=plan.epochs,
             flops=flops,
             train_seconds=train_seconds,
-            steady_seconds=train_seconds if times.steady is None else times.steady,
+            steady_seconds=times.steady,
             phase_step_seconds=times.by_phase,
             val_loss=val_loss,
             val_bpb=val_loss * bits_per_byte,
@@ -135,10 +141,22 @@ def result_file(directory: Path) -> Path | None:
     return next((p for name in (RESULT, DIVERGED) if (p := directory / name).exists()), None)
 
 
+def result_json(result: RunResult, model_sha256: str | None) -> dict[str, Any]:
+    """What is written of a run, which began with the weights ``model_sha256`` (``model_digest``), if with any."""
+    return asdict(result) | ({} if model_sha256 is None else {BEGAN: model_sha256})
+
+
+def began_with(path: Path) -> str | None:
+    """The weights that a run began with (``model_digest``), of which those of before say nothing."""
+    return json.loads(path.read_text(encoding="utf-8")).get(BEGAN)
+
+
 def read_result(path: Path) -> RunResult:
     """Raises ``TokenSuperpositionError`` for a file of another form, such as one of an earlier version."""
     try:
         content: Any = json.loads(path.read_text(encoding="utf-8"))
+        if isinstance(content, dict):
+            cast(dict[str, Any], content).pop(BEGAN, None)
         wrong = misfit(content, RunResult, path.name)
     except (ValueError, RecursionError) as e:
         content, wrong = None, str(e)

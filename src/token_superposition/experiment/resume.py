@@ -5,7 +5,7 @@ from __future__ import annotations
 import tomllib
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from hashlib import sha256
+from hashlib import file_digest, sha256
 from pathlib import Path
 from typing import Any, Literal
 
@@ -62,6 +62,27 @@ def data_digest(meta: Meta) -> str:
     return json_sha256(data_identity(meta))
 
 
+def model_digest(path: str | None) -> str | None:
+    """SHA-256 of the weights at ``model.path`` and their config.json; None without one, or where it is no directory.
+
+    Raises ``TokenSuperpositionError`` for a file that cannot be read.
+    """
+    if path is None or not Path(path).is_dir():
+        return None
+
+    def of(file: Path) -> str:
+        with file.open("rb") as f:
+            return file_digest(f, "sha256").hexdigest()
+
+    patterns = ("config.json", "*.safetensors", "pytorch_model*.bin")
+    try:
+        return json_sha256({p.name: of(p) for pattern in patterns for p in sorted(Path(path).glob(pattern))})
+    except OSError as e:
+        raise TokenSuperpositionError(
+            f"model.path {path} cannot be read ({e.filename}: {e.strerror}); give the directory of a saved model"
+        ) from None
+
+
 def changes(old: Config, new: Config) -> list[str]:
     """What a run may not go on with, as "section.name old -> new"."""
     return [
@@ -82,9 +103,10 @@ def says_all(path: Path, config: Config) -> bool:
         return False
 
 
-def facts(config: Config, meta: Meta, precision: str) -> dict[str, Any]:
-    """What the manifest of a checkpoint says of its run."""
-    return {"data": data_identity(meta), "config": without_none(asdict(config)), "precision": precision}
+def facts(config: Config, meta: Meta, precision: str, model_sha256: str | None) -> dict[str, Any]:
+    """What the manifest of a checkpoint says of its run, which began with the weights ``model_sha256``, if with any."""
+    began = {} if model_sha256 is None else {"model_sha256": model_sha256}
+    return {"data": data_identity(meta), "config": without_none(asdict(config)), "precision": precision} | began
 
 
 @dataclass(frozen=True)
@@ -130,11 +152,12 @@ class Start:
         return named
 
 
-def check_start(checkpoint: Path, config: Config, meta: Meta, precision: str) -> None:
+def check_start(checkpoint: Path, config: Config, meta: Meta, precision: str, model_sha256: str | None = None) -> None:
     """Raises ``TokenSuperpositionError``, with the differences, for a checkpoint of another model, data or plan.
 
     Up to the checkpoint, the run must have read what this configuration reads, in the same ``precision`` (what
-    train.precision is on this machine); how it trained may differ.
+    train.precision is on this machine), and have begun with the same weights (``model_digest``; checkpoints of before
+    do not say with which); how it trained may differ.
     """
     manifest = read_manifest(checkpoint)
     if step_of(checkpoint) > config.train.steps:
@@ -155,6 +178,8 @@ def check_start(checkpoint: Path, config: Config, meta: Meta, precision: str) ->
         for name in names
         if (before := getattr(getattr(old, section), name)) != (now := getattr(getattr(config, section), name))
     ]
+    if (before := manifest.get("model_sha256", model_sha256)) != model_sha256:
+        differences.append(f"weights of model.path {_short(before)} -> {_short(model_sha256)}")
     if manifest["precision"] != precision:
         differences.append(f"train.precision {manifest['precision']!r} -> {precision!r}")
     a, b = old.schedule, config.schedule

@@ -10,7 +10,6 @@ import traceback
 import warnings
 from collections.abc import Generator
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from pickle import UnpicklingError
@@ -37,7 +36,7 @@ from token_superposition.engines.transformers.mtp import MTPHeads, check_checkpo
 from token_superposition.engines.transformers.muon import MuonAdamW, split_parameters
 from token_superposition.engines.transformers.switch import AtSwitch
 from token_superposition.errors import TokenSuperpositionError, first_line
-from token_superposition.experiment.checkpoints import checkpoints_in, damage, step_of
+from token_superposition.experiment.checkpoints import checkpoints_in, damage, read_manifest, step_of
 from token_superposition.experiment.config import Config, load_config, save_config
 from token_superposition.experiment.files import (
     CONFIG,
@@ -55,8 +54,16 @@ from token_superposition.experiment.launch import Launch
 from token_superposition.experiment.metrics import MetricsWriter, Report
 from token_superposition.experiment.model import build_model, empty_model
 from token_superposition.experiment.preempt import Preemption
-from token_superposition.experiment.result import RunResult, StepTimes
-from token_superposition.experiment.resume import Resume, Start, changes, check_start, facts, says_all
+from token_superposition.experiment.result import RunResult, StepTimes, result_json
+from token_superposition.experiment.resume import (
+    Resume,
+    Start,
+    changes,
+    check_start,
+    facts,
+    model_digest,
+    says_all,
+)
 from token_superposition.experiment.shards import weights_only
 from token_superposition.experiment.tracking import (
     Rates,
@@ -104,10 +111,11 @@ def _train(config: Config, out: Path, launch: Launch, start: Start, report: Repo
     parameters = sum(p.numel() for p in empty.parameters())
     mtp_heads(config, empty)
     launch.check_memory(sum(p.numel() for p in empty.parameters()))
+    model_sha256 = model_digest(config.model.path)
     if (candidate := start.find(check=partial(damage, content=False))) is not None:
         launch.check_checkpoint(candidate)
         check_checkpoint(candidate, config.superposition.trained_heads)
-        check_start(candidate, config, store.meta, precision)
+        check_start(candidate, config, store.meta, precision, model_sha256)
     set_seed(config.train.seed)
     model = build_model(config, store.meta)
     mtp = mtp_heads(config, model)
@@ -155,7 +163,7 @@ def _train(config: Config, out: Path, launch: Launch, start: Start, report: Repo
         optimizers=(muon(config, model), None),
         callbacks=[metrics, *at_switch(config), preemption, watchdog, guard],
         guard=guard,
-        facts=facts(config, store.meta, precision),
+        facts=facts(config, store.meta, precision, model_sha256),
         keep=config.train.keep,
         kept_steps=config.kept_steps,
     )
@@ -163,9 +171,9 @@ def _train(config: Config, out: Path, launch: Launch, start: Start, report: Repo
     first = trainer.is_world_process_zero()
     checkpoint = start.find(warnings.warn if first else lambda line: None, trainer.check)
     if checkpoint is not None:
-        check_start(checkpoint, config, store.meta, precision)
+        check_start(checkpoint, config, store.meta, precision, model_sha256)
         if first and checkpoint.resolve().parent != (out / "checkpoints").resolve():
-            write_metrics(out / METRICS, read_metrics(checkpoint.parent.parent / METRICS, step_of(checkpoint)))
+            take_over_metrics(checkpoint, out)
 
     def result(val_loss: float) -> RunResult:
         starts = [0, *schedule.switches[-1:]] if config.superposition.mixture else schedule.starts
@@ -191,7 +199,7 @@ def _train(config: Config, out: Path, launch: Launch, start: Start, report: Repo
         except Exception as e:
             traceback.clear_frames(e.__traceback__)  # lets the loader go, whose processes do not end by SIGTERM
             if isinstance(e, Diverged) and first:
-                write_json(out / DIVERGED, asdict(result(math.nan)))
+                write_json(out / DIVERGED, result_json(result(math.nan), model_sha256))
             raise
         if preemption.stopped:
             if first:
@@ -201,8 +209,22 @@ def _train(config: Config, out: Path, launch: Launch, start: Start, report: Repo
         save_model(trainer, out / MODEL)
     finished = result(val_loss)
     if first:
-        write_json(out / RESULT, asdict(finished))
+        write_json(out / RESULT, result_json(finished, model_sha256))
     return finished
+
+
+def take_over_metrics(checkpoint: Path, out: Path) -> None:
+    """Of the steps up to a ``checkpoint`` of elsewhere: its run's, or those of ``out`` where it was moved away."""
+    step, every = step_of(checkpoint), read_manifest(checkpoint)["config"]["train"]["log_every"]
+    beside = checkpoint.resolve().parent.parent / METRICS
+    lines = read_metrics(beside if beside.exists() else out / METRICS, step)
+    if step - (last := lines[-1]["step"] if lines else 0) >= every:
+        warnings.warn(
+            f"the metrics from step {last} to {step} are not beside {checkpoint}, so that {out / METRICS} lacks them; "
+            "name it in the directory of its run",
+            stacklevel=1,
+        )
+    write_metrics(out / METRICS, lines)
 
 
 def batch_of(plan: PlannedDataset, out: Path, step: int) -> str:

@@ -163,21 +163,26 @@ def equal_time(runs: Sequence[Run], ours: dict[int, Run], baseline: dict[int, Ru
 
     Without what a run does once: the first one compiles for all, and a baseline that branched off was loaded midway.
     Each seed's ratio is its own: runs of one seed are trained beside each other, those of others at another time.
-    Where they had not the same hardware or number of cores, as when one was added later, there is none.
+    Where they had not the same hardware or number of cores, as when one was added later, there is none; nor where one
+    has a phase of too few logged steps for a pace.
     """
     paired_seeds = [seed for seed in ours if seed in baseline]
     alike = [seed for seed in paired_seeds if ours[seed].hardware == baseline[seed].hardware]
-    # Of a few steps nothing was logged that has a time.
-    timed = [seed for seed in alike if baseline[seed].steady_seconds]
-    per_seed = [ours[seed].steady_seconds / baseline[seed].steady_seconds for seed in timed]
+    timed = [(a, b) for seed in alike if (a := steady_of(ours[seed])) and (b := steady_of(baseline[seed]))]
+    per_seed = [a / b for a, b in timed]
     found = baseline_of(median(per_seed) if per_seed else math.nan, runs, ours, baseline)
     return {
-        "seconds": median(ours[seed].steady_seconds for seed in timed or paired_seeds),
-        "baseline_seconds": median(baseline[seed].steady_seconds for seed in timed or paired_seeds),
+        "seconds": median(a for a, _ in timed) if timed else math.nan,
+        "baseline_seconds": median(b for _, b in timed) if timed else math.nan,
         "ratio_per_seed": per_seed,
         "seeds_on_other_hardware": len(paired_seeds) - len(alike),
         **found,
     }
+
+
+def steady_of(r: Run) -> float | None:
+    """None for a phase without a pace: runs of before have the time with compiling there."""
+    return None if None in r.phase_step_seconds else r.steady_seconds
 
 
 def baseline_curve(runs: Sequence[Run], seed: int | None = None) -> list[tuple[int, float]]:

@@ -89,6 +89,8 @@ def sweep(config: Config, out: str | Path, console: Console, command: str = "") 
         console.print(f"round {len(rounds)}: {_count(cells, 'setting')}, seed {seeds}", highlight=False)
         run_jobs(jobs, out, config.compare.parallel, console, finished)
         write_rows(out / TABLE, rows_of(grid, rounds, results(grid, out)))
+    for job in jobs:  # also of those that finished after the sweep itself was killed
+        finished(job)
     return write_sweep(out, grid, design, results(grid, out), body, command)
 
 
@@ -119,7 +121,8 @@ def write_sweep(out: Path, grid: Grid, design: Design, found: Results, body_para
 def checked(config: Config, out: Path) -> tuple[Grid, Design]:
     """Raises ``TokenSuperpositionError`` for what cannot be swept, or not into ``out``."""
     config.check()
-    if (out / SUMMARY).exists():
+    of_comparison = [p for p in out.glob("runs/baseline*") if not p.name.startswith("baseline-lr")]
+    if of_comparison or (out / SUMMARY).exists():
         raise TokenSuperpositionError(f"{out} holds a comparison; choose another --out for the sweep")
     check_directory(config, out)
     grid = grid_of(config)

@@ -29,6 +29,8 @@ from token_superposition.schedule import Schedule
 T = TypeVar("T")
 PENDING = "pending_loss.json"
 """In a checkpoint: what the next log will tell of the steps before it, the losses by process; the time they took."""
+OF_THE_RUN = ("initial_lr", "betas", "weight_decay")
+"""Of a group of the optimizer, beside the learning rate: what the configuration says, whatever a checkpoint has."""
 
 
 class RunTrainer(TSTTrainer):
@@ -43,6 +45,7 @@ class RunTrainer(TSTTrainer):
         *TSTTrainer.OVERRIDDEN,
         "_get_grad_norm",
         "_get_output_dir",
+        "_load_optimizer_and_scheduler",
         "_load_rng_state",
         "_save_checkpoint",
         "_save_rng_state",
@@ -141,6 +144,20 @@ class RunTrainer(TSTTrainer):
         self._globalstep_last_logged = int(pending["since"])
         self.guard.skipped[:] = pending["skipped"]
         self.metrics.go_on_from(pending["seconds"])
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        """Moments and step are the checkpoint's; learning rate, betas and weight decay are those of this run, which may
+        branch off another one."""
+        optimizer, scheduler = cast(Any, self.optimizer), cast(Any, self.lr_scheduler)
+        ours = [{name: g[name] for name in OF_THE_RUN if name in g} for g in optimizer.param_groups]
+        base = scheduler.base_lrs
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is None:
+            return
+        rates = [lr * factor(scheduler.last_epoch) for lr, factor in zip(base, scheduler.lr_lambdas, strict=True)]
+        scheduler.base_lrs, scheduler._last_lr = base, rates
+        for group, settings, rate in zip(optimizer.param_groups, ours, rates, strict=True):
+            group.update(settings, lr=rate)
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
         norm = super()._get_grad_norm(model, grad_norm)

@@ -20,6 +20,7 @@ class Watchdog(TrainerCallback):
     """Inside ``with``, ends the process with status 1 if no step, validation batch or checkpoint comes for ``seconds``.
 
     It looks every fifth of that time, at least every 10 s. Where the process hung is written to ``stalled.txt``.
+    Time in which the process itself was stopped (SIGSTOP, a suspended job) does not count.
     """
 
     def __init__(self, seconds: float, out: Path):
@@ -38,8 +39,13 @@ class Watchdog(TrainerCallback):
         self._done.set()
 
     def _watch(self) -> None:
-        while not self._done.wait(min(self.seconds / 5, 10)):
-            if time.monotonic() - self._mark > self.seconds:
+        pause, looked = min(self.seconds / 5, 10), time.monotonic()
+        while not self._done.wait(pause):
+            now = time.monotonic()
+            stopped, looked = now - looked - pause, now
+            if stopped > pause:  # this thread, and so the process, did not come on either
+                self._mark = min(self._mark + stopped, now)
+            if now - self._mark > self.seconds:
                 where = self.out / STACKS
                 print(
                     f"tst: error: nothing was done for {self.seconds / 60:g} minutes after step {self.step} "

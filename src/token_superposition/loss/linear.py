@@ -90,7 +90,7 @@ def linear_multi_hot_cross_entropy(
             f"bias has shape {tuple(bias.shape)} beside a head of shape {tuple(weight.shape)}; give one number for "
             "each row of the head"
         )
-    hidden, weight, bias, vocab_start, group = local_head(hidden, weight, bias, vocab_parallel)
+    hidden, weight, bias, targets, vocab_start, group = local_head(hidden, weight, bias, targets, vocab_parallel)
     hidden, targets = as_rows(hidden, targets)
     _check(hidden, weight, softcap, impl, chunk_rows)
     check_loss(loss)

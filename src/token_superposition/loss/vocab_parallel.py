@@ -26,17 +26,17 @@ class VocabParallel:
 
 
 def local_head(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, place: VocabParallel | None
-) -> tuple[Tensor, Tensor, Tensor | None, int, str]:
-    """Plain tensors of this process (hidden, weight, bias), the first id of weight, and the group's name ('' if none).
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, place: VocabParallel | None
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor, int, str]:
+    """Plain tensors of this process (hidden, weight, bias, targets), weight's first id, the group's name ('' if none).
 
     Raises ``TokenSuperpositionError`` for a DTensor that is sharded otherwise than over V, and for one beside plain
     hidden states: FSDP2 shards parameters like that, and its processes hold different rows.
     """
     if place is not None:
-        return hidden, weight, bias, place.start, place.group.group_name
+        return hidden, weight, bias, targets, place.start, place.group.group_name
     if not hasattr(weight, "device_mesh"):
-        return hidden, weight, bias, 0, ""
+        return hidden, weight, bias, targets, 0, ""
     from torch.distributed.tensor import DTensor, Replicate, Shard
 
     from token_superposition.sharding import local_rows
@@ -51,8 +51,10 @@ def local_head(
         )
     if isinstance(hidden, DTensor):
         hidden = hidden.redistribute(mesh, [Replicate()] * mesh.ndim).to_local()
+    if isinstance(targets, DTensor):
+        targets = targets.redistribute(mesh, [Replicate()] * mesh.ndim).to_local()
     if isinstance(bias, DTensor):
         bias = bias.redistribute(mesh, head.placements).to_local()
     elif bias is not None and sharded:
         bias = DTensor.from_local(bias, mesh, [Replicate()], run_check=False).redistribute(mesh, [Shard(0)]).to_local()
-    return hidden, rows, bias, start, mesh.get_group().group_name if sharded else ""
+    return hidden, rows, bias, targets, start, mesh.get_group().group_name if sharded else ""

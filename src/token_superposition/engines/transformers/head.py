@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Generator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import product
 from typing import Any, cast
@@ -10,42 +12,55 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from token_superposition.embedding import find_embedding
+from token_superposition.embedding import OwnHook, find_embedding, is_superposed
 from token_superposition.errors import TokenSuperpositionError, first_line
 
 
 class HiddenStates:
-    """Keeps the last hidden states of a decoder's forward pass inside ``with``, until they are taken."""
+    """The last hidden states of a decoder's forward pass inside ``with``, until they are taken.
 
-    def __init__(self) -> None:
-        self._wanted = False
-        self._latest: Tensor | None = None
+    The decoder has one hook for everyone who asks. It stays while the decoder is superposed, since a compiled one would
+    be compiled again for another; ``unsuperpose`` removes it.
+    """
+
+    def __init__(self, decoder: nn.Module):
+        self._decoder = decoder
+        self._hook = _Keep()
 
     @staticmethod
     def of(decoder: nn.Module) -> HiddenStates:
-        """Those of ``decoder``, which has one hook for everyone who asks."""
-        for hook in cast(Any, decoder)._forward_hooks.values():
-            if isinstance(found := getattr(hook, "__self__", None), HiddenStates):
-                return found
-        made = HiddenStates()
-        decoder.register_forward_hook(made._keep)
-        return made
+        return HiddenStates(decoder)
 
     def __enter__(self) -> HiddenStates:
-        self._wanted = True
+        there = [hook for hook in cast(Any, self._decoder)._forward_hooks.values() if isinstance(hook, _Keep)]
+        if there:
+            self._hook = there[0]
+        else:
+            self._decoder.register_forward_hook(self._hook)
+        self._hook.wanted = True
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._wanted, self._latest = False, None
-
-    def _keep(self, module: nn.Module, args: Any, output: Any) -> None:
-        if self._wanted:
-            self._latest = last_hidden_state(output)
+        self._hook.wanted, self._hook.latest = False, None
+        if not any(map(is_superposed, self._decoder.modules())):
+            hooks = cast(Any, self._decoder)._forward_hooks
+            for key in [key for key, hook in hooks.items() if hook is self._hook]:
+                del hooks[key]
 
     def take(self) -> Tensor:  # (B, L, d)
-        hidden, self._latest = self._latest, None
+        hidden, self._hook.latest = self._hook.latest, None
         assert hidden is not None, "the decoder has not run"
         return hidden
+
+
+class _Keep(OwnHook):
+    def __init__(self) -> None:
+        self.wanted = False
+        self.latest: Tensor | None = None
+
+    def __call__(self, module: nn.Module, args: Any, output: Any) -> None:
+        if self.wanted:
+            self.latest = last_hidden_state(output)
 
 
 def last_hidden_state(output: Any) -> Tensor:
@@ -91,36 +106,69 @@ def ids_used_elsewhere(model: nn.Module) -> str | None:
 
     Told by 4 ids that are given as they are and as their embeddings: no other embedding may be looked up for the one
     than for the other (its weights may be 0 at first, so that the logits do not tell), and the logits must be the same.
+    A model that takes no embeddings is given bags of one token in their place.
     """
-    if "inputs_embeds" not in inspect.signature(model.forward).parameters:
-        return None
     embedding: Any = find_embedding(model)
-    if embedding.weight.is_meta:
+    if (weight := getattr(embedding, "weight", None)) is None or weight.is_meta:
         return None
-    training = model.training
-    ids = torch.arange(4, device=embedding.weight.device).remainder(embedding.weight.shape[0]).unsqueeze(0)
+    ids, options = probe_ids(model, weight), without_cache(model)
+    takes_embeddings = "inputs_embeds" in inspect.signature(model.forward).parameters
     looked_up: list[str] = []
     handles = [
         module.register_forward_hook(lambda *_, name=name: looked_up.append(name))
         for name, module in model.named_modules()
         if isinstance(module, nn.Embedding) and module is not embedding
     ]
+    if not takes_embeddings:
+        handles.append(embedding.register_forward_pre_hook(_without_bags, with_kwargs=True))
     try:
-        with torch.no_grad():
-            by_ids: Tensor = model.eval()(input_ids=ids, use_cache=False).logits
+        with evaluating(model), torch.no_grad():
+            by_ids = logits_of(model(input_ids=ids, **options))
             for_ids, looked_up[:] = set(looked_up), []
-            by_embeddings: Tensor = model(inputs_embeds=embedding(ids), use_cache=False).logits
+            instead = {"inputs_embeds": embedding(ids)} if takes_embeddings else {"input_ids": ids.unsqueeze(-1)}
+            otherwise = logits_of(model(**instead, **options))
     except Exception as e:
-        return f"it does not take embeddings in place of token ids ({first_line(e)})"
+        given = "embeddings" if takes_embeddings else "bags"
+        return f"it does not take {given} in place of token ids ({first_line(e)})"
     finally:
-        model.train(training)
         for handle in handles:
             handle.remove()
     if further := sorted(for_ids - set(looked_up)):
         return f"it looks token ids up in {further[0]} as well, where bags cannot be averaged"
-    if (by_ids - by_embeddings).abs().max() <= 16 * torch.finfo(by_ids.dtype).eps * by_ids.abs().max():
+    if not takes_embeddings and otherwise.shape != by_ids.shape:
+        return f"it makes logits of shape {tuple(otherwise.shape)} of 4 bags; its code takes ids for (B, L)"
+    if (by_ids - otherwise).abs().max() <= 16 * torch.finfo(by_ids.dtype).eps * by_ids.abs().max():
         return None
-    return "it makes something else of token ids than of their embeddings, such as another scale"
+    given = "their embeddings, such as another scale" if takes_embeddings else "bags of one token"
+    return f"it makes something else of token ids than of {given}"
+
+
+def _without_bags(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Bags of one token are looked up as these: their mean may be weighted or signed."""
+
+    def token(ids: Any) -> Any:
+        return ids.squeeze(-1) if isinstance(ids, Tensor) and ids.dim() == 3 else ids
+
+    return tuple(map(token, args)), {name: token(value) for name, value in kwargs.items()}
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Generator[None]:
+    """Every module in evaluation mode; then each in the mode that it had."""
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes.items():
+            module.training = training
+
+
+def probe_ids(model: nn.Module, rows: Tensor) -> Tensor:  # (V, ...) -> (1, 4), fewer if V is below 5
+    """Ids that are ordinary tokens: behind those that are often special, and not the padding, which models see."""
+    pad = getattr(getattr(model, "config", None), "pad_token_id", None)
+    ids = torch.arange(5, 10, device=rows.device).remainder(rows.shape[0])
+    return ids[ids != (-1 if pad is None else pad)][:4].unsqueeze(0)
 
 
 def check_causal(model: nn.Module) -> None:
@@ -139,16 +187,14 @@ def check_causal(model: nn.Module) -> None:
         read.append(output.detach().requires_grad_())
         return read[0].clone()
 
-    handle, training = embedding.register_forward_hook(keep), model.training
+    handle = embedding.register_forward_hook(keep)
     try:
-        with torch.enable_grad():
-            ids = torch.arange(5, 9, device=weight.device).remainder(weight.shape[0]).unsqueeze(0)  # no padding
-            logits = logits_of(model.eval()(input_ids=ids, **without_cache(model)))
+        with evaluating(model), torch.enable_grad():
+            logits = logits_of(model(input_ids=probe_ids(model, weight), **without_cache(model)))
             (gradient,) = torch.autograd.grad(logits[:, :-1].sum(), read[0])
     except Exception:
         return
     finally:
-        model.train(training)
         handle.remove()
     if gradient.flatten(0, -2)[-1].abs().max() > 0:
         switch = hasattr(getattr(model, "config", None), "is_decoder")
@@ -197,17 +243,20 @@ def read_head(model: nn.Module) -> Head | str:
         return ramp.to(output.dtype).expand_as(output)
 
     handles = [decoder.register_forward_hook(keep_hidden), head.register_forward_hook(replace_logits)]
-    training = model.training
     try:
-        with torch.no_grad():
-            ids = torch.arange(4, device=head.weight.device).remainder(head.out_features).unsqueeze(0)
-            logits = model.eval()(input_ids=ids, use_cache=False).logits
+        with evaluating(model), torch.no_grad():
+            logits = logits_of(model(input_ids=probe_ids(model, head.weight), **without_cache(model)))
+    except Exception as e:
+        return f"its forward fails for 4 ids ({first_line(e)})"
     finally:
-        model.train(training)
         for handle in handles:
             handle.remove()
+    if missing := [part for part, name in (("decoder", "hidden"), ("output head", "input")) if name not in seen]:
+        return f"its forward does not call its {missing[0]}"
     if not torch.equal(seen["input"].float(), seen["hidden"].float()):
         return "the hidden states are changed between decoder and head"
+    if logits.shape[-1:] != ramp.shape:
+        return f"of the head's {len(ramp)} logits come {logits.shape[-1]}"
     config: Any = model.config
     config = config.get_text_config()
     caps = [None, *(getattr(config, name, None) for name in ("final_logit_softcapping", "logits_soft_cap"))]

@@ -49,7 +49,7 @@ def initialise_embeddings(model: Any, seed: int) -> list[Tensor]:
     for module in (model.get_input_embeddings(), model.get_output_embeddings()):
         if any(module.weight is p for p in changed):
             continue
-        fresh = torch.empty(module.weight.shape).normal_(0, std, generator=generator)
+        fresh = torch.empty(module.weight.shape, device="cpu").normal_(0, std, generator=generator)
         if getattr(module, "padding_idx", None) is not None:
             fresh[module.padding_idx] = 0
         module.weight.copy_(fresh)

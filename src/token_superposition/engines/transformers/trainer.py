@@ -33,7 +33,7 @@ from token_superposition.engines.transformers.head import (
 from token_superposition.engines.transformers.mtp import MTPHeads
 from token_superposition.errors import TokenSuperpositionError
 from token_superposition.loss import linear_multi_hot_cross_entropy, multi_hot_cross_entropy
-from token_superposition.loss.targets import BagLoss, check_loss
+from token_superposition.loss.targets import BagLoss, check_loss, target_weights
 from token_superposition.schedule import WSD, Schedule
 from token_superposition.weights import Weighting, place_weights, weights_for
 
@@ -97,7 +97,6 @@ class TSTTrainer(Trainer):
                 f"transformers {version('transformers')} has no Trainer.{missing[0]}, in whose place we train "
                 "bags; install the version of constraints.txt"
             )
-        superpose(model, place_signal=place_signal, input_weighting=input_weighting)
         with torch.compiler.set_stance("force_eager"):  # nothing is compiled for 4 ids
             head = read_head(model)
         if mtp is not None:
@@ -144,6 +143,8 @@ class TSTTrainer(Trainer):
             self._check_plan(self.train_dataset)
             with torch.compiler.set_stance("force_eager"):
                 self._check_model(model, self.train_dataset.schedule)
+        # The last, so that a model is what it was where anything above is refused.
+        superpose(model, place_signal=place_signal, input_weighting=input_weighting)
 
     def _check_model(self, model: nn.Module, schedule: Schedule) -> None:
         check_causal(model)
@@ -249,7 +250,7 @@ class TSTTrainer(Trainer):
                 loss = score(hidden, targets=targets, reduction=reduction, z_loss=z_loss)
                 if self.mtp is not None and model.training:  # over as many rows, so that accumulation changes nothing
                     further = score(self.mtp(hidden), targets=self.mtp.targets(targets), reduction="sum")
-                    rows = (any_target(targets) != -100).sum().clamp(min=1) if reduction == "mean" else 1
+                    rows = 1 if reduction == "sum" else (any_target(targets, self.weighting) != -100).sum().clamp(min=1)
                     loss = loss + further * (self.mtp.weight / self.mtp.heads) / rows
         else:
             outputs = model(**inputs)
@@ -258,7 +259,7 @@ class TSTTrainer(Trainer):
             )
         accumulated = 1
         if num_items_in_batch is not None:  # rows of the whole step: see _get_num_items_in_batch
-            loss = loss / num_items_in_batch
+            loss = loss / (num_items_in_batch + (num_items_in_batch == 0))
             accumulated = self.current_gradient_accumulation_steps
             if self.args.average_tokens_across_devices:
                 loss = loss * (self.accelerator.num_processes // self.get_tp_size())
@@ -332,7 +333,7 @@ class TSTTrainer(Trainer):
         def rows(batch: Any) -> Any:
             if "shift_labels" not in batch:
                 return batch
-            valid = any_target(batch["shift_labels"])
+            valid = any_target(batch["shift_labels"], self.weighting)
             return {"labels": valid, "shift_labels": valid}
 
         return super()._get_num_items_in_batch([rows(b) for b in batch_samples], device)
@@ -374,5 +375,11 @@ def check_held_out(dataset: object) -> None:
         )
 
 
-def any_target(targets: Tensor) -> Tensor:  # (B, L, s) or (B, L) -> (B, L), -100 where there is none
-    return targets.amax(-1) if targets.dim() > 2 else targets
+def any_target(targets: Tensor, weighting: Weighting) -> Tensor:  # (B, L, s) or (B, L) -> (B, L)
+    """-100 where there is no target that the loss counts: none at all, or only some of weight 0."""
+    if targets.dim() < 3:
+        return targets
+    if (weights := weights_for(targets, weighting)) is None:
+        return targets.amax(-1)
+    counts = target_weights(targets.flatten(0, -2), weights, -100, torch.float32)[1]
+    return torch.where(counts, 0, -100).view(targets.shape[:-1])
