@@ -21,11 +21,12 @@ class CompareCommand:
     Same model, data, learning rate and number of steps, hence equal FLOPs. --out gets summary.json, report.html and
     runs/NAME/ with metrics.jsonl and model/. Calling it again goes on with what is not done.
 
-    Measure the speed-up to equal loss with longer baselines: --compare.baseline-lengths 1 1.5 2
-    Repeat with other seeds, for 95% intervals: --compare.seeds 0 1 2 3 4
-    What it would cost: --dry-run
+    Several seeds give 95% intervals, longer baselines the speed-up to equal loss; further ways of superposing stand in
+    the file, each as [[compare.variants]] with a name and a superposition of its own.
 
-    Example: tst compare config.toml --compare.seeds 0 1 2 3 4 --compare.baseline-lengths 1 1.5 2 --out comparison
+    Example: five seeds, and longer baselines
+      tst compare config.toml --compare.seeds 0 1 2 3 4 --compare.baseline-lengths 1 1.5 2 --out comparison
+      --dry-run                                         what it would cost
     """
 
     config: Annotated[Config, tyro.conf.arg(name="")] = field(default_factory=Config)

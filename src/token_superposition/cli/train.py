@@ -23,10 +23,11 @@ class TrainCommand:
     and run.json. Calling it again continues from the newest checkpoint that is whole.
     Ctrl-C, SIGTERM, SIGUSR1 and a closed terminal finish the step, save a checkpoint and exit with status 130 or 143:
     start it again. Exit status 1: a process died or hung, start it again; 2: one line says what to change first.
-    Several processes: torchrun --nproc-per-node 2 -m token_superposition train CONFIG.toml
-    DDP or FSDP2: accelerate launch --config_file FILE -m token_superposition train CONFIG.toml
 
-    Example: tst train config.toml --superposition.bag-size 8 --train.seed 1 --out runs/s8
+    Example: one process; several, with DDP; whatever a file of accelerate says, FSDP2 too
+      tst train config.toml --superposition.bag-size 8 --train.seed 1 --out runs/s8
+      torchrun --nproc-per-node 2 -m token_superposition train CONFIG.toml
+      accelerate launch --config_file FILE -m token_superposition train CONFIG.toml
     """
 
     config: Annotated[Config, tyro.conf.arg(name="")] = field(default_factory=Config)

@@ -25,7 +25,8 @@ class SuperpositionConfig:
     sides: Literal["both", "input", "output"] = "both"
     """Where bags are used: both is TST; input predicts one token; output reads one token and needs no more data."""
     weighting: Weighting = "uniform"
-    """Weights of the places in a target bag."""
+    """Weights of the places i = 1..s in a target bag: all the same (TST as in the paper), power 1/i, exponential e^-i,
+    first: the nearest token only, fitted: the paper's fit to how much tokens i apart tell of each other."""
     input_weighting: Weighting = "uniform"
     """Weights of the places in a bag that is read, from its end on: the last token has the first weight."""
     loss: BagLoss = "multi-hot"
