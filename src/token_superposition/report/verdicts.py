@@ -192,7 +192,7 @@ def equal_time(equal: dict[str, Any]) -> str:
     seeds = f"{apart} seed{'s' if apart > 1 else ''}"
     of_apart = f"with {seeds} it ran on other hardware, or with another number of cores, than its baseline"
     if not math.isfinite(equal["ratio"]):
-        return f"not measured: {of_apart if apart else 'no step of the baseline was timed'}"
+        return f"not measured: {of_apart if apart else 'a phase of a run has too few logged steps to time'}"
     per_seed: list[float] = equal["ratio_per_seed"]
     if len(per_seed) > 1:
         low, high = min(per_seed), max(per_seed)
