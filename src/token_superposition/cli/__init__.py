@@ -6,13 +6,12 @@ import errno
 import importlib
 import os
 import re
-import select
 import signal
-import stat
 import sys
 import threading
 from collections.abc import Sequence
-from typing import TextIO
+
+from token_superposition.experiment.terminal import is_closed, leave_terminal
 
 COMMANDS = {
     "demo": "train a small model with and without TST on this machine's own text, and show the difference",
@@ -75,26 +74,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (BrokenPipeError, SystemExit) as e:
         if isinstance(e, SystemExit) and not isinstance(e.__context__, BrokenPipeError):  # which rich turns into one
             raise
-        closed = [stream for stream in (sys.stdout, sys.stderr) if _is_closed(stream)]
+        closed = [stream for stream in (sys.stdout, sys.stderr) if is_closed(stream)]
         if isinstance(e, BrokenPipeError) and not closed:
             raise
         for stream in closed:
             os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())  # for what is left to be written
         return 141
-
-
-def _is_closed(stream: TextIO | int) -> bool:
-    """Whether it is a pipe whose reader has gone, or a terminal that was closed."""
-    poll = select.poll()
-    poll.register(stream, 0)
-    return bool(poll.poll(0))
-
-
-def leave_terminal() -> None:
-    """After SIGHUP, print nowhere in place of to a terminal that was closed, or a pipe, whose reader ends as well."""
-    for stream in (1, 2):
-        if _is_closed(stream) or stat.S_ISFIFO(os.fstat(stream).st_mode):
-            os.dup2(os.open(os.devnull, os.O_WRONLY), stream)
 
 
 def _end_by_signals() -> None:

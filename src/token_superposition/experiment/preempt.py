@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from token_superposition.cli import leave_terminal
+from token_superposition.experiment.terminal import leave_terminal
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)  # SLURM: --signal=USR1@120; a terminal that is closed
 TERMINATED, INTERRUPTED = 143, 130
