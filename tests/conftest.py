@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import shutil
 import subprocess
@@ -11,6 +12,7 @@ from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+gc.disable()  # until all is imported, of which nothing is garbage: see pytest_collection_finish and tests/frozen.py
 
 import pytest
 import torch
@@ -182,6 +184,12 @@ def tst(*args: str | Path, check: bool = True, **environment: str) -> subprocess
     if check:
         assert done.returncode == 0, done.stdout + done.stderr
     return done
+
+
+def pytest_collection_finish() -> None:
+    """No garbage collection looks at what was imported: the one that accelerate asks for in each run takes 0.4 s."""
+    gc.enable()
+    gc.freeze()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -35,6 +35,7 @@ server.set_forkserver_preload(
         "token_superposition.experiment.compare",
         "token_superposition.report",
         "transformers.models.llama.modeling_llama",
+        "tests.frozen",
     ]
 )
 

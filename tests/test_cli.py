@@ -51,6 +51,17 @@ def test_help_needs_no_heavy_import() -> None:
     assert all(command in done.stdout for command in COMMANDS)
 
 
+def test_what_is_loaded_is_set_aside_once_and_garbage_is_collected_again() -> None:
+    script = (
+        "import gc\nfrom token_superposition.cli.loading import loading\n"
+        "try:\n    with loading():\n        inside = gc.isenabled(); raise ImportError\nexcept ImportError:\n    pass\n"
+        "assert not inside and gc.isenabled() and (count := gc.get_freeze_count()) > 1000\n"
+        "later = [[] for _ in range(1000)]\nwith loading():\n    pass\n"
+        "assert gc.isenabled() and gc.get_freeze_count() < count + 100\n"
+    )
+    subprocess.run([sys.executable, "-c", script], check=True)
+
+
 @pytest.mark.parametrize("command", COMMANDS)
 def test_every_command_teaches(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stop:

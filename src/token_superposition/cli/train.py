@@ -48,11 +48,14 @@ def run(args: Sequence[str]) -> None:
     options.config.check()
     from rich.console import Console
 
+    from token_superposition.cli.loading import loading
     from token_superposition.cli.quiet import quiet
     from token_superposition.experiment.progress import RunProgress
-    from token_superposition.experiment.run import train
 
-    quiet()
+    with loading():  # a comparison waits for it dozens of times
+        from token_superposition.experiment.run import train
+
+        quiet()
     console = Console()
     with RunProgress(console) as progress:
         steps = options.config.train.steps
