@@ -1,4 +1,5 @@
 """Small real things that many tests use: prepared text, a configuration, tiny models."""
+# ruff: noqa: E402
 
 from __future__ import annotations
 
