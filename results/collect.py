@@ -4,25 +4,25 @@
 
 Writes results/NAME: config.toml (``tst compare results/NAME/config.toml`` does it again), summary.json without the
 samples of text, curves.csv with every logged loss (of a sweep: sweep.json and sweep.csv), and about.toml with the
-question, the text, the command and the commit; a
-``note`` added there by hand, such as what is to be mistrusted, stands below the table on the page. Collected again,
-a folder keeps what was added to about.toml, and loses copying.csv and strings.csv, which are of the runs before.
+question, the text, the command and the commit; a ``note`` added there by hand, such as what is to be mistrusted, stands
+below the table on the page. Collected again, a folder keeps what was added to about.toml, and loses copying.csv and
+strings.csv, which are of the runs before.
 """
 
 from __future__ import annotations
 
-import csv
-import io
 import json
 import shutil
 import subprocess
 import sys
 import tomllib
+from collections.abc import Generator
 from pathlib import Path
 from typing import Any
 
 import tomli_w
 
+from results.kept import write_rows
 from token_superposition.experiment.files import SWEEP
 from token_superposition.experiment.sweep import TABLE
 from token_superposition.report.page import is_sweep
@@ -34,6 +34,7 @@ COLUMNS = ("step", "input_bag", "output_bag", "raw_tokens", "seconds", "loss", "
 def collect(directory: Path, name: str, question: str, text: str, into: Path = HERE) -> Path:
     """Returns the new folder, which appears when it is whole."""
     partial = into / f".{name}.partial"
+    shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir()
     shutil.copyfile(directory / "config.toml", partial / "config.toml")
     if is_sweep(directory):
@@ -43,7 +44,7 @@ def collect(directory: Path, name: str, question: str, text: str, into: Path = H
         summary: dict[str, Any] = json.loads((directory / "summary.json").read_text())
         summary.pop("samples")
         (partial / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
-        (partial / "curves.csv").write_text(curves(directory, summary["runs"]))
+        write_rows(partial / "curves.csv", ("name", "seed", *COLUMNS), curves(directory, summary["runs"]))
     command = f"tst {'sweep' if is_sweep(directory) else 'compare'} results/{name}/config.toml --out {name}"
     before = into / name / "about.toml"
     added = tomllib.loads(before.read_text()) if before.exists() else {}
@@ -59,17 +60,13 @@ def commit() -> dict[str, str]:
     return {"commit": found.stdout.strip()} if found.returncode == 0 else {}
 
 
-def curves(comparison: Path, runs: list[dict[str, Any]]) -> str:
+def curves(comparison: Path, runs: list[dict[str, Any]]) -> Generator[tuple[object, ...]]:
     """Rows of all runs: name, seed, step, bags, raw tokens, seconds, and training or validation loss."""
-    out = io.StringIO()
-    writer = csv.writer(out, lineterminator="\n")
-    writer.writerow(("name", "seed", *COLUMNS))
     for run in runs:
         for line in (comparison / "runs" / run["directory"] / "metrics.jsonl").read_text().splitlines():
             content = json.loads(line)
             rounded = {k: round(v, 5) if k.endswith("loss") else v for k, v in content.items()}
-            writer.writerow((run["name"], run["seed"], *(rounded.get(c, "") for c in COLUMNS)))
-    return out.getvalue()
+            yield run["name"], run["seed"], *(rounded.get(c, "") for c in COLUMNS)
 
 
 if __name__ == "__main__":

@@ -7,7 +7,6 @@ that they can be copied from there, and over the others (kind new), with the num
 
 from __future__ import annotations
 
-import csv
 import json
 import sys
 from pathlib import Path
@@ -18,6 +17,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
+from results.kept import write_rows
 from token_superposition.data.plan import ValidationSet
 from token_superposition.data.store import TokenStore
 from token_superposition.experiment.generate import load_model
@@ -53,12 +53,12 @@ def main(comparison: Path, store: Path, out: Path) -> None:
     summary = json.loads((comparison / "summary.json").read_text())
     config = summary["config"]["data"]
     data = ValidationSet(TokenStore(store, "validation"), config["sequence_length"], config["final_eval_tokens"])
-    with (out / "copying.csv").open("w", newline="") as f:
-        writer = csv.writer(f, lineterminator="\n")
-        writer.writerow(("name", "seed", "kind", "tokens", "loss"))
-        for run in track(summary["runs"], "models"):
-            for kind, (tokens, loss) in losses(comparison / "runs" / run["directory"] / "model", data).items():
-                writer.writerow((run["name"], run["seed"], kind, tokens, round(loss, 5)))
+    lines = [
+        (run["name"], run["seed"], kind, tokens, round(loss, 5))
+        for run in track(summary["runs"], "models")
+        for kind, (tokens, loss) in losses(comparison / "runs" / run["directory"] / "model", data).items()
+    ]
+    write_rows(out / "copying.csv", ("name", "seed", "kind", "tokens", "loss"), lines)
 
 
 if __name__ == "__main__":

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
 import math
 import tomllib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from statistics import mean
 from typing import Any
 
+from token_superposition.experiment.files import write_whole
 from token_superposition.experiment.intervals import t_interval
 from token_superposition.experiment.summary import Run, comparison
 from token_superposition.report.contents import interval, short
@@ -131,6 +133,15 @@ def rows(path: Path) -> list[dict[str, str]]:
         return []
     with path.open() as f:
         return list(csv.DictReader(f))
+
+
+def write_rows(path: Path, names: Sequence[str], content: Iterable[Sequence[object]]) -> None:
+    """A CSV file for ``rows``, which is not begun before the last of ``content`` is known."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(names)
+    writer.writerows(content)
+    write_whole(path, text.getvalue())
 
 
 def verdict(values: Sequence[float]) -> str:

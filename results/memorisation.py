@@ -8,7 +8,6 @@ loss is below that was memorised.
 
 from __future__ import annotations
 
-import csv
 import json
 import sys
 from collections import defaultdict
@@ -19,6 +18,7 @@ import torch
 from torch.nn import functional as F
 
 from results.corpora import random_strings
+from results.kept import write_rows
 from token_superposition.experiment.generate import load_model
 
 KNOWN = 8  # characters that are given
@@ -41,12 +41,12 @@ def losses(directory: Path, strings: dict[str, int]) -> dict[int, float]:
 def main(comparison: Path, out: Path) -> None:
     strings = random_strings()
     summary = json.loads((comparison / "summary.json").read_text())
-    with (out / "strings.csv").open("w", newline="") as f:
-        writer = csv.writer(f, lineterminator="\n")
-        writer.writerow(("name", "seed", "repetitions", "loss"))
-        for run in summary["runs"]:
-            for times, loss in losses(comparison / "runs" / run["directory"] / "model", strings).items():
-                writer.writerow((run["name"], run["seed"], times, round(loss, 5)))
+    lines = [
+        (run["name"], run["seed"], times, round(loss, 5))
+        for run in summary["runs"]
+        for times, loss in losses(comparison / "runs" / run["directory"] / "model", strings).items()
+    ]
+    write_rows(out / "strings.csv", ("name", "seed", "repetitions", "loss"), lines)
 
 
 if __name__ == "__main__":
