@@ -135,7 +135,7 @@ def memorised(r: Result) -> str:
         return [losses[name, n, seed] - losses[other, m, seed] for seed in r.seeds]
 
     lines = [
-        f"From {r.name}: loss on random strings, by how often each is in the text, less the loss on such strings "
+        f"From {r.label}: loss on random strings, by how often each is in the text, less the loss on such strings "
         "that are in no text. More below 0 is more memorised; means over seeds.",
         "",
         f"| run | {' | '.join(f'{n} x' for n in times[1:])} |",

@@ -43,6 +43,7 @@ def short_answers(found: list[Result], again: Again) -> str:
         *from_where(of_plain),
         *at_equal_data(enough, again),
         *where(enough),
+        *memory(enough),
         *variants(enough, again),
         *asked(enough),
     ]
@@ -116,6 +117,23 @@ def where(enough: list[Result]) -> list[str]:
                 f"{new} on the rest."
             ]
     return []
+
+
+def memory(enough: list[Result]) -> list[str]:
+    """Whether TST knows what its text repeats less well than the baseline does."""
+    lines: list[str] = []
+    for r in enough:
+        by = {(x["name"], int(x["repetitions"]), int(x["seed"])): float(x["loss"]) for x in r.strings}
+        by_times = [
+            f"{told([by['tst', n, seed] - by['baseline', n, seed] for seed in r.seeds])} with {n}"
+            for n in sorted({n for _, n, _ in by})
+        ]
+        if by_times:
+            lines.append(
+                f"- Loss on random strings by how often the text has them, `tst` less `baseline` in {r.label}: "
+                f"{', '.join(by_times)}."
+            )
+    return lines
 
 
 def variants(enough: list[Result], again: Again) -> list[str]:

@@ -31,6 +31,7 @@ from results.findings import write as write_findings
 from results.kept import Result, first_shown, load
 from results.memorisation import losses
 from results.memorisation import main as memorisation
+from results.short_answers import memory
 from tests.sweep.settings import swept
 from tests.sweep.test_report import made_up
 from token_superposition.data.plan import ValidationSet
@@ -221,9 +222,12 @@ def test_what_is_memorised_is_told_on_the_page() -> None:
         for n, loss in zip((0, 4), pair, strict=True)
     ]
     runs = [{"seed": 0}, {"seed": 1}]
-    table = memorised(Result("made-up", {}, {"runs": runs}, [], strings, []))
+    result = Result("made-up", {}, {"runs": runs, "config": {"data": {}}}, [], strings, [])
+    table = memorised(result)
     assert "| baseline | -1.00 |" in table and "| tst | -0.80 |" in table
     assert "| tst | +0.100 (+0.100 to +0.100) | +0.300 (-0.971 to +1.571) |" in table
+    (line,) = memory([result])
+    assert line.endswith("in made-up: +0.100 (+0.100 to +0.100) with 0, +0.300 (-0.971 to +1.571) with 4.")
 
 
 @given(st.lists(st.lists(st.integers(0, 3), min_size=9, max_size=9), min_size=1, max_size=4))
