@@ -17,7 +17,14 @@ from token_superposition.cli.arguments import parse, split_config
 from token_superposition.cli.plan import PlanCommand
 from token_superposition.experiment.config import load_preset
 from token_superposition.experiment.planning import Plan, plan
-from token_superposition.experiment.published import nearest_runs, nearest_table, outside, published_runs, tables
+from token_superposition.experiment.published import (
+    baseline_hours,
+    nearest_runs,
+    nearest_table,
+    outside,
+    published_runs,
+    tables,
+)
 
 DOCUMENT = Path(__file__).parent.parent / "docs/plan.md"
 DENSE = ("270m", "600m", "3b")
@@ -70,6 +77,15 @@ def test_the_nearest_table_and_runs() -> None:
     assert outside(table, sizes["600M"], 20_000, 2**21) == outside(table, 200_000_000, 20_000, 2**21) == {}
     far = outside(table, 4 * sizes["600M"], 5_000, 2**20)
     assert far == {"parameters without embedding and head": 4, "steps": 0.25, "latent tokens a step": 0.5}
+
+
+def test_the_baseline_comes_down_to_a_published_loss_between_two_of_its_lengths() -> None:
+    found = {name: plan(load_preset(name)).published.baseline_hours for name in (*DENSE, "10b-a1b")}
+    assert found["3b"] == [None, None, None, (443, 622)] and found["600m"] == [None, (61, None)]
+    assert found["270m"] == [None, (34, 170), None, (170, None)] and found["10b-a1b"] == [None, (12_311, None)]
+    *baselines, ours = nearest_runs(2_812_430_336, mixture=False)
+    assert baseline_hours(replace(ours, final_loss=2.677), baselines) == (247, 443)  # level is reached
+    assert baseline_hours(replace(ours, final_loss=2.9), baselines) is None
 
 
 @pytest.mark.parametrize("name", DENSE)

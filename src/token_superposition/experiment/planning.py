@@ -20,7 +20,14 @@ from token_superposition.experiment.budget import (
     shape_of,
 )
 from token_superposition.experiment.config import Config, load_preset
-from token_superposition.experiment.published import Cell, PublishedRun, nearest_runs, nearest_table, outside
+from token_superposition.experiment.published import (
+    Cell,
+    PublishedRun,
+    baseline_hours,
+    nearest_runs,
+    nearest_table,
+    outside,
+)
 from token_superposition.experiment.superposition import BASELINE
 
 LLAMA3_VOCAB = 128_256
@@ -52,6 +59,8 @@ class Published:
     """The paper's main runs of the nearest model."""
     run_gains: list[float | None]
     """Their gain over the baseline of as many steps, nats; None without such a baseline."""
+    baseline_hours: list[tuple[float, float | None] | None]
+    """B200-hours between which the baseline comes down to their loss: see ``published.baseline_hours``."""
     mfu: list[float | None]
     """Utilisation of B200s which their hours mean by our formula for the paper's model, where this one has its size."""
 
@@ -192,6 +201,7 @@ def _published(config: Config, shape: Shape, run: Cost, tokens_available: int | 
             round(baselines[r.steps] - r.final_loss, 3) if r.superposed_steps and r.steps in baselines else None
             for r in runs
         ],
+        baseline_hours=[baseline_hours(r, runs) for r in runs],
         mfu=[flops * r.steps * r.latent_tokens / (peak * r.b200_hours) if same_size else None for r in runs],
     )
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import math
 from bisect import bisect_left
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
 
@@ -140,6 +140,19 @@ def nearest_runs(body_parameters: int, mixture: bool) -> list[PublishedRun]:
     runs = [r for r in published_runs() if r.kind == ("mixture" if mixture else "dense")]
     size = min((r.body_parameters for r in runs), key=lambda n: _distance(n, body_parameters))
     return [r for r in runs if r.body_parameters == size]
+
+
+def baseline_hours(run: PublishedRun, runs: Sequence[PublishedRun]) -> tuple[float, float | None] | None:
+    """B200-hours between which the published baselines come down to the loss of ``run``: of the longest that ends above
+    it, and of the shortest that does not, if one does.
+
+    No loss between two lengths is guessed. None for a baseline itself, and where every baseline of ``runs`` is below.
+    """
+    baselines = [r for r in runs if r.superposed_steps == 0]
+    above = [r.b200_hours for r in baselines if r.final_loss > run.final_loss]
+    if run.superposed_steps == 0 or not above:
+        return None
+    return max(above), min((r.b200_hours for r in baselines if r.final_loss <= run.final_loss), default=None)
 
 
 def outside(table: Table, body_parameters: int, steps: int, latent_tokens: int) -> dict[str, float]:

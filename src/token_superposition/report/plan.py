@@ -24,10 +24,12 @@ def print_plan(plan: Plan, console: Console) -> None:
     )
     console.print(_costs(plan))
     console.print(_memory(plan))
-    console.print(f"published tables, the nearest: {plan.published.table}", highlight=False)
+    console.print(f"published tables, the nearest: {plan.published.table} (nats)", highlight=False)
     console.print(_published(plan))
     console.print(f"published runs of {plan.published.runs[0].model}", highlight=False)
     console.print(_runs(plan))
+    for line in equal_loss(plan):
+        console.print(line, highlight=False, soft_wrap=True)
     for label, lines in (("[yellow]warning[/yellow]", plan.warnings), ("[green]advice[/green]", plan.advice)):
         for line in lines:
             console.print(f"{label}: {line}", highlight=False, soft_wrap=True)
@@ -106,6 +108,23 @@ def _runs(plan: Plan) -> Table:
             f"{gain:.3f}" if gain is not None else "",
         )
     return table
+
+
+def equal_loss(plan: Plan) -> list[str]:
+    """What the published baselines cost that end at the loss of a published run with TST."""
+    lines: list[str] = []
+    for run, hours in zip(plan.published.runs, plan.published.baseline_hours, strict=True):
+        if hours is not None:
+            low, high = hours
+            least = low / run.b200_hours
+            needs, speedup = f"more than {low:,g}", f"more than {least:.2f}"
+            if high is not None:
+                needs, speedup = f"{low:,g} to {high:,g}", f"{least:.2f} to {high / run.b200_hours:.2f}"
+            lines.append(
+                f"to TST's loss of {run.final_loss:.3f}, {run.b200_hours:,g} B200-hours, the baseline takes {needs}: "
+                f"a speed-up to equal loss of {speedup} (by these runs, one each)"
+            )
+    return lines
 
 
 def _table(*headers: str) -> Table:
