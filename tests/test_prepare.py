@@ -175,6 +175,18 @@ def test_no_document_is_begun_after_the_last_byte(prepared: Path, tmp_path: Path
     assert meta.train.documents + meta.validation.documents == 10 and meta.train.bytes + meta.validation.bytes == 110
 
 
+def test_a_long_document_is_cut_at_the_last_byte(prepared: Path, tmp_path: Path) -> None:
+    """At a line end if it has one before."""
+    lines = "".join(f"line {i:04d} é\n" for i in range(5_000))
+    for limit, kept in ((40_000, 40_000 // 13 * 13), (7, 7)):
+        options = PrepareOptions(tokenizer=str(prepared / "tokenizer"), validation_share=0.3, max_bytes=30 + limit)
+        out = tmp_path / f"{limit}"
+        meta = prepare((), out, options, documents=lambda _: iter(["a" * 10, "b" * 10, "c" * 10, lines, "d" * 10]))
+        assert meta.train.bytes + meta.validation.bytes == 30 + kept
+        read = [d for split in ("train", "validation") for d in documents_of(TokenStore(out, split))]
+        assert lines.encode()[:kept].decode() in read and "d" * 10 not in read
+
+
 @pytest.mark.parametrize("is_bos", [True, False])
 def test_a_document_begins_with_the_bos_that_the_tokenizer_itself_puts_before_a_text(
     is_bos: bool, prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

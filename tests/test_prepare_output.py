@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -152,6 +153,22 @@ def test_a_full_disk_has_one_line_and_exit_code_2(prepared: Path, tmp_path: Path
     assert done.returncode == 2, done.stderr
     assert done.stderr.startswith("tst: error: cannot write") and done.stderr.count("\n") == 1
     assert not (tmp_path / "data").exists() and not (tmp_path / ".data.partial").exists()
+
+
+def _prepare_on_a_full_disk(source: str, out: str) -> None:
+    """Its tokenizer does not fit: a library writes it that has no OSError."""
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
+    try:
+        prepare(source, out, PrepareOptions(vocab_size=2_000, validation_share=0.2))
+    except TokenSuperpositionError as e:
+        assert str(e) == f"cannot write {out} (File too large); free the disk or choose another --out"
+        raise SystemExit(7) from None
+
+
+def test_a_disk_that_is_full_with_the_tokenizer_is_told_of_to_a_caller(prepared: Path, tmp_path: Path) -> None:
+    done = call(_prepare_on_a_full_disk, str(prepared.parent / "text"), str(tmp_path / "data"))
+    assert done.returncode == 7 and not list(tmp_path.iterdir()), done.stderr
 
 
 @pytest.mark.parametrize("damage", ["truncated", "foreign", "changed"])

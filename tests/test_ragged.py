@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from itertools import chain, pairwise
 from pathlib import Path
@@ -201,6 +202,10 @@ def test_boundaries_of_a_real_tokenizer(kind: BoundaryKind, which: str, prepared
     assert boundaries is not None and find_boundaries(tokenizer, "none") is None
     with pytest.raises(TokenSuperpositionError, match="boundaries is 'lines'; choose one of none, document"):
         find_boundaries(tokenizer, cast(Any, "lines"))
+    endless = copy.deepcopy(tokenizer)
+    endless.eos_token = None  # numpy's array[None] would be all of it
+    with pytest.raises(TokenSuperpositionError, match=f"boundaries is '{kind}', but the tokenizer has no end-of-text"):
+        find_boundaries(endless, kind)
     cuts = [*np.flatnonzero(boundaries.begins(stream)).tolist(), len(stream)]
     lead = ids[:1]  # in front of every part: the white space at the beginning of a text may be taken off
 

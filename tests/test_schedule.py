@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 from fractions import Fraction
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -45,6 +45,8 @@ def test_there_are_no_tokens_past_the_last_step() -> None:
 
 
 def test_annealed_and_one_sided() -> None:
+    with pytest.raises(TokenSuperpositionError, match="bag_sizes is 8; give several"):
+        Schedule.annealed(100, cast(Any, 8))
     annealed = Schedule.annealed(100, (16, 8, 4, 2, 1), 0.4)
     assert [(p.steps, p.input_bag) for p in annealed.phases] == [(10, 16), (10, 8), (10, 4), (10, 2), (60, 1)]
     assert Schedule.two_phase(10, input_bag=4, ratio=0.5).at(0) == Phase(5, 4, 1)

@@ -142,6 +142,10 @@ def test_padding_and_masked_tokens_are_refused() -> None:
     with pytest.raises(TokenSuperpositionError, match="input_ids of a document have -100; give ids from 0 up"):
         next(iter(StreamedPlan([{"input_ids": [1, -100]}], schedule, 4, 2)))
     assert next(iter(StreamedPlan([padded[0] | {"attention_mask": [1] * 5}] * 9, schedule, 4, 2)))
+    halves = torch.arange(300).half()  # of which a cast makes other ids
+    for samples in (PlannedDataset(halves, Schedule.two_phase(12, 2, 0.5), 4, 2), ValidationSet(halves, 4)):
+        with pytest.raises(TokenSuperpositionError, match="the tokens are float16; give ids, which are whole numbers"):
+            samples[0]
     masked = np.where(np.arange(200) == 150, -100, 7)
     for samples in (PlannedDataset(masked, Schedule.two_phase(12, 2, 0.5), 4, 2), ValidationSet(masked, 4)):
         with pytest.raises(TokenSuperpositionError, match="the text has the id -100 at token 150; give ids from 0 up"):

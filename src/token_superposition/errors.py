@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+import re
 import reprlib
 from typing import SupportsIndex, cast
 
@@ -36,3 +37,13 @@ def require_int(name: str, value: object, minimum: int) -> int:
         shown = " ".join(reprlib.repr(value).split())  # of a tensor that was given in its place: one line
         raise TokenSuperpositionError(f"{name} is {shown}; give a whole number of at least {minimum}")
     return number
+
+
+def errno_in(e: BaseException) -> int | None:
+    """The number of an error of the operating system that a library in Rust (tokenizers, safetensors) put in its text.
+
+    >>> errno_in(Exception("No space left on device (os error 28)"))
+    28
+    """
+    found = re.search(r"\(os error (\d+)\)", str(e))
+    return int(found[1]) if found else None

@@ -107,6 +107,8 @@ class Schedule:
         [(15, 4), (15, 2), (70, 1)]
         """
         total_steps = require_int("total_steps", total_steps, 1)
+        if not isinstance(bag_sizes, Iterable):
+            raise TokenSuperpositionError(f"bag_sizes is {bag_sizes}; give several, such as (8, 4, 2, 1)")
         recovery = cls.two_phase(total_steps, 2, ratio).phases[-1].steps
         sizes = [s for s in bag_sizes if require_int("bag size", s, 1) > 1]
         cuts = [round(k * (total_steps - recovery) / max(len(sizes), 1)) for k in range(len(sizes) + 1)]

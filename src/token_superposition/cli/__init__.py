@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import importlib
 import os
-import re
 import signal
 import sys
 import threading
@@ -130,15 +129,14 @@ def _main(args: list[str]) -> int:
 
 def _explain(e: Exception) -> str | None:
     """The line for the user, if the error is of the input or of the machine rather than of this program."""
-    from token_superposition.errors import TokenSuperpositionError
+    from token_superposition.errors import TokenSuperpositionError, errno_in
 
     if isinstance(e, TokenSuperpositionError):
         return str(e).rpartition("TokenSuperpositionError: ")[2].strip()  # a worker of a loader adds its traceback
     if isinstance(e, OSError) and e.errno in WRITE_ERRORS:
         return f"cannot write {e.filename or 'the output'} ({e.strerror}); free the disk or choose another --out"
-    wrapped = re.search(r"\(os error (\d+)\)", str(e))  # libraries in Rust put the number in the text
-    if wrapped and int(wrapped[1]) in WRITE_ERRORS:
-        return f"cannot write the output ({os.strerror(int(wrapped[1]))}); free the disk or choose another --out"
+    if (number := errno_in(e)) in WRITE_ERRORS:
+        return f"cannot write the output ({os.strerror(number)}); free the disk or choose another --out"
     return None
 
 

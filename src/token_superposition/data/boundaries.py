@@ -51,6 +51,11 @@ def find_boundaries(tokenizer: PreTrainedTokenizerBase, kind: BoundaryKind) -> B
         raise TokenSuperpositionError(f"boundaries is {kind!r}; choose one of {', '.join(get_args(BoundaryKind))}")
     if kind == "none":
         return None
+    if tokenizer.eos_token_id is None:
+        raise TokenSuperpositionError(
+            f"boundaries is {kind!r}, but the tokenizer has no end-of-text token, after which documents end; set its "
+            "eos_token"
+        )
     ids = sorted(tokenizer.get_vocab().values())
     v = ids[-1] + 1  # there may be gaps
     before, after = np.zeros(v, bool), np.zeros(v, bool)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import reprlib
 import shlex
 from collections import Counter
 from collections.abc import Sequence
@@ -60,22 +61,23 @@ def find_files(sources: Sequence[str], dropped: Counter[str] | None = None) -> l
             raise unreadable(path, e) from None
         except (OSError, ValueError):
             pass  # told apart below
-        if path.is_dir():
+        if os.path.isdir(path):  # noqa: PTH112 - Path's raises for too long a name
             files = _search(path, dropped)
             if not files:
                 raise TokenSuperpositionError(
                     f"{source} holds no file with a known text ending; name the files instead"
                 )
-        elif path.exists():
+        elif os.path.exists(path):  # noqa: PTH110
             files = [path]
         elif any(c in source for c in "*?["):
             files = _match(path, dropped)
             if not files:
                 raise TokenSuperpositionError(f"the pattern {source} matches no file; quote it and check the folder")
-        elif path.is_symlink():
+        elif os.path.islink(path):  # noqa: PTH114
             raise TokenSuperpositionError(f"{source} is a link that leads nowhere; name the file that is meant")
         else:
-            raise TokenSuperpositionError(f"{source} does not exist; give a file, a folder, a glob or hf:DATASET")
+            shown = source if len(source) < 200 and "\n" not in source else reprlib.repr(source)
+            raise TokenSuperpositionError(f"{shown} does not exist; give a file, a folder, a glob or hf:DATASET")
         found |= dict.fromkeys(files)
     return list(found)
 

@@ -62,6 +62,8 @@ def _one_axis(tokens: Any) -> Any:
 
 def _ids_at(tokens: Any, start: int, stop: int) -> np.ndarray:
     raw = np.asarray(tokens[start:stop])
+    if raw.size and raw.dtype.kind not in "iu":
+        raise TokenSuperpositionError(f"the tokens are {raw.dtype}; give ids, which are whole numbers")
     if raw.size and raw.min() < 0:
         raise TokenSuperpositionError(
             f"the text has the id {raw.min()} at token {start + int(raw.argmin())}; give ids from 0 up: a plan has no "

@@ -19,7 +19,7 @@ import numpy as np
 from token_superposition.data.files import check_files, estimated_bytes, find_files
 from token_superposition.data.held_out import HeldOut, Piece, choose_held_out, digest
 from token_superposition.data.sample import Part, Sample
-from token_superposition.data.sources import CUT, Continued, cut_at_lines, read_documents
+from token_superposition.data.sources import CUT, Continued, cut_at_lines, cut_bytes, read_documents
 from token_superposition.data.store import SPLITS, Meta, Split, file_sha256, partial_of
 from token_superposition.data.tokenizer import (
     begin_token,
@@ -30,7 +30,7 @@ from token_superposition.data.tokenizer import (
     train_bpe,
 )
 from token_superposition.data.writer import ShardWriter
-from token_superposition.errors import TokenSuperpositionError, first_line, require_int
+from token_superposition.errors import TokenSuperpositionError, errno_in, first_line, require_int
 
 BATCH_BYTES = 2 * 2**20
 PIECE_CHARS = 2**16  # a longer document is tokenised in pieces cut at line ends, if it can be: all cores share it
@@ -56,7 +56,8 @@ class PrepareOptions:
     """Bytes of text on which the BPE is trained, spread over all that is read. How much a dataset of the hub holds is
     not known: without --max-bytes, each gives its first bytes, and the files together as many, from everywhere."""
     max_bytes: int | None = None
-    """Stop after this many bytes of text. Datasets of the hub are read first."""
+    """Stop after this many bytes of text, which cuts the last document, at a line end if it can. Datasets of the hub
+    are read first."""
     shard_tokens: int = 2**26
     """Tokens of one shard file."""
     seed: int = 0
@@ -212,7 +213,12 @@ def _prepare(
         )
         tokenizer = train_bpe(iter(sample), options.vocab_size)
         sampled = not sample.whole
-    tokenizer.save_pretrained(str(out / "tokenizer"))
+    try:
+        tokenizer.save_pretrained(str(out / "tokenizer"))
+    except Exception as e:  # tokenizers has no error of its own for a full disk
+        if (number := errno_in(e)) is None:
+            raise
+        raise OSError(number, os.strerror(number)) from None
     bos, eos = begin_token(tokenizer), cast(int, tokenizer.eos_token_id)
     vocab_size = max(tokenizer.get_vocab().values()) + 1  # ids may have gaps
     dtype = "uint16" if vocab_size <= 2**16 else "uint32"
@@ -295,6 +301,10 @@ def _deduplicate(
             if db.execute("INSERT OR IGNORE INTO seen VALUES (?)", (seen,)).rowcount == 0:
                 dropped["duplicate"] += 1
                 continue
+            if options.max_bytes is not None and done + len(data) > options.max_bytes:
+                if text := next(cut_bytes(data, options.max_bytes - done)):
+                    yield document, len(text.encode()), text
+                return
             done += len(data)
             yield document, len(data), text
     finally:

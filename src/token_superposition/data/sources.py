@@ -68,13 +68,13 @@ def _documents(texts: Iterator[str], dropped: Counter[str]) -> Iterator[str]:
             begun = True
             continue
         dropped[CUT] += 1
-        for piece in _cut_bytes(data, MAX_TEXT_BYTES):
+        for piece in cut_bytes(data, MAX_TEXT_BYTES):
             if piece.strip():
                 yield Continued(piece) if begun else piece
                 begun = True
 
 
-def _cut_bytes(data: bytes, length: int) -> Iterator[str]:
+def cut_bytes(data: bytes, length: int) -> Iterator[str]:
     """Texts of at most ``length`` bytes that end with a line where they can, and never inside a character."""
     start = 0
     while len(data) - start > length:

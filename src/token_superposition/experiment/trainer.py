@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import shutil
 import signal
 from collections.abc import Callable
@@ -19,7 +18,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.utils.data import DataLoader
 
 from token_superposition.engines.transformers import TSTTrainer
-from token_superposition.errors import TokenSuperpositionError
+from token_superposition.errors import TokenSuperpositionError, errno_in
 from token_superposition.experiment.checkpoints import ASIDE, checkpoints_in, checksums, commit, damage, rotate
 from token_superposition.experiment.health import GradientGuard
 from token_superposition.experiment.metrics import MetricsWriter
@@ -193,8 +192,8 @@ def write_failure(e: BaseException) -> str | None:
         return next((p for error, _ in e.failures.values() if (p := write_failure(error))), None)
     if isinstance(e, OSError):
         return e.strerror or str(e)
-    if number := re.search(r"\(os error (\d+)\)", str(e)):
-        return os.strerror(int(number[1]))
+    if number := errno_in(e):
+        return os.strerror(number)
     if "inline_container" in str(e) or "PytorchStreamWriter" in str(e) or "basic_ios" in str(e):
         return "the file system took no more"
     return None
