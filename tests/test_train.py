@@ -16,7 +16,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from tests.conftest import VOCAB, tst
+from tests.conftest import VOCAB, tiny, tst
 from tests.processes import command, launch
 from tests.test_trainer import FOUR
 from token_superposition.errors import TokenSuperpositionError
@@ -46,10 +46,11 @@ TIMES = {"seconds"}
 def test_resume_across_the_switch_is_bit_equal(write_config: Callable[..., Path], tmp_path: Path) -> None:
     """Stop in phase 1, go on over the switch: every logged figure and every weight is the uninterrupted run's.
 
-    On one process and on two, which train alike.
+    On one process and on two, which train alike, and validate alike where the last samples do not fill their batches.
     """
-    config = write_config(save_every=4)
+    config = write_config(save_every=4, eval_tokens=19 * 16, final_eval_tokens=25 * 16)
     losses: list[list[float]] = []
+    validation: list[list[float]] = []
     for processes in (1, 2):
         first, resumed = tmp_path / f"{processes}-whole", tmp_path / f"{processes}-resumed"
         if processes == 1:
@@ -71,7 +72,9 @@ def test_resume_across_the_switch_is_bit_equal(write_config: Callable[..., Path]
         weights = "model/model.safetensors"
         assert (resumed / weights).read_bytes() == (first / weights).read_bytes()
         losses.append([m["loss"] for m in whole if "loss" in m])
-    assert losses[1] == pytest.approx(losses[0], rel=1e-4)
+        validation.append([m["val_loss"] for m in whole if "val_loss" in m])
+    assert losses[1] == pytest.approx(losses[0], rel=1e-4) and len(validation[0]) == 4
+    assert validation[1] == pytest.approx(validation[0], rel=1e-5)
 
 
 def test_two_runs_do_not_write_one_directory(write_config: Callable[..., Path], tmp_path: Path) -> None:
@@ -92,6 +95,26 @@ def test_two_runs_do_not_write_one_directory(write_config: Callable[..., Path], 
         other.kill()
     result = train(load_config(path), out)
     assert result.steps == 12 and not (out / ".lock").exists()
+
+
+def test_what_no_run_has_written_is_not_overwritten(write_config: Callable[..., Path], tmp_path: Path) -> None:
+    """The model that a run begins with, another one, or metrics."""
+    config, out = load_config(write_config()), tmp_path / "work"
+    tiny("llama").save_pretrained(out / "model")
+    before = {p: p.read_bytes() for p in out.rglob("*") if p.is_file()}
+    began = replace(config, model=replace(config.model, path=str(out / "model"), options={}))
+    with pytest.raises(
+        TokenSuperpositionError, match=r"model.path .*work/model lies where the finished model of --out"
+    ):
+        train(began, out)
+    with pytest.raises(TokenSuperpositionError, match=r"work/model would be overwritten, and no run wrote it; choose"):
+        train(config, out)
+    (out / "model").rename(tmp_path / "model")
+    (out / "metrics.jsonl").write_text('{"epoch": 1}\n')
+    with pytest.raises(TokenSuperpositionError, match=r"metrics.jsonl would be overwritten, and no run wrote it; choo"):
+        train(config, out)
+    assert [p.name for p in out.iterdir()] == ["metrics.jsonl"]
+    assert {p: (tmp_path / "model" / p.name).read_bytes() for p in before} == before
 
 
 def test_tst_train_ends_with_stock_models(write_config: Callable[..., Path], tmp_path: Path) -> None:

@@ -348,6 +348,14 @@ def prepare_directory(config: Config, out: Path) -> None:
         raise TokenSuperpositionError(
             f"{out} holds a run of another configuration ({'; '.join(differences)}); choose another --out"
         )
+    path = config.model.path
+    if path is not None and Path(path).resolve() == (out / MODEL).resolve():
+        raise TokenSuperpositionError(
+            f"model.path {path} lies where the finished model of --out {out} goes; choose another --out"
+        )
+    theirs = next((out / name for name in (MODEL, METRICS) if (out / name).exists()), None)
+    if theirs is not None and not (out / CONFIG).exists():
+        raise TokenSuperpositionError(f"{theirs} would be overwritten, and no run wrote it; choose another --out")
     begun = any((out / name).exists() for name in ("checkpoints", METRICS))
     if (out / CONFIG).exists() and not begun and not says_all(out / CONFIG, config):
         raise TokenSuperpositionError(f"{out / CONFIG} would be overwritten, and no run wrote it; choose another --out")

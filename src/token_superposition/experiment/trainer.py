@@ -75,6 +75,11 @@ class RunTrainer(TSTTrainer):
         found: list[str | None] = gather_object([damage(checkpoint, part=part, parts=parts)])
         return next((problem for problem in found if problem), None)
 
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if "loss" in logs:  # from which Trainer has taken the sum of the losses by tr_loss -= tr_loss: nan stays nan
+            cast(Tensor, self._tr_loss).zero_()
+        super().log(logs, start_time)
+
     def _get_output_dir(self, trial: Any) -> str:
         return str(self._aside) if self._aside is not None else super()._get_output_dir(trial)
 

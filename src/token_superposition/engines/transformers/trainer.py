@@ -277,12 +277,25 @@ class TSTTrainer(Trainer):
     ) -> tuple[Tensor | None, Any, Any]:
         if "shift_labels" not in inputs:
             return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
-        inputs = self._prepare_inputs(inputs)
+        inputs = self._without_repeated(self._prepare_inputs(inputs))
         with torch.no_grad(), self.compute_loss_context_manager():
             if prediction_loss_only:
                 return self.compute_loss(model, inputs).detach(), None, None
             loss, outputs = self.compute_loss(model, inputs, return_outputs=True)
         return loss.detach(), logits_of(outputs).detach(), inputs["shift_labels"]
+
+    def _without_repeated(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        """The last batches without targets in the samples that accelerate has repeated to fill them on all processes.
+
+        ``Trainer`` counts a batch's mean for each of its samples, and leaves as many out as were repeated.
+        """
+        state = self.accelerator.gradient_state
+        if self.args.world_size == 1 or not state.end_of_dataloader or state.remainder <= 0:
+            return inputs
+        targets: Tensor = inputs["shift_labels"]
+        replica, rows = self.args.process_index // self.get_tp_size(), len(targets)
+        kept = torch.arange(replica * rows, (replica + 1) * rows, device=targets.device) < state.remainder
+        return inputs | {"shift_labels": targets.where(kept.view(-1, *[1] * (targets.dim() - 1)), -100)}
 
     def create_scheduler(
         self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None
