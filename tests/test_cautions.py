@@ -64,6 +64,16 @@ def test_of_several_variants_those_are_told_that_stand_the_correction(tmp_path: 
     )
 
 
+def test_a_variant_of_more_steps_is_corrected_for_at_equal_flops(tmp_path: Path) -> None:
+    """Twice the steps alone make no variant; where no baseline has as many, nothing is told of it."""
+    twice = [run("plain-x2", seed, 2000, 2.8 + NOISE[seed]) for seed in range(4)]
+    longer = [run("baseline-x2", seed, 2000, 2.8) for seed in range(4)]
+    runs = [*pairs(("tst", 0.0)), *twice]
+    assert "several variants" not in told(runs, tmp_path / "unknown")
+    sentence = told([*runs, *longer], tmp_path / "known")["several variants"]
+    assert "with 2 of them none differs clearly from the baseline at equal FLOPs" in sentence
+
+
 def test_steps_that_were_left_out_and_other_versions_are_told(tmp_path: Path) -> None:
     runs = pairs(("tst", -0.1))
     runs[-1] = replace(runs[-1], versions={"torch": "1"})

@@ -1,4 +1,4 @@
-"""Options that a command does not read: refused, with the command or the option that does; of a plan, passed over."""
+"""Options that a command does not read: refused, with the command or the option that does; of a plan, the compiler."""
 
 from __future__ import annotations
 
@@ -29,6 +29,10 @@ bag_sizes = [2, 4]
         ("compare --sweep.keep 0.5", "--sweep.keep is 0.5, which tst compare does not read; give it to tst sweep"),
         ("compare --train.seed 7", "--train.seed is 7, but the runs have compare.seeds, [3, 4]; give it among"),
         ("sweep --train.seed 7", "--train.seed is 7, but the runs have compare.seeds, [3, 4]; give it among"),
+        (
+            "sweep --superposition.bag-size 8",
+            "--superposition.bag-size is 8, but the sweep has sweep.bag_sizes, [2, 4]",
+        ),
         ("sweep --compare.baseline-lengths 1 3", "--compare.baseline-lengths is [1.0, 3.0], which tst sweep does not"),
     ],
 )
@@ -41,6 +45,31 @@ def test_an_option_of_another_command_is_refused(
     error = capsys.readouterr().err
     assert error.startswith(f"tst: error: {said}") and error.count("\n") == 1
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("typed", "said"),
+    [
+        (
+            "--compare.seeds 0 1",
+            "--compare.seeds is [0, 1], which tst plan, of one run, does not read; tst compare --dry-r",
+        ),
+        (
+            "--sweep.bag-sizes 8",
+            "--sweep.bag-sizes is [8], which tst plan, of one run, does not read; tst sweep --dry-run",
+        ),
+        (
+            "--superposition.anneal 4 2 --superposition.bag-size 8",
+            "--superposition.bag-size is 8, but the bag sizes are",
+        ),
+    ],
+)
+def test_a_plan_is_of_one_run(
+    typed: str, said: str, write_config: Callable[..., Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = str(write_config(append=ALL))
+    assert main(["plan", path, *typed.split()]) == 2
+    assert capsys.readouterr().err.startswith(f"tst: error: {said}")
 
 
 def test_a_file_may_hold_every_section(

@@ -255,6 +255,8 @@ def test_the_report_says_that_equal_steps_are_not_equal_flops(tmp_path: Path) ->
         words = " ".join(text.split())
         assert "tst: equal FLOPs" in words and "tst: equal steps" not in words
         assert "mtp: equal steps" in words and "1.25 x the FLOPs of the" in words
+        assert "1,189 steps, 1.19 x the 1,000 (between baselines that were run; its steps cost more: 0.95 x in" in words
+        assert "1.41 x the 1,000 (between baselines that were run)" in words
 
 
 def test_a_speedup_in_steps_that_cost_more_is_told_in_flops(tmp_path: Path) -> None:

@@ -5,23 +5,24 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 from rich.console import Console
 
+from tests.conftest import TINY
 from tests.sweep.settings import swept
 from token_superposition.cli import main
-from token_superposition.experiment.config import Config, save_config
+from token_superposition.errors import TokenSuperpositionError
+from token_superposition.experiment.config import Config, ModelConfig, save_config
 from token_superposition.experiment.grid import Cell, Grid, grid_of
 from token_superposition.experiment.halving import Design
 from token_superposition.experiment.progress import RunProgress
 from token_superposition.experiment.published import tables
 from token_superposition.experiment.result import RunResult
-from token_superposition.experiment.sweep import (
-    write_sweep,
-)
+from token_superposition.experiment.sweep import checked, chosen_by, write_sweep
 from token_superposition.report import print_table, write_report
 from token_superposition.report.sweep import read_sweep, sweep_rows
 from token_superposition.report.sweep_figures import DIVERGING, colour_limit, sweep_pictures, text_colour
@@ -107,6 +108,36 @@ def test_what_chose_a_setting_is_not_forgotten_by_sweeping_it_alone(tmp_path: Pa
         (out / "runs" / name / "run.json").touch()
     for text in shown(out):
         assert "nothing was chosen" not in text and "2 more finished runs in" in " ".join(text.split())
+
+
+def test_while_a_sweep_is_enlarged_its_report_is_that_of_the_finished_one(tmp_path: Path) -> None:
+    """Table, best setting and configuration; with the runs that have come to it since."""
+    out, config = tmp_path / "sweep", swept((0, 1, 2, 3), bag_sizes=(2, 4))
+    made_up(out, config, lambda cell, seed: 3.0 - 0.01 * cell.bag_size)
+    before = shown(out)
+    save_config(swept((0, 1, 2, 3), bag_sizes=(2, 4, 8)), out / "config.toml")
+    assert shown(out) == before
+
+
+def test_seeds_that_chose_do_not_judge_in_another_order(prepared: Path, tmp_path: Path) -> None:
+    out = tmp_path / "sweep"
+
+    def of(*seeds: int, **values: Any) -> Config:
+        config = swept(seeds, {"steps": 12, "batch_size": 4, "warmup_steps": 2}, **values)
+        data = replace(config.data, path=str(prepared), sequence_length=16)
+        return replace(config, data=data, model=ModelConfig("llama", cast(Any, TINY["llama"])))
+
+    made_up(out, of(0, 1, 2, 3, bag_sizes=(2, 4)), lambda cell, seed: 3.0 - 0.01 * cell.bag_size)
+    (out / "runs/s4").mkdir(parents=True)
+    (out / "runs/s4/log.txt").touch()
+    assert chosen_by(out) == {0, 1}
+    checked(of(0, 1, 2, 3, 4, 5, bag_sizes=(2, 4, 8)), out)
+    checked(of(2, 1, bag_sizes=(4,)), out)  # there is nothing to choose, and the report names the other runs
+    for seeds, chosen in (((2, 3, 0, 1), "0, 1"), ((4, 0, 1, 2), "1"), ((0, 1), "1")):
+        with pytest.raises(
+            TokenSuperpositionError, match=rf"seeds \[{chosen}\] have chosen the best setting of the sw"
+        ):
+            checked(of(*seeds, bag_sizes=(2, 4)), out)
 
 
 def test_a_setting_that_diverged_is_not_the_lowest(tmp_path: Path) -> None:

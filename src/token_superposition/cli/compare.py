@@ -10,7 +10,7 @@ from typing import Annotated
 import tyro
 
 from token_superposition.cli.arguments import parse, split_config
-from token_superposition.cli.ignored import refuse_ignored, refuse_seed
+from token_superposition.cli.ignored import refuse_bag_size, refuse_ignored, refuse_seed
 from token_superposition.experiment.config import Config
 
 
@@ -42,6 +42,7 @@ def run(args: Sequence[str]) -> None:
     which = "which tst compare does not read; give it to tst sweep, or leave it out"
     refuse_ignored(config, options.config, "sweep", which)
     refuse_seed(config, options.config)
+    refuse_bag_size(config, options.config)
     options.config.check()
     from rich.console import Console
 

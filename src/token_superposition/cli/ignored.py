@@ -26,3 +26,26 @@ def refuse_seed(loaded: Config, config: Config) -> None:
     if seeds := config.compare.seeds:
         why = f"but the runs have compare.seeds, {list(seeds)}; give it among --compare.seeds, or leave it out"
         refuse_ignored(loaded, config, "train", why, ["seed"])
+
+
+def refuse_bag_size(loaded: Config, config: Config) -> None:
+    """The same for --superposition.bag-size beside superposition.anneal, in whose place the latter are."""
+    if sizes := config.superposition.anneal:
+        why = f"but the bag sizes are those of superposition.anneal, {list(sizes)}; give others there, or leave it out"
+        refuse_ignored(loaded, config, "superposition", why, ["bag_size"])
+
+
+SWEPT = {
+    "bag_sizes": ("superposition", "bag_size"),
+    "ratios": ("superposition", "ratio"),
+    "weightings": ("superposition", "weighting"),
+    "learning_rates": ("train", "learning_rate"),
+}
+
+
+def refuse_swept(loaded: Config, config: Config) -> None:
+    """The same for an option of which a sweep has a list of values."""
+    for name, (section, key) in SWEPT.items():
+        if values := getattr(config.sweep, name):
+            why = f"but the sweep has sweep.{name}, {list(values)}; give it among them, or leave it out"
+            refuse_ignored(loaded, config, section, why, [key])

@@ -9,6 +9,7 @@ from typing import Annotated
 import tyro
 
 from token_superposition.cli.arguments import parse, split_config
+from token_superposition.cli.ignored import refuse_bag_size, refuse_ignored
 from token_superposition.errors import TokenSuperpositionError
 from token_superposition.experiment.budget import GpuType
 from token_superposition.experiment.config import Config
@@ -43,6 +44,10 @@ class PlanCommand:
 def run(args: Sequence[str]) -> None:
     config, rest = split_config(args)
     options = parse(PlanCommand, "plan", rest, PlanCommand(config))
+    which = "which tst plan, of one run, does not read; tst {0} --dry-run says what all its runs cost"
+    for section in ("compare", "sweep"):
+        refuse_ignored(config, options.config, section, which.format(section))
+    refuse_bag_size(config, options.config)
     available = options.tokens_available
     if available is not None and not 1 <= available < float("inf"):
         raise TokenSuperpositionError(f"tokens-available is {available}; give a number of tokens, such as 80e9")

@@ -10,7 +10,7 @@ from typing import Annotated
 import tyro
 
 from token_superposition.cli.arguments import parse, split_config
-from token_superposition.cli.ignored import refuse_ignored, refuse_seed
+from token_superposition.cli.ignored import refuse_ignored, refuse_seed, refuse_swept
 from token_superposition.experiment.config import Config
 
 
@@ -47,6 +47,7 @@ def run(args: Sequence[str]) -> None:
     which = "which tst sweep does not read; give it to tst compare, or leave it out"
     refuse_ignored(config, options.config, "compare", which, ["baseline_lengths", "variants"])
     refuse_seed(config, options.config)
+    refuse_swept(config, options.config)
     options.config.check()
     from rich.console import Console
 

@@ -10,7 +10,7 @@ from typing import Annotated
 import tyro
 
 from token_superposition.cli.arguments import parse, split_config
-from token_superposition.cli.ignored import refuse_ignored
+from token_superposition.cli.ignored import refuse_bag_size, refuse_ignored
 from token_superposition.experiment.config import Config
 
 
@@ -45,6 +45,7 @@ def run(args: Sequence[str]) -> None:
     which = "which tst train, of one run, does not read; give it to tst {}, or leave it out"
     refuse_ignored(config, options.config, "compare", which.format("compare"))
     refuse_ignored(config, options.config, "sweep", which.format("sweep"))
+    refuse_bag_size(config, options.config)
     options.config.check()
     from rich.console import Console
 

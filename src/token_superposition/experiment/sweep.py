@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import json
 import shutil
 import typing
 from collections.abc import Sequence
@@ -88,7 +89,8 @@ def sweep(config: Config, out: str | Path, console: Console, command: str = "") 
         cells, seeds = len(rounds[-1].cells), ", ".join(map(str, rounds[-1].seeds))
         console.print(f"round {len(rounds)}: {_count(cells, 'setting')}, seed {seeds}", highlight=False)
         run_jobs(jobs, out, config.compare.parallel, console, finished)
-        write_rows(out / TABLE, rows_of(grid, rounds, results(grid, out)))
+        if not (out / SWEEP).exists():  # else the table stays that of the finished sweep which is enlarged
+            write_rows(out / TABLE, rows_of(grid, rounds, results(grid, out)))
     for job in jobs:  # also of those that finished after the sweep itself was killed
         finished(job)
     return write_sweep(out, grid, design, results(grid, out), body, command)
@@ -128,7 +130,21 @@ def checked(config: Config, out: Path) -> tuple[Grid, Design]:
     grid = grid_of(config)
     check_jobs([grid.job(c, seed) for c in (*grid.baselines, *grid.candidates) for seed in grid.seeds], out)
     wanted = config.sweep
-    return grid, Design.of(len(grid.candidates), grid.seeds, wanted.keep, wanted.selection_seeds)
+    design = Design.of(len(grid.candidates), grid.seeds, wanted.keep, wanted.selection_seeds)
+    if design.choosing and (known := sorted(chosen_by(out) & {*design.judging})):
+        raise TokenSuperpositionError(
+            f"seeds {known} have chosen the best setting of the sweep in {out}, and would judge one now; name them "
+            "first among --compare.seeds, let as many choose (--sweep.selection-seeds), or choose another --out"
+        )
+    return grid, design
+
+
+def chosen_by(out: Path) -> set[int]:
+    """The seeds that chose the best setting of a finished sweep in ``out``, if there is one."""
+    try:
+        return set(json.loads((out / SWEEP).read_text(encoding="utf-8"))["best"]["chosen"]["seeds"])
+    except (OSError, ValueError, TypeError, KeyError, RecursionError):  # none, or of another form: see read_sweep
+        return set()
 
 
 def jobs_of(grid: Grid, one: Round) -> list[Job]:

@@ -9,6 +9,7 @@ from statistics import mean, stdev
 from typing import TYPE_CHECKING
 
 from token_superposition.experiment.files import DIVERGED, RESULT
+from token_superposition.report.contents import at_equal_flops
 
 if TYPE_CHECKING:
     from token_superposition.experiment.summary import Run
@@ -48,8 +49,8 @@ def _several(contents: Contents) -> str:
     """Which of several variants differ clearly from the baseline when it is counted how many were tried."""
     from token_superposition.experiment.intervals import chance, holm
 
-    variants = contents.comparison["variants"]
-    values = {name: c["delta_val_loss_per_seed"] for name, c in variants.items() if c["delta_val_loss_interval"]}
+    found = {name: at_equal_flops(c) for name, c in contents.comparison["variants"].items()}
+    values = {name: e["delta_val_loss_per_seed"] for name, e in found.items() if e is not None and e["interval"]}
     if len(values) < 2:
         return ""
     kept = holm([chance(v) for v in values.values()])
@@ -57,7 +58,7 @@ def _several(contents: Contents) -> str:
     return (
         f"each interval is as if that variant alone had been tried; with {len(values)} of them "
         f"{' and '.join(told) if told else 'none'} {'differs' if len(told) < 2 else 'differ'} clearly from the "
-        "baseline at equal steps (Holm's correction)"
+        "baseline at equal FLOPs (Holm's correction)"
     )
 
 

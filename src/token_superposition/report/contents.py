@@ -151,9 +151,11 @@ def interval_table(contents: Contents) -> list[tuple[str, ...]]:
 
 
 def at_equal_flops(c: dict[str, Any]) -> dict[str, Any] | None:
-    """The mean difference of the losses and its interval; None where no baseline of as many FLOPs was run."""
+    """The mean difference of the losses, that of each seed, and the interval; None where no baseline of as many FLOPs
+    was run."""
     if c["flops_ratio"] == 1 or not math.isfinite(c["delta_val_loss"]):
-        return {"delta_val_loss": c["delta_val_loss"], "interval": c["delta_val_loss_interval"]}
+        names = {"delta_val_loss": "", "delta_val_loss_per_seed": "_per_seed", "interval": "_interval"}
+        return {name: c[f"delta_val_loss{end}"] for name, end in names.items()}
     equal = c["equal_flops"]
     return equal if equal["delta_val_loss"] is not None else None
 

@@ -10,9 +10,11 @@ from pathlib import Path
 from statistics import mean
 from typing import Any, Literal
 
+import tomli_w
+
 from token_superposition.errors import TokenSuperpositionError
-from token_superposition.experiment.config import SweepSchedule
-from token_superposition.experiment.files import CONFIG, SWEEP
+from token_superposition.experiment.config import SweepSchedule, without_none
+from token_superposition.experiment.files import SWEEP
 from token_superposition.experiment.form import misfit
 from token_superposition.experiment.grid import Cell
 from token_superposition.experiment.halving import Best
@@ -32,6 +34,7 @@ FORM = {
     "body_parameters": int,
     "hardware": list[str],
     "versions": list[str],
+    "config": dict[str, Any],
 }
 """Of sweep.json."""
 
@@ -118,10 +121,11 @@ def read_sweep(directory: Path) -> SweepContents:
         summary: Any = json.loads((directory / SWEEP).read_text(encoding="utf-8"))
         wrong = misfit(summary, FORM, SWEEP)
         rows = read_rows(directory / TABLE)
-        config_text = (directory / CONFIG).read_text(encoding="utf-8")
     except (OSError, ValueError, TypeError, RecursionError) as e:
         why = e if isinstance(e, OSError) else f"{SWEEP} or {TABLE}: {e}"
         raise TokenSuperpositionError(f"{directory} holds no finished sweep ({why}); make one with tst sweep") from None
+    # config.toml may already ask for more
+    config_text = "" if wrong else tomli_w.dumps(without_none(summary["config"]))
     contents = SweepContents(summary, rows, config_text, directory)
     if not wrong and not {contents.best, contents.baseline} <= contents.by_cell.keys():
         wrong = f"{TABLE} lacks the best setting, or its baseline, that {SWEEP} names"

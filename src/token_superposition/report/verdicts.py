@@ -77,9 +77,7 @@ def verdicts(contents: Contents) -> list[tuple[str, str]]:
         if more:
             result.append((f"{label}equal FLOPs", equal_flops(c)))
         steps = round(length * contents.baseline.steps)
-        result.append(
-            (f"{label}equal loss", speedup(c) if several else equal_loss(name, c["equal_loss"], steps, contents))
-        )
+        result.append((f"{label}equal loss", speedup(c) if several else equal_loss(name, c, steps, contents)))
         for longer in c["longer_baselines"]:
             other = f"a baseline of {longer['baseline_steps']:,} steps"
             result.append((f"{label}{longer['ratio']:.3g} x the steps", paired(name, other, longer)))
@@ -163,7 +161,9 @@ def speedup(c: dict[str, Any]) -> str:
     return text + ")"
 
 
-def equal_loss(name: str, equal: dict[str, Any] | None, steps: int, contents: Contents) -> str:
+def equal_loss(name: str, c: dict[str, Any], steps: int, contents: Contents) -> str:
+    """Of one seed, or of the means over several."""
+    equal: dict[str, Any] | None = c["equal_loss"]
     diverged = any(r.name.startswith("baseline") and not math.isfinite(r.val_loss) for r in contents.runs)
     if equal is None and diverged:
         return "not measured: a baseline of another length diverged"
@@ -176,7 +176,13 @@ def equal_loss(name: str, equal: dict[str, Any] | None, steps: int, contents: Co
     n, how = equal["baseline_steps"], equal["how"]
     about = how.partition(",")[0] if how.startswith("at ") else "about"
     source = SOURCES["extrapolated" if "extrapolated" in how else how]
-    return f"the baseline would need {about} {n:,} steps, {equal['speedup']:.2f} x the {steps:,} ({source})"
+    a_step = c["flops_ratio"] / c["steps_ratio"]
+    cost = (
+        ""
+        if math.isclose(a_step, 1, rel_tol=1e-3)
+        else f"; its steps cost more: {equal['speedup'] / a_step:.2f} x in FLOPs"
+    )
+    return f"the baseline would need {about} {n:,} steps, {equal['speedup']:.2f} x the {steps:,} ({source}{cost})"
 
 
 SOURCES = {
