@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import faulthandler
 import os
 import shutil
 import subprocess
@@ -22,6 +23,7 @@ from accelerate.utils.launch import prepare_multi_gpu_env
 from safetensors.torch import load_file
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
 from transformers import AutoModelForCausalLM, TrainerCallback, TrainingArguments
 
 from tests.conftest import CONFIG, TINY, VOCAB, once, tiny, tst
@@ -31,7 +33,14 @@ from token_superposition import Schedule, TokenSuperpositionError, fold, linear_
 from token_superposition.data.plan import PlannedDataset
 from token_superposition.data.store import TokenStore
 from token_superposition.engines.transformers import TSTTrainer
-from token_superposition.engines.transformers.head import HiddenStates, whole_head
+from token_superposition.engines.transformers.head import (
+    Head,
+    HiddenStates,
+    check_causal,
+    ids_used_elsewhere,
+    read_head,
+    whole_head,
+)
 from token_superposition.experiment.checkpoints import newest_whole
 from token_superposition.experiment.config import load_config
 from token_superposition.experiment.export import export
@@ -177,8 +186,8 @@ class Watch(TrainerCallback):
                 self.gradients[f"{state.global_step} {name}"] = g.clone()
 
 
-def train_case(case: str, prepared: Path, out: Path, processes: int) -> tuple[list[float], Watch]:
-    """Three steps on bags and three without, of the same batches for any number of processes."""
+def trainer_of(case: str, prepared: Path, out: Path, processes: int, **more: Any) -> tuple[TSTTrainer, Watch]:
+    """Of three steps on bags and three without, of the same batches for any number of processes."""
     architecture, options, arguments = CASES[case]
     accumulated = int(str(arguments.get("gradient_accumulation_steps", 1)))
     settings: dict[str, Any] = {
@@ -189,21 +198,53 @@ def train_case(case: str, prepared: Path, out: Path, processes: int) -> tuple[li
     plan = PlannedDataset(TokenStore(prepared), Schedule.two_phase(6, 4, 0.5), 16, 4, seed=1)
     watch = Watch()
     trainer = TSTTrainer(
-        tiny(architecture, **options), TrainingArguments(str(out), **settings | arguments), train_dataset=plan,
+        tiny(architecture, **options), TrainingArguments(str(out), **settings | arguments | more), train_dataset=plan,
         callbacks=[watch],
     )  # fmt: skip
+    return trainer, watch
+
+
+def losses_of(trainer: TSTTrainer) -> list[float]:
+    return [m["loss"] for m in trainer.state.log_history if "loss" in m]
+
+
+def train_case(case: str, prepared: Path, out: Path, processes: int) -> tuple[list[float], Watch]:
+    trainer, watch = trainer_of(case, prepared, out, processes)
     trainer.train()
     if processes > 1:
         assert isinstance(trainer.model, FSDPModule)
         policy = trainer.accelerator.state.fsdp_plugin.mixed_precision_policy
         assert policy is None or (policy.param_dtype, policy.reduce_dtype) == (torch.bfloat16, torch.float32)
-    return [m["loss"] for m in trainer.state.log_history if "loss" in m], watch
+    return losses_of(trainer), watch
 
 
-def sharded_worker(rank: int, prepared: Path, out: Path) -> None:
+def join(rank: int, out: Path) -> None:
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{out}/rendezvous", rank=rank, world_size=2)
+
+
+def compiled_worker(rank: int, prepared: Path, out: Path, layer_by_layer: str, want: list[float]) -> None:
+    faulthandler.dump_traceback_later(240, exit=True)
+    join(rank, out)
+    os.environ["ACCELERATE_DYNAMO_USE_REGIONAL_COMPILATION"] = layer_by_layer
+    trainer, _ = trainer_of("tied", prepared, out, 2, torch_compile=True, torch_compile_backend="eager")
+    trainer.train()
+    assert losses_of(trainer) == pytest.approx(want, rel=2e-5)
+    wrapped: Any = trainer.model_wrapped
+    # else its no_sync would be lost, and every micro-batch's gradients averaged
+    assert isinstance(wrapped if layer_by_layer == "true" else wrapped._orig_mod, DistributedDataParallel)
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("layer_by_layer", ["false", "true"])
+def test_what_is_compiled_stays_wrapped_by_ddp(layer_by_layer: str, prepared: Path, tmp_path: Path) -> None:
+    want = train_case("tied", prepared, tmp_path, 1)[0]
+    spawn(compiled_worker, prepared, tmp_path, layer_by_layer, want)
+
+
+def sharded_worker(rank: int, prepared: Path, out: Path) -> None:
+    join(rank, out)
     fsdp: dict[str, Any] = load_config_from_file(str(LAUNCH / "fsdp2.yaml")).fsdp_config  # pyright: ignore
     os.environ |= {key.upper(): str(value).lower() for key, value in fsdp.items()}
     os.environ["FSDP_STATE_DICT_TYPE"] = fsdp["fsdp_state_dict_type"]
@@ -238,6 +279,14 @@ def test_sharded_training_is_training(case: str, sharded: Path, prepared: Path, 
 def whole_head_worker(rank: int, rendezvous: str) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=2)
+    probed = tiny("llama")
+    for module in (*probed.model.layers, probed):
+        fully_shard(module)
+    check_causal(probed)
+    assert ids_used_elsewhere(probed) is None and isinstance(read_head(probed), Head)
+    assert all(
+        isinstance(p, DTensor) for p in probed.parameters()
+    )  # what an optimizer takes, of the outermost group too
     g = torch.Generator().manual_seed(0)
     for tied in (False, True):
         for s in (4, 1):

@@ -7,7 +7,7 @@ import logging
 import re
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -132,6 +132,32 @@ def test_a_run_that_ends_before_the_switch_is_told_of(tmp_path: Path, caplog: py
         trainer_of(arguments(tmp_path, **changes), plan, eval_dataset=held_out, callbacks=callbacks)
         warned = [m for m in caplog.messages if "switch" in m]
         assert (len(warned) == 1 and said in warned[0]) if said else not warned
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"dataloader_in_order": False}, "dataloader_in_order is False, but the step decides which samples .* to True"),
+        ({"ddp_static_graph": True}, "ddp_static_graph is True, with which DDP averages only .*; set it to False"),
+    ],
+)
+def test_arguments_under_which_other_gradients_come_are_refused(
+    given: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    plan = PlannedDataset(np.arange(2_000) % VOCAB, Schedule.two_phase(4, 4, 0.5), 16, 4)
+    model = tiny("llama")
+    with pytest.raises(TokenSuperpositionError, match=message):
+        TSTTrainer(model, arguments(tmp_path, **given), train_dataset=plan)
+    with pytest.raises(TokenSuperpositionError, match="model_init makes a model of its own for every training"):
+        TSTTrainer(cast(Any, None), arguments(tmp_path), model_init=lambda: model, train_dataset=plan)
+
+
+def test_a_sequence_spread_over_processes_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Trainer then reads as many samples more often, and the switch would come late."""
+    monkeypatch.setattr(TSTTrainer, "get_cp_size", lambda self: 2)
+    plan = PlannedDataset(np.arange(2_000) % VOCAB, Schedule.two_phase(4, 4, 0.5), 16, 4)
+    with pytest.raises(TokenSuperpositionError, match=r"a sequence is spread over 2 processes .*; set cp_size"):
+        TSTTrainer(tiny("llama"), arguments(tmp_path), train_dataset=plan)
 
 
 def test_padding_and_masked_tokens_are_refused() -> None:

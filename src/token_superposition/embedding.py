@@ -247,8 +247,9 @@ def _forget_own_forward(embedding: nn.Module) -> None:
     own = vars(embedding).get("forward")
     if own is not None and own != MethodType(type(embedding).forward, embedding):
         raise TokenSuperpositionError(
-            f"the {type(embedding).__name__} has a forward of its own, not its class's, as accelerate's hooks give it; "
-            "remove it (accelerate.hooks.remove_hook_from_module) and attach it again afterwards"
+            f"the {type(embedding).__name__} has a forward of its own, not its class's, as accelerate's hooks give it, "
+            "and transformers' tensor parallelism; remove the hooks (accelerate.hooks.remove_hook_from_module) and "
+            "attach them again afterwards, or shard with FSDP2 in place of tp_size"
         )
     vars(embedding).pop("forward", None)
 

@@ -111,11 +111,11 @@ class Launch:
 
     def variables(self, train: TrainConfig) -> dict[str, str]:
         """What accelerate takes from the environment and from nowhere else, for as long as the run lasts."""
-        compilation = "ACCELERATE_DYNAMO_USE_REGIONAL_COMPILATION"
         variables = {
             "ACCELERATE_MIXED_PRECISION": "bf16" if self.bfloat16(train.precision) else "no",
-            # Layer by layer: less to compile, and no layer again at the switch.
-            compilation: os.environ.get(compilation, "true"),
+            # Layer by layer: less to compile, and no layer again at the switch. A launcher writes False where nobody
+            # has asked for it.
+            "ACCELERATE_DYNAMO_USE_REGIONAL_COMPILATION": "true",
         }
         if self.sharded and train.activation_checkpointing:  # FSDP's own: the other one gathers a layer once more
             variables["FSDP_ACTIVATION_CHECKPOINTING"] = "true"

@@ -154,7 +154,12 @@ def _without_bags(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, An
 
 @contextmanager
 def evaluating(model: nn.Module) -> Generator[None]:
-    """Every module in evaluation mode; then each in the mode that it had."""
+    """Every module in evaluation mode; then each in the mode that it had.
+
+    A forward pass leaves the parameters that FSDP2 gathered for it whole, of which an optimizer would take the copies.
+    """
+    from torch.distributed.fsdp import FSDPModule
+
     modes = {module: module.training for module in model.modules()}
     model.eval()
     try:
@@ -162,6 +167,8 @@ def evaluating(model: nn.Module) -> Generator[None]:
     finally:
         for module, training in modes.items():
             module.training = training
+            if isinstance(module, FSDPModule):
+                module.reshard()
 
 
 def probe_ids(model: nn.Module, rows: Tensor) -> Tensor:  # (V, ...) -> (1, 4), fewer if V is below 5

@@ -15,12 +15,13 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader, SequentialSampler, Subset
-from transformers import EarlyStoppingCallback, Trainer, TrainingArguments, default_data_collator
+from transformers import Trainer, TrainingArguments, default_data_collator
 
 from token_superposition.data.plan import PlannedDataset
-from token_superposition.data.stream import StreamedPlan
 from token_superposition.embedding import superpose
+from token_superposition.engines.transformers.checks import Plan, check_held_out, check_plan
 from token_superposition.engines.transformers.head import (
+    Head,
     HiddenStates,
     auxiliary_weight,
     check_causal,
@@ -34,13 +35,12 @@ from token_superposition.engines.transformers.mtp import MTPHeads
 from token_superposition.errors import TokenSuperpositionError
 from token_superposition.loss import linear_multi_hot_cross_entropy, multi_hot_cross_entropy
 from token_superposition.loss.targets import BagLoss, check_loss, target_weights
-from token_superposition.schedule import WSD, Schedule
+from token_superposition.schedule import Schedule
 from token_superposition.weights import Weighting, place_weights, weights_for
 
 logger = logging.getLogger(__name__)
 PLAN = "plan.json"
 """Of a checkpoint: the fingerprint of the plan."""
-Plan = PlannedDataset | StreamedPlan
 
 
 class TSTTrainer(Trainer):
@@ -97,6 +97,11 @@ class TSTTrainer(Trainer):
                 f"transformers {version('transformers')} has no Trainer.{missing[0]}, in whose place we train "
                 "bags; install the version of constraints.txt"
             )
+        if kwargs.get("model_init") is not None:
+            raise TokenSuperpositionError(
+                "model_init makes a model of its own for every training, which is not taught to read bags; give the "
+                "model, and a TSTTrainer for each trial"
+            )
         with torch.compiler.set_stance("force_eager"):  # nothing is compiled for 4 ids
             head = read_head(model)
         if mtp is not None:
@@ -120,6 +125,11 @@ class TSTTrainer(Trainer):
         if isinstance(dataset, Plan) and kwargs.get("data_collator") is None:
             kwargs["data_collator"] = default_data_collator  # nothing to pad
         super().__init__(model, args, **kwargs)
+        if args.ddp_static_graph and isinstance(head, Head):
+            raise TokenSuperpositionError(
+                "ddp_static_graph is True, with which DDP averages only gradients of a loss that is made from the "
+                "model's outputs, and ours is made from the hidden states in front of the head; set it to False"
+            )
         if args.label_smoothing_factor or self.compute_loss_func is not None:
             raise TokenSuperpositionError(
                 "label_smoothing_factor and compute_loss_func cannot be combined with TSTTrainer; use weighting"
@@ -140,7 +150,7 @@ class TSTTrainer(Trainer):
         self._without_cache = without_cache(model)
         self._hidden = HiddenStates.of(cast(Any, model).get_decoder()) if self.head else None
         if isinstance(self.train_dataset, Plan):
-            self._check_plan(self.train_dataset)
+            check_plan(self, self.train_dataset, lr_factor)
             with torch.compiler.set_stance("force_eager"):
                 self._check_model(model, self.train_dataset.schedule)
         # The last, so that a model is what it was where anything above is refused.
@@ -155,51 +165,6 @@ class TSTTrainer(Trainer):
         if bags and (why := ids_used_elsewhere(model)) is not None:
             raise TokenSuperpositionError(
                 f'{type(model).__name__} cannot read bags: {why}; superpose the output only (sides = "output")'
-            )
-
-    def _check_plan(self, plan: Plan) -> None:
-        args = self.args
-        if args.n_gpu > 1:
-            raise TokenSuperpositionError(
-                f"this process sees {args.n_gpu} GPUs and would use all by DataParallel, which cannot read bags; start "
-                "one process for each (torchrun or accelerate launch), or show it one (CUDA_VISIBLE_DEVICES=0)"
-            )
-        whole: Any = getattr(args.accelerator_config, "split_batches", False)  # then a batch is that of all processes
-        replicas = 1 if whole else args.world_size // self.get_tp_size()
-        batch = args.per_device_train_batch_size * replicas * args.gradient_accumulation_steps
-        if batch != plan.batch_size:
-            raise TokenSuperpositionError(
-                f"the plan has {plan.batch_size} sequences a step, the arguments give {batch} (per device "
-                f"{args.per_device_train_batch_size} x {replicas} processes x {args.gradient_accumulation_steps} "
-                "accumulated); make them equal, or the switch comes at the wrong step"
-            )
-        for name in ("ignore_data_skip", "auto_find_batch_size"):
-            if getattr(args, name):
-                raise TokenSuperpositionError(
-                    f"{name} is True, but the step decides which samples of the plan are read; set it to False"
-                )
-        total = plan.schedule.total_steps
-        if args.max_steps > total:
-            raise TokenSuperpositionError(f"max_steps is {args.max_steps}, the plan has {total}; plan more steps")
-        if args.max_steps <= 0:
-            args.max_steps = total
-        if isinstance(self.lr_factor, WSD) and self.lr_factor.total_steps < args.max_steps:
-            raise TokenSuperpositionError(
-                f"lr_factor is for {self.lr_factor.total_steps} steps, the run has {args.max_steps}, whose last ones "
-                "would be at a rate of 0; make them equal"
-            )
-        switch = max(plan.schedule.switches, default=0)
-        if switch and args.max_steps <= switch:
-            logger.warning(
-                "max_steps is %d: the run ends before the switch to ordinary training at %d", args.max_steps, switch
-            )
-        stops = any(isinstance(c, EarlyStoppingCallback) for c in self.callback_handler.callbacks)
-        if switch and stops and args.eval_delay <= switch:
-            logger.warning(
-                "early stopping looks at validations before the switch at step %d, where the model trains on bags and "
-                "may seem to get worse; give eval_delay=%d",
-                switch,
-                switch + 1,
             )
 
     def create_accelerator_and_postprocess(self) -> None:
@@ -233,7 +198,7 @@ class TSTTrainer(Trainer):
             with self._hidden as states:
                 outputs = model(**inputs, logits_to_keep=1)
                 hidden = states.take()
-            head = whole_head(self.accelerator.unwrap_model(model))
+            head = whole_head(self._bare_model)
             if self.get_tp_size() > 1 and isinstance(head.weight, DTensor) and not isinstance(hidden, DTensor):
                 hidden = DTensor.from_local(hidden, head.weight.device_mesh, run_check=False)  # the same everywhere
             with self.accelerator.autocast():
@@ -264,9 +229,15 @@ class TSTTrainer(Trainer):
             if self.args.average_tokens_across_devices:
                 loss = loss * (self.accelerator.num_processes // self.get_tp_size())
         if model.training and getattr(outputs, "aux_loss", None) is not None:  # mixture of experts
-            weight = auxiliary_weight(self.accelerator.unwrap_model(model))
+            weight = auxiliary_weight(self._bare_model)
             loss = loss + weight * outputs.aux_loss.to(loss.device) / accumulated
         return (loss, outputs) if return_outputs else loss
+
+    @property
+    def _bare_model(self) -> nn.Module:
+        """Without DDP and the compiler; with FSDP2. accelerate's ``unwrap_model`` takes DDP out of a compiled model for
+        good, which then averages the gradients of every micro-batch."""
+        return getattr(self.model, "_orig_mod", cast(nn.Module, self.model))
 
     def prediction_step(
         self,
@@ -377,15 +348,6 @@ class TSTTrainer(Trainer):
         assert self._signature_columns is not None
         if "shift_labels" not in self._signature_columns:
             self._signature_columns.append("shift_labels")
-
-
-def check_held_out(dataset: object) -> None:
-    """Raise ``TokenSuperpositionError`` for a plan that has bags, which would be validated on them."""
-    if isinstance(dataset, Plan) and any(p.is_superposed for p in dataset.schedule.phases):
-        raise TokenSuperpositionError(
-            f"the validation text is a {type(dataset).__name__} with bags; give ValidationSet(tokens, length): a model "
-            "is validated on single tokens"
-        )
 
 
 def any_target(targets: Tensor, weighting: Weighting) -> Tensor:  # (B, L, s) or (B, L) -> (B, L)
