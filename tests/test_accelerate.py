@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import faulthandler
+import gc
 import os
 import shutil
 import subprocess
@@ -224,31 +224,45 @@ def join(rank: int, out: Path) -> None:
     dist.init_process_group("gloo", init_method=f"file://{out}/rendezvous", rank=rank, world_size=2)
 
 
-def compiled_worker(rank: int, prepared: Path, out: Path, layer_by_layer: str, want: list[float]) -> None:
-    faulthandler.dump_traceback_later(240, exit=True)
-    join(rank, out)
-    os.environ["ACCELERATE_DYNAMO_USE_REGIONAL_COMPILATION"] = layer_by_layer
-    trainer, _ = trainer_of("tied", prepared, out, 2, torch_compile=True, torch_compile_backend="eager")
-    trainer.train()
-    assert losses_of(trainer) == pytest.approx(want, rel=2e-5)
-    wrapped: Any = trainer.model_wrapped
-    # else its no_sync would be lost, and every micro-batch's gradients averaged
-    assert isinstance(wrapped if layer_by_layer == "true" else wrapped._orig_mod, DistributedDataParallel)
-    dist.destroy_process_group()
-
-
-@pytest.mark.parametrize("layer_by_layer", ["false", "true"])
-def test_what_is_compiled_stays_wrapped_by_ddp(layer_by_layer: str, prepared: Path, tmp_path: Path) -> None:
-    want = train_case("tied", prepared, tmp_path, 1)[0]
-    spawn(compiled_worker, prepared, tmp_path, layer_by_layer, want)
-
-
-def sharded_worker(rank: int, prepared: Path, out: Path) -> None:
-    join(rank, out)
+def use_fsdp() -> None:
     fsdp: dict[str, Any] = load_config_from_file(str(LAUNCH / "fsdp2.yaml")).fsdp_config  # pyright: ignore
     os.environ |= {key.upper(): str(value).lower() for key, value in fsdp.items()}
     os.environ["FSDP_STATE_DICT_TYPE"] = fsdp["fsdp_state_dict_type"]
     shard_on_cpu()
+
+
+def compiled_worker(rank: int, prepared: Path, out: Path, how: str, layer_by_layer: str, want: list[float]) -> None:
+    join(rank, out)
+    os.environ["ACCELERATE_DYNAMO_USE_REGIONAL_COMPILATION"] = layer_by_layer
+    if how == "FSDP2":
+        use_fsdp()
+    train_compiled(prepared, out, how, layer_by_layer, want)
+    gc.collect()  # a DDP that is freed later may wait for the group's thread, which waits for it
+    dist.destroy_process_group()
+
+
+def train_compiled(prepared: Path, out: Path, how: str, layer_by_layer: str, want: list[float]) -> None:
+    trainer, _ = trainer_of("tied", prepared, out, 2, torch_compile=True, torch_compile_backend="eager")
+    trainer.train()
+    assert losses_of(trainer) == pytest.approx(want, rel=2e-5)
+    wrapped: Any = trainer.model_wrapped
+    if how == "DDP":  # else its no_sync would be lost, and every micro-batch's gradients averaged
+        assert isinstance(wrapped if layer_by_layer == "true" else wrapped._orig_mod, DistributedDataParallel)
+    else:
+        assert isinstance(wrapped, FSDPModule)
+
+
+@pytest.mark.parametrize(("how", "layer_by_layer"), [("DDP", "false"), ("DDP", "true"), ("FSDP2", "true")])
+def test_what_is_compiled_trains_alike_and_stays_wrapped(
+    how: str, layer_by_layer: str, prepared: Path, tmp_path: Path
+) -> None:
+    want = train_case("tied", prepared, tmp_path, 1)[0]
+    spawn(compiled_worker, prepared, tmp_path, how, layer_by_layer, want)
+
+
+def sharded_worker(rank: int, prepared: Path, out: Path) -> None:
+    join(rank, out)
+    use_fsdp()
     for case in CASES:
         losses, watch = train_case(case, prepared, out, 2)
         if rank == 0:
