@@ -23,6 +23,12 @@ ASKED = (
     ("Is a smaller bag better for a smaller model?", "small", "bags-of-2", "tst"),
     ("Does it win with no more text than the baseline has?", "same-text", "tst", "baseline"),
     ("Does it win with Muon?", "muon", "tst", "baseline"),
+    (
+        "Do weights save a tenth of the steps on a text that did not choose them?",
+        "english-recipe",
+        "tst",
+        "uniform-x1.1",
+    ),
 )
 """Questions that one comparison answers: its name, a run, and what it is compared with."""
 
