@@ -13,13 +13,12 @@ from results.kept import Result, at_equal_flops, first_shown, kept_at, load, row
 from results.plain import against_plain, differences, over_batches, recipes, text_of
 from results.short_answers import short_answers
 from results.sweeps import section as section_of_sweep
-from token_superposition.report.contents import interval, speedup_in_flops
+from token_superposition.report.contents import interval, mean_speedup, speedup_in_flops
 
 
 def table_row(name: str, c: dict[str, Any], again: str | None, chose: list[int]) -> str:
     s = speedup_in_flops(c)
-    marks = {"measured": "", "at least": "≥ ", "at most": "≤ ", "not comparable": "~ "}
-    speed = "not measured" if s is None else f"{marks[s['bound']]}{s['geometric_mean']:.2f}"
+    speed = "not measured" if s is None else mean_speedup(s)
     if s is not None and (s["low"] is not None or s["high"] is not None):
         speed += f" ({interval((s['low'], s['high']), '.2f')})"
     name, values = at_equal_flops(name, c)
@@ -182,17 +181,18 @@ HEAD = """\
 Made by `python -m results.findings` from the folders in [results](../results), each of which holds the configuration,
 the seeds, the hardware and the versions; no number of a table is typed in by hand. Small models on two CPU cores, and
 one of 110M parameters on a GPU: they say what TST does there, not what it does at 3B. Loss is next-token cross-entropy
-on held-out text in nats per token; an interval is Student's t over paired seeds
-([how to read a comparison](compare.md)). The texts come from `python -m results.corpora`. Sections of one seed or two
-say so, whatever their intervals are; further leads, and what was tried and left, are in the [log](../LOG.md).
-Parameters are counted with embedding and head, 0.26M of the 0.59M here and 0.13M of the 0.21M. *English* is the
-docstrings and the documentation of the packages whose code is *python*; the *sentences of a grammar* are an invented
-language (what each is made of: [results/corpora.py](../results/corpora.py)). Where no precision is said, it is float32.
+on held-out text in nats per token; an interval is Student's t over paired seeds ([how to read a
+comparison](compare.md)); a speed-up after `~` is a rough mean of seeds of which some are only bounds. The texts come
+from `python -m results.corpora`. Sections of one seed or two say so, whatever their intervals are; further leads, and
+what was tried and left, are in the [log](../LOG.md). Parameters are counted with embedding and head, 0.26M of the 0.59M
+here and 0.13M of the 0.21M. *English* is the docstrings and the documentation of the packages whose code is *python*;
+the *sentences of a grammar* are an invented language (what each is made of:
+[results/corpora.py](../results/corpora.py)). Where no precision is said, it is float32.
 
 *Read in blocks* (†) is the order of the text before 2026-11-27: an ordinary step read pieces of blocks that bags fit
-into, which lay closer together than by chance. That makes the baseline worse and so flatters TST; by how much was
-measured in `proof-cpu` alone ([log](../LOG.md)). Such a comparison's command reads in that order at the commit that is
-named, and in that of today now.
+into, which lay closer together than by chance. That makes the baseline worse and so probably flatters TST: in
+`proof-cpu`, where alone it was measured, by 0.014 (-0.013 to +0.041; [log](../LOG.md)). Such a comparison's command
+reads in that order at the commit that is named, and in that of today now.
 
 ![Differences of all comparisons with their intervals](findings_forest.svg)
 

@@ -67,7 +67,7 @@ class Result:
 
     @property
     def in_blocks(self) -> bool:
-        """Read in the order of the text before 2026-11-27, which flatters TST (LOG.md)."""
+        """Read in the order of the text before 2026-11-27, which probably flatters TST (LOG.md)."""
         return "common_bag" in self.summary["config"]["data"]
 
     @property

@@ -18,6 +18,7 @@ gc.disable()  # until all is imported, of which nothing is garbage: see pytest_c
 import pytest
 import torch
 from filelock import FileLock
+from hypothesis import HealthCheck, settings
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read when a kernel is defined: kernels run on the CPU
@@ -26,6 +27,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from tests.processes import call, command
 from token_superposition.data.prepare import PrepareOptions, prepare
+
+settings.register_profile("untimed", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("untimed")  # how long an example takes says what else the machine does
 
 SENTENCES = ("The river carries {} boats to the sea.", "def add_{0}(x):\n    return x + {0}", "Bag {} holds tokens {}.")
 

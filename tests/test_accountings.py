@@ -224,12 +224,13 @@ def test_table_and_report_show_the_intervals(tmp_path: Path) -> None:
             assert expected in text, expected
         assert "at least" not in text
     for text in shown(directory_of(experiment(longest=2), tmp_path / "cut")):
-        assert "the baseline needs at least 1.7" in text and "no interval" in text  # the difference contains 0
+        assert "the baseline needs about 1.7" in text and "no interval" in text  # the difference contains 0
         assert "1 of 3 seeds only known to be at least 2.00 x" in text
     lower = [replace(r, val_loss=r.val_loss - 0.2 * (r.name == "tst")) for r in experiment(longest=2)]
     for text in shown(directory_of(lower, tmp_path / "beaten")):
-        assert "the baseline needs at least 2.00 x" in text and " or more" in text
-        assert "95% lower bound " in " ".join(text.split())
+        words = " ".join(text.split())
+        assert "the baseline needs at least 1.85 x the steps (95% lower bound; geometric mean of 3 seeds" in words
+        assert " or more" in text and "3 of 3 seeds only known to be at least 2.00 x, as which they count" in words
 
 
 def test_in_short_it_says_no_more_than_is_sure(tmp_path: Path) -> None:

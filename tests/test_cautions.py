@@ -57,6 +57,12 @@ def test_of_several_variants_those_are_told_that_stand_the_correction(tmp_path: 
     assert 0.02 < chance([x - weak for x in NOISE]) < 0.05
     sentence = told(runs, tmp_path / "three")["several variants"]
     assert "with 3 of them tst differs clearly from the baseline" in sentence
+    assert "and with 2 of them weak and none differ clearly from tst" in sentence
+    runs = pairs(("tst", -0.1), ("by luck", -0.1 - weak), ("none", -0.1))
+    runs = [replace(r, val_loss=r.val_loss - NOISE[r.seed] * (r.name == "tst")) for r in runs]
+    close = told(runs, tmp_path / "close")["several variants"]
+    assert "with 3 of them tst and by luck and none differ clearly from the baseline" in close
+    assert "and with 2 of them none differs clearly from tst" in close
     assert "several variants" not in told(pairs(("tst", -0.1)), tmp_path / "one")
     assert "several variants" not in told(pairs(("tst", -0.1), ("weak", -weak), seeds=1), tmp_path / "seed")
     assert (

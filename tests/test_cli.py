@@ -17,7 +17,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.conftest import CONFIG, TINY, once, tiny, toml, tst
@@ -239,7 +239,6 @@ KEYS = st.sampled_from(
 )
 
 
-@settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(st.dictionaries(KEYS, VALUES | st.dictionaries(KEYS, VALUES)))
 def test_any_table_is_a_configuration_or_one_clear_error(content: dict[str, object]) -> None:
     try:
@@ -358,9 +357,11 @@ def test_a_terminated_comparison_leaves_no_run_behind(write_config: Callable[...
         return [p for p in lines if p.exists() and str(out).encode() in p.read_bytes()]
 
     process = subprocess.Popen(list(map(str, command)), stdout=subprocess.DEVNULL)
-    wait_for(lambda: any(read_metrics(p) for p in out.glob("runs/*/metrics.jsonl")))
-    assert len(training()) >= 2
-    process.terminate()
+    try:
+        wait_for(lambda: any(read_metrics(p) for p in out.glob("runs/*/metrics.jsonl")))
+        assert len(training()) >= 2
+    finally:
+        process.terminate()
     assert process.wait(120) == 143
     wait_for(lambda: not training())
     begun = [p.parent for p in out.glob("runs/*/metrics.jsonl") if read_metrics(p)]

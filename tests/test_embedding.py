@@ -346,7 +346,7 @@ def test_superposed_model_generates_and_saves_as_before(tmp_path: Path) -> None:
     assert torch.equal(type(model).from_pretrained(tmp_path)(prompt).logits, model(prompt).logits)
 
 
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(
     v=st.sampled_from([1, 7, 700]),
     n=st.sampled_from([0, 1, 300]),

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -94,7 +94,6 @@ def test_without_signal_and_weights_it_is_the_plain_embedding() -> None:
         torch.testing.assert_close(got.double(), w[ids].double().mean(1), rtol=eps, atol=eps)
 
 
-@settings(deadline=None)
 @given(st.integers(1, 6), st.sampled_from(["uniform", "power", "exponential", "first", "fitted"]), st.integers(0, 999))
 def test_shares_of_ragged_bags(s: int, weighting: Weighting, seed: int) -> None:
     """Those that are there share 1, by their order from the end; in a whole bag they are the weights themselves."""

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.processes import server
@@ -32,7 +32,6 @@ def starts(plan: PlannedDataset) -> list[int]:
     return [plan.start_of(i) for i in range(len(plan))]
 
 
-@settings(deadline=None)
 @given(PHASES, st.integers(1, 5), st.integers(1, 4), st.integers(0, 3))
 def test_every_sample_is_contiguous_and_every_token_is_read_once(
     phases: list[Phase], length: int, batch: int, seed: int
@@ -289,7 +288,6 @@ def test_reads_a_store_across_workers(prepared: Path) -> None:
         assert torch.equal(batch["input_ids"][1], plan[step * 4 + 1]["input_ids"])
 
 
-@settings(deadline=None)
 @given(PHASES, st.integers(1, 5), st.integers(1, 4), st.integers(0, 3))
 def test_shifted_samples_start_inside_the_first_bag(phases: list[Phase], length: int, batch: int, seed: int) -> None:
     """Each sample is that of the plain plan moved by 0 to a - 1 tokens, as far into the text as its targets reach."""

@@ -101,58 +101,69 @@ class Speedup:
     """measured in every seed; at least or at most, if some seeds are such bounds; not comparable, if both occur: then
     the mean is no bound in either direction."""
     low: float | None
-    """Lower end of the t-interval on log speed-up; None with one seed, or where a seed is a bound. In a summary
-    it is then, if the mean is "at least", ``beaten_length`` in multiples of the variant's steps."""
+    """Ends of the 95% interval, from the losses (``clear_lengths``), in multiples of the variant's steps. None with one
+    seed, and where an end is beyond the lengths that were run."""
     high: float | None
-    """Upper end, likewise; None where a seed is a bound."""
     seeds: int
     measured: int
     """Seeds whose speed-up is measured rather than a bound."""
 
 
-def speedup(seeds: Sequence[SeedSpeedup]) -> Speedup | None:
-    """The geometric mean and, where every seed is measured, its interval.
+def speedup(seeds: Sequence[SeedSpeedup], ends: tuple[float | None, float | None]) -> Speedup | None:
+    """The geometric mean beside ``ends``, in multiples of the variant's steps.
 
-    A seed at least x times as fast counts as x: the mean of such values is no larger than the true one. Their spread
-    is too small as well, so that no interval can be made of them.
+    A seed at least x times as fast counts as x, so that their spread is too small: no interval can be made of them. The
+    losses, of which the ends come, no bound cuts off. The mean loss may gain more by one seed than the mean speed-up:
+    an end is not beyond the mean that it belongs to.
     """
     if not seeds:
         return None
-    logs = [math.log(s.speedup) for s in seeds]
     bounds: set[Bound] = {s.bound for s in seeds if s.bound != "measured"}
     bound: Bound = "measured"
     if bounds:
         bound = bounds.pop() if len(bounds) == 1 else "not comparable"
-    interval = t_interval(logs) if bound == "measured" else None
-    low, high = (math.exp(interval[0]), math.exp(interval[1])) if interval is not None else (None, None)
+    center = math.exp(mean(math.log(s.speedup) for s in seeds))
+    low, high = ends
     return Speedup(
-        geometric_mean=math.exp(mean(logs)),
+        geometric_mean=center,
         bound=bound,
-        low=low,
-        high=high,
+        low=None if low is None else min(low, center),
+        high=None if high is None else max(high, center),
         seeds=len(seeds),
         measured=sum(s.bound == "measured" for s in seeds),
     )
 
 
-def beaten_length(curves: Sequence[Sequence[tuple[int, float]]], losses: Sequence[float]) -> float | None:
-    """Steps of the longest baseline that a variant ends below with the whole interval of the paired difference.
+def clear_lengths(
+    curves: Sequence[Sequence[tuple[int, float]]], losses: Sequence[float]
+) -> tuple[float | None, float | None]:
+    """Steps of the longest baseline that a variant ends below, and of the shortest that it ends above, by the whole
+    interval of the paired difference.
 
     ``curves`` are the (steps, loss) baselines of each seed, of the same lengths; ``losses`` the variant's of each.
-    Between two lengths a seed's baseline is linear in log steps, beyond them nothing is assumed. All shorter baselines
-    are beaten as well. None where not even the shortest is, or with one seed.
+    Between two lengths a seed's baseline is linear in log steps, beyond them nothing is assumed. All baselines shorter
+    than the first length are beaten as well. None where there is no such length, or with one seed. Together they are
+    the interval of a ratio by Fieller's argument (J. R. Statist. Soc. B 16, 1954): the lengths at which the paired test
+    does not reject that both end alike.
     """
     logs = np.log([steps for steps, _ in curves[0]])
     rows = [[loss for _, loss in curve] for curve in curves]
 
-    def upper(log_steps: float) -> float:
+    def ends(log_steps: float) -> tuple[float, float]:
         differences = [loss - float(np.interp(log_steps, logs, row)) for loss, row in zip(losses, rows, strict=True)]
-        ends = t_interval(differences)
-        return ends[1] if ends is not None else math.inf
+        return t_interval(differences) or (-math.inf, math.inf)
 
-    if upper(logs[0]) >= 0:
+    def crossing(of: Literal[0, 1]) -> float | None:
+        """Where that end of the interval first comes up to 0; None if not even the longest baseline brings it there.
+
+        In between the upper end is convex and the lower one concave: one zero, if it is below 0 at a and not at b.
+        """
+        if ends(logs[0])[of] >= 0:
+            return float(curves[0][0][0])
+        for a, b in pairwise(logs):
+            if ends(b)[of] >= 0:
+                return math.exp(cast(float, optimize.brentq(lambda x: ends(x)[of], a, b)))
         return None
-    for a, b in pairwise(logs):  # upper is convex in between: there is one zero if it is below 0 at a and not at b
-        if upper(b) >= 0:
-            return math.exp(cast(float, optimize.brentq(upper, a, b)))
-    return float(curves[0][-1][0])
+
+    beaten = crossing(1) or float(curves[0][-1][0])
+    return beaten if ends(logs[0])[1] < 0 else None, crossing(0)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from itertools import pairwise
 from pathlib import Path
 from statistics import mean, median, stdev
@@ -13,8 +13,7 @@ from typing import Any
 from token_superposition.errors import TokenSuperpositionError
 from token_superposition.experiment.intervals import (
     CONFIDENCE,
-    Speedup,
-    beaten_length,
+    clear_lengths,
     comes_down_to,
     seed_speedup,
     speedup,
@@ -73,7 +72,7 @@ def compare_variant(runs: Sequence[Run], name: str) -> dict[str, Any]:
     found = [seed_speedup(seed, baseline_curve(runs, seed), r.val_loss, r.steps) for seed, r in ours.items()]
     per_seed = [s for s in found if s is not None]
     # Without the seeds that diverged, those that are left would say too much good.
-    over_seeds = with_lower_end(speedup(per_seed), runs, ours) if len(per_seed) == len(ours) else None
+    over_seeds = speedup(per_seed, clear_speedups(runs, ours)) if len(per_seed) == len(ours) else None
     equal = equal_loss(curve, loss, steps)
     one, of_baseline = next(iter(ours.values())), next(iter(baseline.values()))
     data_ratio, flops_ratio = one.raw_tokens / of_baseline.raw_tokens, one.flops / of_baseline.flops
@@ -134,20 +133,16 @@ def longer_baselines(runs: Sequence[Run], ours: dict[int, Run]) -> list[dict[str
     return found
 
 
-def with_lower_end(found: Speedup | None, runs: Sequence[Run], ours: dict[int, Run]) -> Speedup | None:
-    """Where seeds are bounds there is no interval of speed-ups: the losses, which no bound cuts off, give its end.
-
-    The variant is worth more steps than every baseline that it ends below with the whole interval of the difference.
-    """
-    if found is None or found.bound != "at least":
-        return found
+def clear_speedups(runs: Sequence[Run], ours: dict[int, Run]) -> tuple[float | None, float | None]:
+    """``clear_lengths`` in multiples of the variant's steps, among the lengths that all seeds have."""
     curves = [baseline_curve(runs, seed) for seed in ours]
     lengths = set.intersection(*({steps for steps, _ in curve} for curve in curves))  # one may have diverged
+    if not lengths:
+        return None, None
     common = [[point for point in curve if point[0] in lengths] for curve in curves]
-    low = beaten_length(common, [r.val_loss for r in ours.values()]) if lengths else None
-    if low is not None:  # of the mean loss, which may gain more by one seed than the mean speed-up
-        low = min(low / next(iter(ours.values())).steps, found.geometric_mean)
-    return replace(found, low=low)
+    low, high = clear_lengths(common, [r.val_loss for r in ours.values()])
+    steps = next(iter(ours.values())).steps
+    return None if low is None else low / steps, None if high is None else high / steps
 
 
 def paired(ours: dict[int, Run], others: dict[int, Run]) -> dict[str, Any] | None:
@@ -155,7 +150,12 @@ def paired(ours: dict[int, Run], others: dict[int, Run]) -> dict[str, Any] | Non
     deltas = [r.val_loss - others[seed].val_loss for seed, r in ours.items() if seed in others]
     if not deltas:
         return None
-    return {"delta_val_loss": mean(deltas), "interval": t_interval(deltas), "seeds": len(deltas)}
+    return {
+        "delta_val_loss": mean(deltas),
+        "delta_val_loss_per_seed": deltas,
+        "interval": t_interval(deltas),
+        "seeds": len(deltas),
+    }
 
 
 def equal_time(runs: Sequence[Run], ours: dict[int, Run], baseline: dict[int, Run]) -> dict[str, Any]:

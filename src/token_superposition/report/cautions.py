@@ -6,7 +6,7 @@ import math
 from collections.abc import Collection, Sequence
 from pathlib import Path
 from statistics import mean, stdev
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from token_superposition.experiment.files import DIVERGED, RESULT
 from token_superposition.report.contents import at_equal_flops
@@ -46,20 +46,30 @@ def not_shown(directory: Path, shown: Collection[str]) -> str:
 
 
 def _several(contents: Contents) -> str:
-    """Which of several variants differ clearly from the baseline when it is counted how many were tried."""
+    """Which of several variants differ clearly, from the baseline and from tst, counting how many were tried."""
+    variants = contents.comparison["variants"]
+    from_baseline = _differ({name: at_equal_flops(c) for name, c in variants.items()})
+    from_tst = _differ({name: c["against_tst"] for name, c in variants.items()})
+    if not from_baseline:
+        return ""
+    more = f", and {from_tst} from tst" if from_tst else ""
+    return (
+        f"each interval is as if that variant alone had been tried; {from_baseline} from the baseline at equal "
+        f"FLOPs{more} (Holm's correction)"
+    )
+
+
+def _differ(found: dict[str, dict[str, Any] | None]) -> str:
+    """Nothing of fewer than two, of which there is nothing to correct."""
     from token_superposition.experiment.intervals import chance, holm
 
-    found = {name: at_equal_flops(c) for name, c in contents.comparison["variants"].items()}
     values = {name: e["delta_val_loss_per_seed"] for name, e in found.items() if e is not None and e["interval"]}
     if len(values) < 2:
         return ""
     kept = holm([chance(v) for v in values.values()])
     told = [name for name, one in zip(values, kept, strict=True) if one]
-    return (
-        f"each interval is as if that variant alone had been tried; with {len(values)} of them "
-        f"{' and '.join(told) if told else 'none'} {'differs' if len(told) < 2 else 'differ'} clearly from the "
-        "baseline at equal FLOPs (Holm's correction)"
-    )
+    verb = "differs" if len(told) < 2 else "differ"
+    return f"with {len(values)} of them {' and '.join(told) if told else 'none'} {verb} clearly"
 
 
 def _not_alike(runs: Sequence[Run]) -> str:

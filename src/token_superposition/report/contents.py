@@ -139,7 +139,7 @@ def interval_table(contents: Contents) -> list[tuple[str, ...]]:
             name,
             *difference_cells(c),
             str(len(c["delta_val_loss_per_seed"])),
-            f"{BOUNDS[s['bound']]}{s['geometric_mean']:.2f}" if (s := speedup_in_flops(c)) else "not measured",
+            mean_speedup(s) if (s := speedup_in_flops(c)) else "not measured",
             interval((s["low"], s["high"]), ".2f") if s else "none",
             f"{x:.2f}" if math.isfinite(x := c["equal_time"]["ratio"]) else "not measured",
             f"{c['flops_ratio']:.2f}",
@@ -179,7 +179,16 @@ def speedup_in_flops(c: dict[str, Any]) -> dict[str, Any] | None:
     return s | ends | {"geometric_mean": s["geometric_mean"] / a_step}
 
 
-BOUNDS = {"measured": "", "at least": ">= ", "at most": "<= ", "not comparable": "~ "}
+def mean_speedup(s: dict[str, Any]) -> str:
+    """Of one seed it is a bound where the seed is; of several a rough mean, for a bound counts there as if measured.
+
+    >>> mean_speedup({"bound": "at least", "geometric_mean": 1.5, "seeds": 1})
+    '>= 1.50'
+    >>> mean_speedup({"bound": "at least", "geometric_mean": 1.5, "seeds": 5})
+    '~ 1.50'
+    """
+    mark = {"measured": "", "at least": ">= ", "at most": "<= ", "not comparable": "~ "}[s["bound"]]
+    return f"{'~ ' if mark and s['seeds'] > 1 else mark}{s['geometric_mean']:.2f}"
 
 
 def interval(ends: Sequence[float | None] | None, form: str) -> str:

@@ -50,14 +50,21 @@ def _sure(ends: Sequence[float] | None, seeds: int) -> str:
 
 
 def _times(s: dict[str, Any] | None, seeds: int) -> str:
-    """Of bounds the end that is sure, if there is one; else the mean with its interval."""
+    """Where seeds are bounds the end that is sure, if there is one; else the mean with its interval."""
     if s is None or (s["bound"] == "at least" and s["low"] is None and seeds > 1):
         return ""
     if s["bound"] == "at least" and seeds > 1:
         return f"at least {s['low']:.2f} x the FLOPs (95% lower bound)"
-    about = {"measured": "", "at least": "at least ", "at most": "at most "}.get(s["bound"], "about ")
-    known = f" (95% interval {interval((s['low'], s['high']), '.2f')})" if s["low"] is not None and seeds > 1 else ""
-    return f"{about}{s['geometric_mean']:.2f} x the FLOPs{known}"
+    ends = (s["low"], s["high"])
+    known = f" (95% interval {interval(ends, '.2f')})" if ends != (None, None) else ""
+    return f"{_about(s)}{s['geometric_mean']:.2f} x the FLOPs{known}"
+
+
+def _about(s: dict[str, Any]) -> str:
+    """Over several seeds a bound counts in the mean as if it were measured, so that the mean is none."""
+    if s["bound"] == "measured":
+        return ""
+    return "about " if s["seeds"] > 1 else f"{s['bound']} "
 
 
 def verdicts(contents: Contents) -> list[tuple[str, str]]:
@@ -138,27 +145,26 @@ def clear(ends: Sequence[float], seeds: int) -> str:
 def speedup(c: dict[str, Any]) -> str:
     """Over several seeds, each against its own baselines."""
     s, per_seed, in_flops = c["speedup"], c["speedup_per_seed"], speedup_in_flops(c)
-    about = {"measured": "", "at least": "at least ", "at most": "at most ", "not comparable": "about "}[s["bound"]]
-    text = (
-        f"the baseline needs {about}{s['geometric_mean']:.2f} x the steps (geometric mean of {s['seeds']} seeds, each "
-        "against its own baselines of several lengths; "
-    )
-    if s["low"] is None and s["high"] is None:
-        text += "no interval"
-    elif s["bound"] == "at least":  # which is not the mean's: that of a bound has none
-        text += f"95% lower bound {s['low']:.2f} x"
+    mean_of = f"geometric mean of {s['seeds']} seeds, each against its own baselines of several lengths"
+    if s["bound"] == "at least" and s["low"] is not None:
+        text = f"at least {s['low']:.2f} x the steps (95% lower bound; {mean_of}, {s['geometric_mean']:.2f} x"
     else:
-        text += f"95% interval {interval((s['low'], s['high']), '.2f')}"
+        ends = (s["low"], s["high"])
+        known = f"95% interval {interval(ends, '.2f')}" if ends != (None, None) else "no interval"
+        text = f"{_about(s)}{s['geometric_mean']:.2f} x the steps ({mean_of}; {known}"
     for bound, why in (
         ("at least", "even the longest baseline ends above the variant's loss"),
         ("at most", "even the shortest baseline ends below the variant's loss"),
     ):
         found = [p["speedup"] for p in per_seed if p["bound"] == bound]
         if found:
-            text += f"; {len(found)} of {s['seeds']} seeds only known to be {bound} {found[0]:.2f} x: {why}"
+            text += (
+                f"; {len(found)} of {s['seeds']} seeds only known to be {bound} {found[0]:.2f} x, as which they count"
+            )
+            text += f": {why}"
     if in_flops is not None and not math.isclose(in_flops["geometric_mean"], s["geometric_mean"], rel_tol=1e-3):
         text += f"; its steps cost more: {in_flops['geometric_mean']:.2f} x in FLOPs"
-    return text + ")"
+    return f"the baseline needs {text})"
 
 
 def equal_loss(name: str, c: dict[str, Any], steps: int, contents: Contents) -> str:
