@@ -125,6 +125,18 @@ def test_kernel_reads_a_vocabulary_of_several_tiles() -> None:
         torch.testing.assert_close(gradient, want, rtol=1e-4, atol=1e-5)
 
 
+def test_kernel_reads_on_where_all_of_a_tile_is_ruled_out() -> None:
+    hidden, head, _, _ = example(2, 4, 9001, 3, 0.0, 5, torch.float64)
+    bias = torch.zeros(9001, dtype=torch.float64)
+    bias[:8192] = -math.inf  # the first tile, with a soft cap or in float64
+    targets = torch.tensor([[8192, 8193, 9000], [9000, 9000, 8500]])
+    found = [linear(hidden, head, targets, bias=bias, impl=impl) for impl in ("triton", "reference")]
+    torch.testing.assert_close(found[0], found[1])
+    gradients = [torch.autograd.grad(loss, (hidden, head)) for loss in found]
+    for gradient, want in zip(*gradients, strict=True):
+        torch.testing.assert_close(gradient, want)
+
+
 @settings(deadline=None, max_examples=30)
 @given(
     shape=st.tuples(st.integers(0, 5), st.integers(1, 9), st.integers(1, 4)),
@@ -363,8 +375,16 @@ ONES, LABELS = torch.ones(2, 3), torch.zeros(2, dtype=torch.long)
         ),
         (lambda: linear(torch.randn(2, 3), torch.randn(5, 4), torch.zeros(2, dtype=torch.long)), "must be equal"),
         (lambda: linear(ONES, ONES, LABELS, impl="fast"), "choose one of auto, reference"),  # pyright: ignore
-        (lambda: linear(ONES, ONES, LABELS, softcap=0.0), "softcap is 0.0; give a number above 0"),
-        (lambda: linear(ONES, ONES, LABELS, chunk_rows=0), "chunk_rows is 0; give at least 1"),
+        (lambda: linear(ONES, ONES, LABELS, softcap=0.0), "softcap is 0.0; give a finite number above 0"),
+        (lambda: linear(ONES, ONES, LABELS, softcap=math.inf), "softcap is inf; give a finite number above 0"),
+        (lambda: linear(ONES, ONES, LABELS, z_loss=None), "z_loss is None; give a finite number"),  # pyright: ignore
+        (lambda: linear(ONES, ONES, LABELS, logit_scale="2"), "logit_scale is '2'; give a finite"),  # pyright: ignore
+        (
+            lambda: linear(ONES, ONES, LABELS, logit_scale=torch.nn.Parameter(torch.ones(()))),  # pyright: ignore
+            "logit_scale asks for a gradient, which impl='auto' has not; .* multiply hidden by it",
+        ),
+        (lambda: linear(ONES, ONES, LABELS, chunk_rows=0), "chunk_rows is 0; give a whole number of at least 1"),
+        (lambda: on_logits(ONES, LABELS.numpy()), "targets are of type ndarray; give a tensor"),  # pyright: ignore
         (lambda: linear(ONES, ONES, LABELS, softcap=1.0, impl="native"), "choose impl='chunked'"),
         (lambda: linear(ONES, ONES, LABELS, reduction="none"), "choose 'mean' or 'sum'"),  # pyright: ignore
         (lambda: place_weights("cubic", 2), "choose one of uniform"),  # pyright: ignore

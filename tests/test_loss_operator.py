@@ -199,7 +199,7 @@ def test_derivatives_that_only_the_reference_has(impl: Any) -> None:
     def by_places() -> Tensor:
         return torch.autograd.grad(linear(hidden, head, targets, places, impl=impl), places)[0].abs().sum()
 
-    for derivative, message in ((forward_mode, "no forward-mode derivative"), (by_places, "place_weights ask for a")):
+    for derivative, message in ((forward_mode, "no forward-mode derivative"), (by_places, "place_weights asks for a")):
         if impl == "reference":
             assert derivative() != 0
         else:

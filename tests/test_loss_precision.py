@@ -34,6 +34,16 @@ def test_gradients_of_low_precision_are_scaled_before_they_are_rounded(dtype: to
         torch.testing.assert_close(got.double(), want, rtol=0.03, atol=0.03)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_the_sum_over_many_rows_is_no_rounder_than_a_row(dtype: torch.dtype) -> None:
+    """Of 16,384 rows it is beyond float16, and more than bfloat16 counts."""
+    if not hasattr(F, "linear_cross_entropy"):
+        pytest.skip("needs torch 2.13")
+    hidden, head, _, targets = example(16384, 16, 256, 4, 0.0, 4, dtype)
+    expected = linear(hidden.double(), head.double(), targets, impl="reference")
+    torch.testing.assert_close(linear(hidden, head, targets, impl="native").double(), expected, rtol=2e-3, atol=0)
+
+
 def test_autocast_keeps_float32_parameters_and_gradients() -> None:
     hidden, head = torch.randn(8, 4, requires_grad=True), torch.randn(9, 4, requires_grad=True)
     targets = torch.randint(9, (8, 2))

@@ -12,9 +12,18 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import AutoConfig, AutoModelForCausalLM, LlamaForCausalLM, default_data_collator
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    BartConfig,
+    BartForCausalLM,
+    BartForConditionalGeneration,
+    LlamaForCausalLM,
+    default_data_collator,
+)
 from transformers.modeling_outputs import CausalLMOutput
 
+from tests.architectures import BASE
 from tests.conftest import VOCAB, tiny
 from tests.test_trainer import Plain, Spy, arguments, losses
 from token_superposition import Schedule, TokenSuperpositionError, place_weights, reference, superpose, unsuperpose
@@ -24,6 +33,11 @@ from token_superposition.engines.transformers.head import check_causal, ids_used
 from token_superposition.engines.transformers.mtp import MTPHeads
 
 TOKENS = np.random.default_rng(0).integers(0, VOCAB - 8, 4_000)
+
+
+def build(architecture: str, **options: Any) -> Any:
+    settings = BASE | {"vocab_size": VOCAB} | options
+    return AutoModelForCausalLM.from_config(AutoConfig.for_model(architecture, **settings))
 
 
 def planned(steps: int = 2) -> PlannedDataset:
@@ -240,6 +254,60 @@ def test_a_batch_without_a_target_that_weighs_something_is_0(tmp_path: Path) -> 
     trainer.current_gradient_accumulation_steps = 1
     count = trainer._get_num_items_in_batch([batch], torch.device("cpu"))
     assert count == 0 and trainer.compute_loss(trainer.model, batch, num_items_in_batch=count).item() == 0
+
+
+class Learned(LlamaForCausalLM):
+    """What changes nothing before it has been trained: an adapter before the head, or a scale and a bias after it."""
+
+    def __init__(self, config: Any, where: str = "after"):
+        super().__init__(config)
+        self.where = where
+        self.scale, self.bias = nn.Parameter(torch.ones(())), nn.Parameter(torch.zeros(VOCAB))
+        self.adapter = nn.Linear(32, 32, bias=False)
+        nn.init.zeros_(self.adapter.weight)
+
+    def forward(self, input_ids: Any = None, inputs_embeds: Any = None, logits_to_keep: int = 0, **kwargs: Any) -> Any:  # pyright: ignore
+        hidden: Any = self.model(input_ids=input_ids, inputs_embeds=inputs_embeds, **kwargs).last_hidden_state
+        if self.where == "between":
+            return CausalLMOutput(logits=self.lm_head(hidden + self.adapter(hidden)))
+        return CausalLMOutput(logits=self.lm_head(hidden) * self.scale + self.bias)  # pyright: ignore
+
+
+@pytest.mark.parametrize(
+    ("where", "why", "learned"),
+    [
+        ("between", "the hidden states are changed between decoder and head", ["adapter.weight"]),
+        ("after", "parameters change the logits after the head", ["scale", "bias"]),
+    ],
+)
+def test_parameters_that_change_nothing_yet_are_trained(
+    where: str, why: str, learned: list[str], tmp_path: Path
+) -> None:
+    model = Learned(tiny("llama").config, where)
+    before = {name: model.get_parameter(name).detach().clone() for name in learned}
+    trainer = TSTTrainer(model, arguments(tmp_path, max_steps=2), train_dataset=planned())
+    assert trainer.whole_logits == why
+    trainer.train()
+    assert all(not torch.equal(model.get_parameter(name), before[name]) for name in learned)
+    frozen = Learned(tiny("llama").config, where).requires_grad_(False)
+    assert not isinstance(read_head(frozen), str)
+
+
+def test_an_encoder_is_refused_also_where_only_targets_are_bags() -> None:
+    options: dict[str, Any] = {"d_model": 16, "encoder_layers": 1, "decoder_layers": 1, "vocab_size": VOCAB}
+    heads = {"encoder_attention_heads": 2, "decoder_attention_heads": 2, "encoder_ffn_dim": 16, "decoder_ffn_dim": 16}
+    model = BartForConditionalGeneration(BartConfig(**options, **heads))
+    with pytest.raises(TokenSuperpositionError, match="BartForConditionalGeneration has an encoder"):
+        check_causal(model)
+    check_causal(BartForCausalLM(BartConfig(**options, **heads)))
+
+
+def test_ids_that_are_found_out_from_their_embeddings_are_refused() -> None:
+    """Of bags there are none: Gemma 4 looks its further embeddings up by the ids that it reads off the first ones."""
+    options: dict[str, Any] = {"vocab_size_per_layer_input": VOCAB, "num_key_value_heads": 2, "head_dim": 16}
+    why = ids_used_elsewhere(build("gemma4_text", hidden_size_per_layer_input=4, **options))
+    assert why is not None and why.startswith("it does not take embeddings in place of token ids (It seems like you")
+    assert ids_used_elsewhere(build("gemma4_text", hidden_size_per_layer_input=0, **options)) is None
 
 
 def test_custom_models_that_give_mappings_are_asked_as_they_are_trained() -> None:

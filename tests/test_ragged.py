@@ -97,6 +97,9 @@ def test_boundaries_may_be_numbers(dtype: torch.dtype) -> None:
 
 
 def test_wrong_length_names_a_right_one() -> None:
+    for begins in (torch.ones(1), torch.ones(2, 8), np.ones(8), [1] * 8):
+        with pytest.raises(TokenSuperpositionError, match=r"begins is a \w+ of shape .*, tokens have \(8,\)"):
+            ragged_fold(torch.arange(8), begins, 2, 2)  # pyright: ignore
     with pytest.raises(TokenSuperpositionError, match=r"cannot fold 9 tokens .* for example 8"):
         ragged_fold(torch.arange(9), torch.zeros(9, dtype=torch.bool), 2, 2)
 

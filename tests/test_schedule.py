@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from token_superposition import WSD, Phase, Schedule, TokenSuperpositionError
+from token_superposition.data.plan import PlannedDataset
 
 
 def test_the_papers_270m_run() -> None:
@@ -95,6 +96,25 @@ def test_wsd_is_one_trapezium(total: int, warmup: int, decay: float) -> None:
     assert set(stable) <= {1.0}
     assert curve[:warmup] == sorted(curve[:warmup]) and curve[warmup:] == sorted(curve[warmup:], reverse=True)
     assert wsd(total) == wsd(total + 7) == (0 if wsd.decay_steps else 1)  # past the end it stays where it is
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: Schedule([(10, 4, 4)]), r"a phase is \(10, 4, 4\); give several of Phase"),  # pyright: ignore
+        (lambda: WSD(10, 2, "0.1"), r"decay_ratio is '0.1'; give a number in \[0, 1\]"),  # pyright: ignore
+        (lambda: WSD(10, 2, 1.5), "decay_ratio is 1.5"),
+        (lambda: Schedule.annealed(10).mixed("a"), r"mixture is 'a'; give a number in \[0, 1\]"),  # pyright: ignore
+        (lambda: PlannedDataset(range(99), {}, 8, 4), "the schedule is a dict; give a Schedule"),  # pyright: ignore
+    ],
+)
+def test_what_is_no_schedule_has_one_clear_line(call: Any, message: str) -> None:
+    with pytest.raises(TokenSuperpositionError, match=message):
+        call()
+
+
+def test_one_phase_is_a_schedule() -> None:
+    assert Schedule(Phase(10)) == Schedule([Phase(10)])  # pyright: ignore
 
 
 def test_wsd_is_what_lambda_lr_takes() -> None:

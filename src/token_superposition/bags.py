@@ -77,8 +77,8 @@ def ragged_fold(
     the embedding of a superposed model leaves out of the mean, and -100 in targets. Ragged bags hold fewer tokens than
     there is room for, so the last tokens may go unread. Without boundaries it is ``fold``.
 
-    Raises ``TokenSuperpositionError`` unless the length of ``tokens`` is ``L * a + b`` for a whole ``L >= 1``, and for
-    tokens that are no tensor of whole numbers.
+    Raises ``TokenSuperpositionError`` unless the length of ``tokens`` is ``L * a + b`` for a whole ``L >= 1``, for
+    tokens that are no tensor of whole numbers, and for ``begins`` of another shape.
 
     >>> begins = torch.tensor([0, 0, 0, 1, 0, 1, 0, 0], dtype=torch.bool)
     >>> ids, targets = ragged_fold(torch.arange(8), begins, 2, 2)
@@ -87,6 +87,11 @@ def ragged_fold(
     """
     a, b = require_int("input_bag", input_bag, 1), require_int("output_bag", output_bag, 1)
     tokens = _whole_numbers(tokens).long()  # a type that has -1
+    if (there := tuple(getattr(begins, "shape", ()))) != tuple(tokens.shape) or not isinstance(begins, Tensor):  # pyright: ignore
+        raise TokenSuperpositionError(
+            f"begins is a {type(begins).__name__} of shape {there}, tokens have {tuple(tokens.shape)}; give a tensor "
+            "that says of each token whether a bag must begin at it"
+        )
     n = tokens.shape[-1]
     length = _positions(n, a, b)
     place = torch.arange(n, device=tokens.device)

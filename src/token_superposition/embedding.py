@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import ast
 import inspect
+import re
+import textwrap
 from types import MethodType
 from typing import Any, TypeVar, cast
 
@@ -32,8 +35,10 @@ def bag_embedding(  # (..., s) -> (..., d)
     for the s rows and these are averaged. From a sharded weight comes a DTensor with the placement ``Partial``, from a
     replicated one a DTensor with the placement of the ids, as from ``nn.Embedding`` itself.
 
-    Raises ``TokenSuperpositionError`` for ids that are neither int64 nor int32.
+    Raises ``TokenSuperpositionError`` for ids that are neither int64 nor int32, and a place signal outside [0, 1].
     """
+    if not torch.compiler.is_compiling():
+        check_signal("place_signal", place_signal)
     if ids.dtype not in (torch.int64, torch.int32):
         raise TokenSuperpositionError(f"ids are {ids.dtype}; give int64 or int32, as fold does")
     e, weighting = cast(Any, embedding), input_weighting
@@ -42,7 +47,7 @@ def bag_embedding(  # (..., s) -> (..., d)
         return _mean_of_rows(base, e, ids, place_signal, weighting)
     scale: float | Tensor = 1.0
     if base.forward is not nn.Embedding.forward:
-        if not hasattr(e, "embed_scale"):
+        if not (e.only_scales if is_superposed(embedding) else _only_scales(base)):
             return _mean_of_rows(base, e, ids, place_signal, weighting)
         scale = e.embed_scale
     pad = -1 if e.padding_idx is None else int(e.padding_idx)
@@ -50,13 +55,35 @@ def bag_embedding(  # (..., s) -> (..., d)
         out = _dtensor_bag_mean(e.weight, ids, pad, place_signal, weighting)
     elif not place_signal and pad < 0 and _is_exact(e.weight.dtype):
         share = shares(rows := ids.reshape(-1, ids.shape[-1]), weighting, e.weight.dtype)
-        out = _embedding_bag(e.weight, rows, share).unflatten(0, ids.shape[:-1])
+        out = _embedding_bag(e.weight, rows, share).reshape(*ids.shape[:-1], e.weight.shape[1])
     elif not place_signal and pad < 0 and e.weight.is_cuda and weighting == "uniform":
         there, count = places(rows := ids.reshape(-1, ids.shape[-1]))  # a third in bfloat16 is too far from a third
-        out = (_embedding_bag(e.weight, rows, there.to(e.weight.dtype)) / count).unflatten(0, ids.shape[:-1])
+        out = (_embedding_bag(e.weight, rows, there.to(e.weight.dtype)) / count).reshape(
+            *ids.shape[:-1], e.weight.shape[1]
+        )
     else:
         out = _local_mean(e.weight, ids, None, pad, place_signal, weighting)
     return out if isinstance(scale, float) and scale == 1 else out * torch.as_tensor(scale).to(out.device, out.dtype)
+
+
+def _only_scales(stock: type) -> bool:
+    """Whether the forward of an embedding is ``nn.Embedding``'s times its ``embed_scale``, told by its source."""
+    forwards = [c for c in stock.__mro__ if "forward" in vars(c)]
+    if forwards[1] is not nn.Embedding:
+        return False
+    try:
+        (function,) = ast.parse(textwrap.dedent(inspect.getsource(forwards[0].forward))).body
+    except (OSError, TypeError, SyntaxError):
+        return False
+    *before, last = cast(ast.FunctionDef, function).body
+    return all(map(_is_docstring, before)) and bool(SCALES.fullmatch(ast.unparse(last)))
+
+
+SCALES = re.compile(r"return super\(\)\.forward\(\w+\) \* self\.embed_scale(\.to\(self\.weight\.dtype\))?")
+
+
+def _is_docstring(line: ast.stmt) -> bool:
+    return isinstance(line, ast.Expr) and isinstance(line.value, ast.Constant)
 
 
 def _is_exact(dtype: torch.dtype) -> bool:
@@ -91,8 +118,10 @@ def _local_mean(
 ) -> Tensor:
     rows = ids.reshape(-1, ids.shape[-1])
     if place_signal or weighting != "uniform":
-        return placed_bag_mean(weight, rows, start, padding_idx, place_signal, weighting).unflatten(0, ids.shape[:-1])
-    return bag_mean(weight, rows, start, padding_idx).unflatten(0, ids.shape[:-1])
+        means = placed_bag_mean(weight, rows, start, padding_idx, place_signal, weighting)
+    else:
+        means = bag_mean(weight, rows, start, padding_idx)
+    return means.reshape(*ids.shape[:-1], weight.shape[1])
 
 
 def _dtensor_bag_mean(weight: Any, ids: Tensor, padding_idx: int, place_signal: float, weighting: Weighting) -> Tensor:
@@ -259,6 +288,7 @@ class _BagMixin:
 
     place_signal: float
     input_weighting: Weighting
+    only_scales: bool
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         ids = args[0] if args else next(iter(kwargs.values()))
@@ -276,6 +306,7 @@ class _BagMixin:
 
 def _bag_class(stock: type, place_signal: float, input_weighting: Weighting) -> type:
     members = {"__module__": __name__, "place_signal": place_signal, "input_weighting": input_weighting}
+    members["only_scales"] = _only_scales(stock)
     return type(f"Bag{stock.__name__}", (_BagMixin, stock), members)
 
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import operator
 import re
 import reprlib
+from numbers import Real
 from typing import SupportsIndex, cast
 
 
@@ -37,6 +39,18 @@ def require_int(name: str, value: object, minimum: int) -> int:
         shown = " ".join(reprlib.repr(value).split())  # of a tensor that was given in its place: one line
         raise TokenSuperpositionError(f"{name} is {shown}; give a whole number of at least {minimum}")
     return number
+
+
+def require_number(name: str, value: object, low: float, high: float = math.inf, *, strictly: bool = False) -> None:
+    """Raises ``TokenSuperpositionError`` unless ``value`` is a finite number in [low, high], or above ``low``."""
+    if isinstance(value, Real) and not isinstance(value, bool) and low <= value <= high:
+        if abs(value) < math.inf and not (strictly and value == low):
+            return
+    if high < math.inf:
+        wanted = f"a number in [{low:g}, {high:g}]"
+    else:
+        wanted = "a finite number" + (f" {'above' if strictly else 'of at least'} {low:g}" if low > -math.inf else "")
+    raise TokenSuperpositionError(f"{name} is {' '.join(reprlib.repr(value).split())}; give {wanted}")
 
 
 def errno_in(e: BaseException) -> int | None:

@@ -10,7 +10,7 @@ from functools import cached_property
 from itertools import accumulate, pairwise
 from numbers import Real
 
-from token_superposition.errors import TokenSuperpositionError, require_int
+from token_superposition.errors import TokenSuperpositionError, require_int, require_number
 from token_superposition.permutation import permute
 
 MAX_MIXED_STEPS = 10**7  # each is drawn
@@ -54,7 +54,11 @@ class Schedule:
 
     def __init__(self, phases: Iterable[Phase]):
         merged: list[Phase] = []
-        for p in phases:
+        for p in [phases] if isinstance(phases, Phase) else phases:
+            if not isinstance(p, Phase):  # pyright: ignore
+                raise TokenSuperpositionError(
+                    f"a phase is {p!r}; give several of Phase(steps, input_bag, output_bag), or Schedule.two_phase"
+                )
             if merged and (merged[-1].input_bag, merged[-1].output_bag) == (p.input_bag, p.output_bag):
                 merged[-1] = Phase(merged[-1].steps + p.steps, p.input_bag, p.output_bag)
             elif p.steps:
@@ -126,8 +130,7 @@ class Schedule:
         >>> [(p.steps, p.input_bag) for p in Schedule.annealed(10, (4, 2, 1), 0.6).mixed(1.0).phases]
         [(2, 2), (1, 4), (1, 2), (2, 4), (4, 1)]
         """
-        if not 0 <= mixture <= 1:
-            raise TokenSuperpositionError(f"mixture is {mixture}; give a number in [0, 1]: 0 in turn, 1 at random")
+        require_number("mixture", mixture, 0, 1)
         *superposed, last = self.phases
         if not mixture:
             return self
@@ -224,8 +227,7 @@ class WSD:
     def __post_init__(self) -> None:
         for name, minimum in (("total_steps", 1), ("warmup_steps", 0)):
             object.__setattr__(self, name, require_int(name, getattr(self, name), minimum))
-        if not 0 <= self.decay_ratio <= 1:
-            raise TokenSuperpositionError(f"decay_ratio is {self.decay_ratio!r}; give a share of the steps in [0, 1]")
+        require_number("decay_ratio", self.decay_ratio, 0, 1)
         if self.warmup_steps + self.decay_steps > self.total_steps:
             raise TokenSuperpositionError(
                 f"warm-up of {self.warmup_steps} and decay of {self.decay_steps} steps do not fit in "

@@ -16,6 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from tests.conftest import TINY, VOCAB
 from token_superposition.engines.olmo_core import load_weights, transformer_config
 from token_superposition.engines.olmo_core.train import Layout, train, train_module
+from token_superposition.errors import TokenSuperpositionError
 from token_superposition.experiment.config import Config, DataConfig, ModelConfig, TrainConfig
 from token_superposition.experiment.superposition import SuperpositionConfig
 
@@ -61,6 +62,16 @@ def run_training(config: Config, out: Path, tensor_parallel: int = 1, kill_at: i
     # As of power loss: nothing is written, closed or told to the others.
     callbacks: dict[str, Callback] = {"kill": SignalAt(at=kill_at, number=signal.SIGKILL)} if kill_at else {}
     train(config, out, tensor_parallel=tensor_parallel, callbacks=callbacks)
+
+
+def run_diverging(config: Config, out: Path) -> None:
+    try:
+        train(config, out)
+    except TokenSuperpositionError as e:
+        if "has the norm" not in str(e):
+            raise
+        return
+    raise AssertionError("it did not diverge")
 
 
 def run_documented(data: Path, out: Path) -> None:

@@ -18,7 +18,15 @@ from olmo_core.train.callbacks import ModelMergeCallback
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tests.conftest import VOCAB, once
-from tests.olmo_core.launch import SignalAt, per_token_losses, run_config, run_documented, run_training, small_model
+from tests.olmo_core.launch import (
+    SignalAt,
+    per_token_losses,
+    run_config,
+    run_diverging,
+    run_documented,
+    run_training,
+    small_model,
+)
 from tests.processes import launch
 from token_superposition import TokenSuperpositionError
 from token_superposition.data.plan import ValidationSet
@@ -155,6 +163,26 @@ def test_sigterm_ends_a_run_after_the_step(save_every: int, prepared: Path, tmp_
     with pytest.raises(TokenSuperpositionError, match=rf"stopped after step 3 of 60; .*{remedy}"):
         train(config, tmp_path, callbacks={"signal": SignalAt(at=3)})
     assert (tmp_path / "checkpoints" / "step3").is_dir() == bool(save_every)
+
+
+def test_nothing_is_saved_of_a_run_that_diverged(prepared: Path, tmp_path: Path) -> None:
+    """On several processes OLMo-core tells of the loss afterwards, and the next start would go on from it."""
+    config = run_config(prepared, learning_rate=1e30, save_every=2, log_every=10)
+    for _ in range(2):
+        launch(2, run_diverging, config, tmp_path)
+        assert {p.name for p in (tmp_path / "checkpoints").iterdir()} <= {"step2"}
+    assert not (tmp_path / "model").exists() and not (tmp_path / "run.json").exists()
+
+
+def test_a_validation_is_written_at_once(prepared: Path, tmp_path: Path) -> None:
+    """Also between two logs, behind a checkpoint from which the run then goes on."""
+    config = run_config(prepared, save_every=4, log_every=10)
+    launch(1, run_training, config, tmp_path, 1, 7, killed=True)
+    train(config, tmp_path)
+    lines = read_metrics(tmp_path / "metrics.jsonl")
+    assert [m["step"] for m in lines if "val_loss" in m] == [4, 8, 12, 12]
+    seconds = [m["seconds"] for m in lines]
+    assert seconds == sorted(seconds) and seconds[0] < seconds[1]
 
 
 def test_sigterm_in_the_last_step_changes_nothing(prepared: Path, tmp_path: Path) -> None:

@@ -21,6 +21,7 @@ from torchtitan.config import ParallelismConfig
 from torchtitan.models.common import Embedding, Linear
 from torchtitan.models.deepseek_v3 import model_registry as deepseek
 from torchtitan.models.llama3 import model_registry
+from transformers import LlamaConfig
 from transformers.models.qwen3_moe.modeling_qwen3_moe import load_balancing_loss_func
 
 from tests.processes import call
@@ -33,12 +34,14 @@ from token_superposition.engines.torchtitan.balance import BalancedRouter
 from token_superposition.engines.torchtitan.checks import (
     batch_sizes,
     data_parallel,
+    foreign,
     logits_divide,
     machine,
     model_divides,
 )
 from token_superposition.engines.torchtitan.data import HeldOutLoader, PlannedLoader
 from token_superposition.engines.torchtitan.embedding import BagEmbedding
+from token_superposition.engines.torchtitan.export import as_saved
 from token_superposition.engines.torchtitan.loss import BagLoss
 from token_superposition.engines.torchtitan.models import checked_settings, with_bags
 from token_superposition.experiment.config import ModelConfig
@@ -283,6 +286,30 @@ def test_nothing_starts_where_torchtitan_cannot_run(configs: Path) -> None:
     assert len(said) == len(expected) and all(line.endswith(" False") for line in said), done.stdout + done.stderr
     for line, match in zip(said, expected, strict=True):
         assert re.search(match, line), line
+
+
+def test_what_no_run_wrote_is_not_overwritten(tmp_path: Path) -> None:
+    """Nor is the model from which the run starts; what a run wrote, its command writes again."""
+    foreign(tmp_path / "new", None)
+    (tmp_path / "model").mkdir()
+    with pytest.raises(TokenSuperpositionError, match="model would be overwritten, and no run wrote it; choose"):
+        foreign(tmp_path, None)
+    (tmp_path / "metrics.jsonl").write_text('{"step": 3, "mine": true}\n')
+    with pytest.raises(TokenSuperpositionError, match=r"metrics.jsonl would be overwritten, and no run wrote it"):
+        foreign(tmp_path, None)
+    counts = Schedule.two_phase(4, 4).counts(2, 8, 1)
+    (tmp_path / "metrics.jsonl").write_text(json.dumps({"step": 1, **counts}) + "\n")
+    foreign(tmp_path, str(tmp_path / "other"))
+    with pytest.raises(TokenSuperpositionError, match=r"model lies where the finished model of dump_folder .* goes"):
+        foreign(tmp_path, str(tmp_path / "new" / ".." / "model"))
+
+
+def test_an_export_says_of_what_type_its_weights_are() -> None:
+    """That of a model in bfloat16, trained in float32, would be rounded when it is loaded."""
+    settings = LlamaConfig(dtype=torch.bfloat16)
+    told = as_saved(settings, {"model.embed_tokens.weight": torch.zeros(4, 2), "other": torch.zeros(2).half()})
+    assert (told.dtype, told.architectures) == (torch.float32, ["LlamaForCausalLM"])
+    assert (settings.dtype, settings.architectures) == (torch.bfloat16, None)
 
 
 @pytest.mark.parametrize("installed", [None, "0.2.9"])

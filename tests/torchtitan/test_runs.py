@@ -147,7 +147,9 @@ def test_stock_transformers_loads_the_export_with_equal_logits(
 ) -> None:
     path = runs / name / "model"
     exported = AutoModelForCausalLM.from_pretrained(path).eval()
-    assert json.loads((path / "config.json").read_text())["vocab_size"] == VOCAB
+    description = json.loads((path / "config.json").read_text())
+    assert description["vocab_size"] == VOCAB and description["architectures"] == [type(exported).__name__]
+    assert description["dtype"] == "float32"
     tokenizer = AutoTokenizer.from_pretrained(path)
     ids = torch.tensor([tokenizer("The river carries 7 boats to the sea.")["input_ids"][:16]])
     assert tokenizer.vocab_size == VOCAB and ids.shape[1] > 4

@@ -130,6 +130,10 @@ class PlannedDataset(Dataset[Sample]):
         shift: bool = False,
         boundaries: Boundaries | None = None,
     ):
+        if not isinstance(schedule, Schedule):  # pyright: ignore
+            raise TokenSuperpositionError(
+                f"the schedule is a {type(schedule).__name__}; give a Schedule, such as Schedule.two_phase(steps, 4)"
+            )
         self.boundaries = boundaries
         self.shift = shift
         self.tokens = _one_axis(tokens)

@@ -56,7 +56,8 @@ def _loss_and_gradient(
         if HAS_SOFTCAP:
             z = tl.where(column < v, softcap * (2 * tl.sigmoid(2 * z / softcap) - 1), -float("inf"))
         new_top = tl.maximum(top, tl.max(z, 0))
-        total = total * tl.exp(top - new_top) + tl.sum(tl.exp(z - new_top), 0)
+        finite = tl.where(new_top == -float("inf"), 0.0, new_top)  # no token so far may be one that can be predicted
+        total = total * tl.exp(top - finite) + tl.sum(tl.exp(z - finite), 0)
         top = new_top
     lse = top + tl.log(total)
     loss = tl.log(total) - tl.sum(w * tl.where(w > 0, target - top, 0.0), 0) + z_loss * lse * lse

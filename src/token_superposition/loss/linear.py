@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import os
 from importlib.util import find_spec
+from math import inf
 from typing import Any, Literal, cast, get_args
 
 import torch
 from torch import Tensor
 from torch.autograd.forward_ad import unpack_dual
 
-from token_superposition.errors import TokenSuperpositionError
+from token_superposition.errors import TokenSuperpositionError, require_int, require_number
 from token_superposition.loss.chunked import linear_multi_hot_loss
 from token_superposition.loss.logits import multi_hot_cross_entropy
 from token_superposition.loss.targets import (
@@ -73,8 +74,8 @@ def linear_multi_hot_cross_entropy(
     group. A DTensor says so by a ``hidden`` that is a DTensor, too; under FSDP2, where processes have different rows,
     the head must be whole: ``unshard()`` of its module gathers it.
 
-    All but ``reference`` can be differentiated once, backward, and not by ``place_weights``; the transforms of
-    ``torch.func`` (``grad``, ``vmap``) need ``reference``, too. ``chunk_rows`` sets the rows of a chunk of ``chunked``
+    All but ``reference`` can be differentiated once, backward, and by ``hidden``, ``weight`` and ``bias`` alone; the
+    transforms of ``torch.func`` (``grad``, ``vmap``) need ``reference``, too. ``chunk_rows`` sets the rows of a chunk of ``chunked``
     and ``triton``. Raises ``TokenSuperpositionError`` for shapes that do not fit and for
     what ``impl`` cannot do.
 
@@ -92,13 +93,14 @@ def linear_multi_hot_cross_entropy(
         )
     hidden, weight, bias, targets, vocab_start, group = local_head(hidden, weight, bias, targets, vocab_parallel)
     hidden, targets = as_rows(hidden, targets)
-    _check(hidden, weight, softcap, impl, chunk_rows)
+    _check(hidden, weight, impl, chunk_rows)
     check_loss(loss)
     device = hidden.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
     weigh = target_weights if loss == "multi-hot" else bag_members
     w, valid = weigh(targets, place_weights, ignore_index, torch.promote_types(dtype, torch.float32))
-    cap = softcap or 0.0
+    _check_constants(impl, place_weights=place_weights, softcap=softcap, logit_scale=logit_scale, z_loss=z_loss)
+    cap = 0.0 if softcap is None else softcap
     if group and impl not in ("auto", "chunked"):
         raise TokenSuperpositionError(f"impl={impl!r} cannot read a head sharded over the vocabulary; choose 'chunked'")
     if loss == "sum-to-one" and (group or impl not in ("auto", "chunked", "reference")):
@@ -111,10 +113,6 @@ def linear_multi_hot_cross_entropy(
         logits = torch.tanh(logits / cap) * cap if cap else logits
         return multi_hot_cross_entropy(
             logits, targets, place_weights, ignore_index=ignore_index, z_loss=z_loss, loss=loss, reduction=reduction
-        )
-    if place_weights is not None and place_weights.requires_grad and torch.is_grad_enabled():
-        raise TokenSuperpositionError(
-            f"place_weights ask for a gradient, which impl={impl!r} has not; choose impl='reference' or detach them"
         )
     if not torch.compiler.is_compiling() and any(
         t is not None and unpack_dual(t).tangent is not None for t in (hidden, weight, bias)
@@ -154,7 +152,21 @@ def _kernel_serves(hidden: Tensor, group: str, loss: BagLoss) -> bool:
     return hidden.is_cuda and HAS_TRITON and not group and loss == "multi-hot"
 
 
-def _check(hidden: Tensor, weight: Tensor, softcap: float | None, impl: str, chunk_rows: int | None) -> None:
+def _check_constants(impl: str, **values: float | Tensor | None) -> None:
+    """Only the reference has a gradient for what is neither hidden states nor the head."""
+    for name, value in values.items():
+        if isinstance(value, Tensor):
+            if value.requires_grad and torch.is_grad_enabled() and impl != "reference":
+                other = ", or multiply hidden by it" if name == "logit_scale" else ""
+                raise TokenSuperpositionError(
+                    f"{name} asks for a gradient, which impl={impl!r} has not; choose impl='reference'{other}, or "
+                    "detach it"
+                )
+        elif not torch.compiler.is_compiling() and (value is not None or name in ("logit_scale", "z_loss")):
+            require_number(name, value, 0.0 if name == "softcap" else -inf, strictly=True)
+
+
+def _check(hidden: Tensor, weight: Tensor, impl: str, chunk_rows: int | None) -> None:
     if weight.dim() != 2 or not weight.shape[0]:
         raise TokenSuperpositionError(f"the head has shape {tuple(weight.shape)}; give (V, d) with V of at least 1")
     if hidden.shape[1] != weight.shape[1]:
@@ -167,7 +179,5 @@ def _check(hidden: Tensor, weight: Tensor, softcap: float | None, impl: str, chu
         raise TokenSuperpositionError(f"impl is {impl!r}, and triton is not installed; choose 'chunked'")
     if impl in ("triton", "liger") and hidden.device.type == "cpu" and not INTERPRETED:
         raise TokenSuperpositionError(f"impl is {impl!r}, which runs on a GPU, and hidden is on the CPU; use 'chunked'")
-    if softcap is not None and not softcap > 0:
-        raise TokenSuperpositionError(f"softcap is {softcap}; give a number above 0, or None for no cap")
-    if chunk_rows is not None and chunk_rows < 1:
-        raise TokenSuperpositionError(f"chunk_rows is {chunk_rows}; give at least 1, or None to leave it to us")
+    if chunk_rows is not None:
+        require_int("chunk_rows", chunk_rows, 1)

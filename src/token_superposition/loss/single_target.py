@@ -37,9 +37,10 @@ def native(
     options = torch.nn.LinearCrossEntropyOptions(
         allow_retain_graph=True, chunking_method=None, batch_chunk_size=min(chunk, max(hidden.shape[0], 1))
     )
-    return F.linear_cross_entropy(
-        hidden, weight, targets, linear_bias=bias, reduction="sum", ignore_index=IGNORED, options=options
+    losses = F.linear_cross_entropy(  # whose own sum has the type of the logits: in float16 it is soon infinite
+        hidden, weight, targets, linear_bias=bias, reduction="none", ignore_index=IGNORED, options=options
     )
+    return losses.sum(dtype=torch.promote_types(losses.dtype, torch.float32))
 
 
 def liger(

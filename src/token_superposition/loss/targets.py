@@ -17,6 +17,9 @@ BagLoss = Literal["multi-hot", "sum-to-one"]
 
 def as_rows(x: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:  # (N, d), (N, s)
     """Flatten (..., d) and (..., s) or (...) to rows. Raises ``TokenSuperpositionError`` if they do not fit."""
+    for name, value in (("targets", targets), ("rows", x)):
+        if not isinstance(value, Tensor):  # pyright: ignore  # an array, a list
+            raise TokenSuperpositionError(f"{name} are of type {type(value).__name__}; give a tensor")
     if targets.dtype not in (torch.int64, torch.int32):
         raise TokenSuperpositionError(f"targets are {targets.dtype}; give int64 or int32, as fold does")
     if not x.dim() or not x.shape[-1]:

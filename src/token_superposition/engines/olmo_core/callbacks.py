@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -13,9 +14,13 @@ import torch.distributed as dist
 from olmo_core.distributed.utils import get_rank, get_world_size
 from olmo_core.train.callbacks import Callback, EvaluatorCallback
 
+from torch import Tensor
+
 from token_superposition.data.plan import PlannedDataset, ValidationSet
 from token_superposition.engines.olmo_core.data import PlannedDataLoader, held_out_batches
 from token_superposition.engines.olmo_core.module import TSTTrainModule
+from token_superposition.errors import TokenSuperpositionError
+from token_superposition.experiment.config import TrainConfig
 from token_superposition.experiment.files import read_metrics, write_metrics
 
 VALIDATION = "validation/CE loss"
@@ -29,18 +34,21 @@ def plan_of(callback: Callback) -> PlannedDataset:
 
 @dataclass
 class MetricsWriter(Callback):
-    """One line of metrics.jsonl for every ``log_every``-th step and every validation, named as by ``tst train``.
+    """One line of metrics.jsonl for every ``train.log_every``-th step and every validation, named as by ``tst train``.
 
     ``seconds`` is the time in training steps, without validation and checkpoints. On resume, lines after the
-    checkpoint are dropped.
+    checkpoint are dropped. Raises ``TokenSuperpositionError`` where the gradient of the last step or of one that is
+    saved is not finite: OLMo-core tells of the loss when it has written a checkpoint of what is left.
     """
 
     priority: ClassVar[int] = 100  # before the checkpoint of the step, which holds the seconds
 
     path: Path = Path("metrics.jsonl")
-    log_every: int = 1
+    train: TrainConfig = field(default_factory=TrainConfig)
     bits_per_byte: float = 1.0
     seconds: float = 0.0
+    norm: Tensor | None = None
+    """Of the newest step's gradient."""
 
     def state_dict(self) -> dict[str, Any]:
         return {"seconds": self.seconds}
@@ -60,7 +68,23 @@ class MetricsWriter(Callback):
 
     def post_train_batch(self) -> None:
         self.seconds += time.perf_counter() - self._mark
+        self.record_seconds()
+        self.norm = self.trainer.get_metric("optim/total grad norm")
+        if self.step in self.train.save_at or (self.train.save_every and self.step % self.train.save_every == 0):
+            self.require_finite()
+
+    def record_seconds(self) -> None:
         self.trainer.record_metric("seconds", self.seconds, namespace="superposition")
+
+    def post_train(self) -> None:
+        self.require_finite()
+
+    def require_finite(self) -> None:
+        if self.norm is not None and not math.isfinite(norm := float(self.norm)):
+            raise TokenSuperpositionError(
+                f"the gradient of step {self.step} has the norm {norm}, so that nothing is saved of it; "
+                "lower train.learning_rate, or go on from an earlier checkpoint with other settings"
+            )
 
     def log_metrics(self, step: int, metrics: dict[str, float]) -> None:
         if get_rank() != 0:
@@ -72,7 +96,7 @@ class MetricsWriter(Callback):
             "flops": self.flops(step),
             **plan.schedule.counts(plan.batch_size, plan.sequence_length, step),
         }
-        if "train/CE loss" in metrics and step % self.log_every == 0:
+        if "train/CE loss" in metrics and step % self.train.log_every == 0:
             losses = {
                 "loss": metrics["train/CE loss"],
                 "grad_norm": metrics["optim/total grad norm"],
@@ -108,6 +132,11 @@ class Validation(EvaluatorCallback):
     def perform_eval(self, prefix: str = "eval") -> None:
         assert self.held_out is not None
         self.trainer.record_metric(f"{prefix}/{VALIDATION}", self.loss(self.held_out))
+        if self.trainer.get_metric("superposition/seconds") is None:  # a checkpoint of the step took it along
+            for writer in self.trainer.callbacks.values():
+                if isinstance(writer, MetricsWriter):
+                    writer.record_seconds()
+        self.trainer._log_metrics()  # pyright: ignore  # at once: what is killed before the next log has it, too
 
     def post_train(self) -> None:
         assert self.final is not None

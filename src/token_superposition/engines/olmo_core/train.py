@@ -135,10 +135,15 @@ def train(
     if config.model.path is not None:
         load_weights(module.model, start)
     bits_per_byte = validation.split.bits_per_nat
-    metrics = MetricsWriter(path=out / METRICS, log_every=config.train.log_every, bits_per_byte=bits_per_byte)
+    metrics = MetricsWriter(path=out / METRICS, train=config.train, bits_per_byte=bits_per_byte)
     own: dict[str, Callback] = {"metrics": metrics, "validation": evaluation}
     trainer = build_trainer(config, out, module, plan, own | dict(callbacks or {}))
-    trainer.fit()
+    try:
+        trainer.fit()
+    except RuntimeError as e:
+        if "loss encountered at step" not in (told := str(e.__cause__ or e)):
+            raise
+        raise TokenSuperpositionError(f"{told}; lower train.learning_rate or change the model") from e
     if trainer.global_step < plan.schedule.total_steps:
         saved = config.train.save_every or config.train.save_at
         goes_on = "the same command goes on from the newest checkpoint"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -10,6 +11,7 @@ from torchtitan.tools.utils import device_module
 
 from token_superposition.engines.torchtitan.models import balance_coefficient
 from token_superposition.errors import TokenSuperpositionError, require_int
+from token_superposition.experiment.files import METRICS, MODEL
 
 Part = TypeVar("Part")
 
@@ -35,6 +37,19 @@ def expect(name: str, given: object, wanted: type[Part]) -> Part:
             f"give a {wanted.__module__}.{wanted.__qualname__} (trainer_config sets it) or a subclass"
         )
     return given
+
+
+def foreign(folder: Path, start: str | None) -> None:
+    """Raises ``TokenSuperpositionError`` where a run in ``folder`` would overwrite what none of ours has written."""
+    metrics, model = folder / METRICS, folder / MODEL
+    if start is not None and Path(start).resolve() == model.resolve():
+        raise TokenSuperpositionError(
+            f"model.path {start} lies where the finished model of dump_folder {folder} goes; choose another dump_folder"
+        )
+    first = metrics.read_text(encoding="utf-8", errors="replace").partition("\n")[0] if metrics.is_file() else ""
+    theirs = metrics if first and "latent_tokens" not in first else model
+    if theirs == metrics or (model.exists() and not metrics.exists()):
+        raise TokenSuperpositionError(f"{theirs} would be overwritten, and no run wrote it; choose another dump_folder")
 
 
 def data_parallel(parallelism: ParallelismConfig, world_size: int) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,6 +12,8 @@ import torch.distributed as dist
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
 from torch.distributed.checkpoint.state_dict_saver import save
 from torchtitan.tools.logging import logger
+from transformers import PretrainedConfig
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from token_superposition.data.tokenizer import load_tokenizer
 
@@ -20,7 +23,7 @@ if TYPE_CHECKING:
 
 @torch.no_grad()
 def export_model(trainer: TSTTrainer, path: Path) -> None:
-    """Weights (float32 safetensors with the names of transformers), config.json and tokenizer, aside and then renamed.
+    """Weights (safetensors with the names of transformers), config.json and tokenizer, aside and then renamed.
 
     To be called on all processes. The names and shapes are the work of torchtitan's own adapter for the model. A model
     of one's own has no config.json, and without an adapter it is not written.
@@ -53,8 +56,16 @@ def export_model(trainer: TSTTrainer, path: Path) -> None:
         if trainer.settings is None:
             logger.warning(f"{path} has no config.json: the model is that of config.model_spec; add the fitting one")
         else:
-            trainer.settings.save_pretrained(partial)
+            as_saved(trainer.settings, exported).save_pretrained(partial)
         load_tokenizer(str(trainer.store / "tokenizer")).save_pretrained(partial)
         shutil.rmtree(path, ignore_errors=True)
         partial.rename(path)
     dist.barrier()
+
+
+def as_saved(settings: PretrainedConfig, weights: dict[str, Any]) -> PretrainedConfig:
+    """With the type that the weights have, in place of that of the model they were at first, and the model's class."""
+    settings = copy.deepcopy(settings)
+    (settings.dtype,) = {w.dtype for name, w in weights.items() if name.endswith("embed_tokens.weight")}
+    settings.architectures = [MODEL_FOR_CAUSAL_LM_MAPPING[type(settings)].__name__]
+    return settings

@@ -24,6 +24,7 @@ from token_superposition.engines.torchtitan.checks import (
     batch_sizes,
     data_parallel,
     expect,
+    foreign,
     logits_divide,
     machine,
     model_divides,
@@ -37,9 +38,8 @@ from token_superposition.engines.torchtitan.metrics import BagMetrics
 from token_superposition.engines.torchtitan.models import checked_settings, model_spec, with_bags
 from token_superposition.errors import TokenSuperpositionError
 from token_superposition.experiment.config import ModelConfig
+from token_superposition.experiment.files import MODEL
 from token_superposition.experiment.superposition import SuperpositionConfig
-
-MODEL = "model"
 
 
 class TSTTrainer(Trainer):
@@ -70,6 +70,7 @@ class TSTTrainer(Trainer):
         expect("metrics", config.metrics, BagMetrics.Config)
         machine()
         config.superposition.refuse_variants("torchtitan")
+        foreign(Path(config.dump_folder), config.model.path)
         if config.debug.spmd_typechecking:
             raise TokenSuperpositionError(
                 "debug.spmd_typechecking is set, and the loss of bags has no types for it; leave it out"

@@ -127,6 +127,8 @@ def ids_used_elsewhere(model: nn.Module) -> str | None:
             for_ids, looked_up[:] = set(looked_up), []
             instead = {"inputs_embeds": embedding(ids)} if takes_embeddings else {"input_ids": ids.unsqueeze(-1)}
             otherwise = logits_of(model(**instead, **options))
+            if takes_embeddings:  # from those of single tokens some models find out the ids
+                model(inputs_embeds=(instead["inputs_embeds"] + instead["inputs_embeds"].flip(1)) / 2, **options)
     except Exception as e:
         given = "embeddings" if takes_embeddings else "bags"
         return f"it does not take {given} in place of token ids ({first_line(e)})"
@@ -184,6 +186,11 @@ def check_causal(model: nn.Module) -> None:
     Told by the gradient of the logits of 3 of 4 ids by the embedding of the last one, which is 0 in a causal model,
     exactly and in any dtype. A model on the meta device, and one that cannot read 4 ids, is not asked.
     """
+    if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+        raise TokenSuperpositionError(
+            f"{type(model).__name__} has an encoder, which sees the tokens that shall be predicted; take a causal "
+            "language model"
+        )
     embedding = find_embedding(model)
     weight: Tensor | None = getattr(embedding, "weight", None)
     if weight is None or weight.is_meta:
@@ -227,7 +234,8 @@ def read_head(model: nn.Module) -> Head | str:
 
     Told by a forward pass over 4 ids in which the head's input is compared with the decoder's output, and the head's
     output is replaced by a ramp from -100 to 100: what comes out is the ramp, or the ramp with the scale and the soft
-    cap that the model's configuration names, or something that we do not know.
+    cap that the model's configuration names, or something that we do not know. Decoder and ramp ask for no gradient, so
+    that one that is asked for shows a parameter behind them, also one that changes nothing yet.
     """
     if not hasattr(model, "get_output_embeddings") or not hasattr(model, "get_decoder"):
         return "it is not a transformers causal LM"
@@ -242,8 +250,12 @@ def read_head(model: nn.Module) -> Head | str:
     seen: dict[str, Tensor] = {}
     ramp = torch.linspace(-100, 100, head.out_features, device=head.weight.device, dtype=head.weight.dtype)
 
-    def keep_hidden(module: nn.Module, args: Any, output: Any) -> None:
-        seen["hidden"] = last_hidden_state(output)
+    def keep_hidden(module: nn.Module, args: Any, output: Any) -> Any:
+        seen["hidden"] = last_hidden_state(output).detach()
+        if not hasattr(output, "last_hidden_state"):
+            return (seen["hidden"], *output[1:])
+        output.last_hidden_state = seen["hidden"]
+        return output
 
     def replace_logits(module: nn.Module, args: Any, output: Tensor) -> Tensor:
         seen["input"] = args[0]
@@ -251,7 +263,7 @@ def read_head(model: nn.Module) -> Head | str:
 
     handles = [decoder.register_forward_hook(keep_hidden), head.register_forward_hook(replace_logits)]
     try:
-        with evaluating(model), torch.no_grad():
+        with evaluating(model), torch.enable_grad():
             logits = logits_of(model(input_ids=probe_ids(model, head.weight), **without_cache(model)))
     except Exception as e:
         return f"its forward fails for 4 ids ({first_line(e)})"
@@ -260,8 +272,10 @@ def read_head(model: nn.Module) -> Head | str:
             handle.remove()
     if missing := [part for part, name in (("decoder", "hidden"), ("output head", "input")) if name not in seen]:
         return f"its forward does not call its {missing[0]}"
-    if not torch.equal(seen["input"].float(), seen["hidden"].float()):
+    if seen["input"].requires_grad or not torch.equal(seen["input"].float(), seen["hidden"].float()):
         return "the hidden states are changed between decoder and head"
+    if logits.requires_grad:
+        return "parameters change the logits after the head"
     if logits.shape[-1:] != ramp.shape:
         return f"of the head's {len(ramp)} logits come {logits.shape[-1]}"
     config: Any = model.config
