@@ -15,6 +15,7 @@ from statistics import mean
 from typing import Any
 
 from token_superposition.experiment.files import write_whole
+from token_superposition.experiment.form import restored
 from token_superposition.experiment.intervals import t_interval
 from token_superposition.experiment.summary import Run, comparison
 from token_superposition.report.contents import interval, short
@@ -117,7 +118,7 @@ def load(root: Path) -> list[Result]:
     for folder in sorted(root.iterdir()):
         if (folder / "summary.json").is_file():
             about = tomllib.loads((folder / "about.toml").read_text())
-            summary = json.loads((folder / "summary.json").read_text())
+            summary = restored(json.loads((folder / "summary.json").read_text()), {"runs": [Run]})
             tables = (rows(folder / f"{name}.csv") for name in ("curves", "strings", "copying"))
             found.append(Result(folder.name, about, summary, *tables))
     return sorted(found, key=lambda r: (r.name != "proof-cpu", r.in_blocks, r.name))

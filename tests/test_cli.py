@@ -178,6 +178,9 @@ def test_unknown_options_of_the_model_and_small_vocabulary(
     unknown.write_text(config.read_text().replace("hidden_size", "hidden_sise"))
     assert main(["train", str(unknown), "--out", str(tmp_path / "run")]) == 2
     assert "did you mean hidden_size?" in capsys.readouterr().err
+    unknown.write_text("\ufeff" + config.read_text().replace("hidden_size = 32", "layer_types = ['attention']"))
+    assert main(["train", str(unknown), "--out", str(tmp_path / "run")]) == 2
+    assert "a model that needs more, save with transformers and name in model.path" in capsys.readouterr().err
     tiny("llama", vocab_size=64).save_pretrained(tmp_path / "small")
     content = config.read_text().replace("[model]", f"[model]\npath = '{tmp_path / 'small'}'")
     config.write_text(content)

@@ -8,6 +8,7 @@ import pytest
 
 from tests.test_prepare import OPTIONS, documents_of, stores_of
 from token_superposition import TokenSuperpositionError
+from token_superposition.cli import main
 from token_superposition.data.prepare import PrepareOptions, prepare
 
 
@@ -38,6 +39,18 @@ def test_few_documents_have_a_held_out_part_of_their_own(
         assert least <= meta.validation.bytes <= most
     lines = [f"line {i} of {n}: ü" for n, size in enumerate(sizes) for i in range(size)]
     assert sorted("".join(stores[0]).splitlines()) == sorted(lines) and stores[0] == stores[1]
+
+
+@pytest.mark.parametrize(("share", "told"), [(0.01, "held out: 0.333 of the text (asked: 0.01;"), (0.3, None)])
+def test_more_text_than_was_asked_for_is_told(
+    share: float, told: str | None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for n in range(3):
+        (tmp_path / f"{n}.txt").write_text(f"line of {n}\n" * 900)
+    arguments = ["--validation-share", str(share), "--vocab-size", "300", "--out", str(tmp_path / "data")]
+    assert main(["prepare", str(tmp_path / "*.txt"), *arguments]) == 0
+    printed = capsys.readouterr().out
+    assert told in printed if told else "held out" not in printed
 
 
 def test_a_document_too_short_to_be_split_is_refused_before_any_work() -> None:

@@ -41,16 +41,18 @@ def require_int(name: str, value: object, minimum: int) -> int:
     return number
 
 
-def require_number(name: str, value: object, low: float, high: float = math.inf, *, strictly: bool = False) -> None:
+def require_number(
+    name: str, value: object, low: float, high: float = math.inf, *, strictly: bool = False, hint: str = ""
+) -> None:
     """Raises ``TokenSuperpositionError`` unless ``value`` is a finite number in [low, high], or above ``low``."""
-    if isinstance(value, Real) and not isinstance(value, bool) and low <= value <= high:
-        if abs(value) < math.inf and not (strictly and value == low):
-            return
+    number = float(value) if isinstance(value, Real) and not isinstance(value, bool) else math.nan
+    if low <= number <= high and abs(number) < math.inf and not (strictly and number == low):
+        return
     if high < math.inf:
         wanted = f"a number in [{low:g}, {high:g}]"
     else:
         wanted = "a finite number" + (f" {'above' if strictly else 'of at least'} {low:g}" if low > -math.inf else "")
-    raise TokenSuperpositionError(f"{name} is {' '.join(reprlib.repr(value).split())}; give {wanted}")
+    raise TokenSuperpositionError(f"{name} is {' '.join(reprlib.repr(value).split())}; give {wanted}{hint}")
 
 
 def errno_in(e: BaseException) -> int | None:

@@ -10,14 +10,14 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from token_superposition.errors import TokenSuperpositionError, require_number
+from token_superposition.errors import require_number
 from token_superposition.weights import Weighting, may_keep, weights_for
 
 SEED = 0x9E3779B9
 
 
 def check_signal(name: str, signal: float) -> None:
-    require_number(name, signal, 0, 1)
+    require_number(name, signal, 0, 1, hint=": 0 for none")
 
 
 def place_factors(bag_size: int, width: int, signal: float, like: Tensor) -> Tensor:  # (s, d)

@@ -130,7 +130,7 @@ class Schedule:
         >>> [(p.steps, p.input_bag) for p in Schedule.annealed(10, (4, 2, 1), 0.6).mixed(1.0).phases]
         [(2, 2), (1, 4), (1, 2), (2, 4), (4, 1)]
         """
-        require_number("mixture", mixture, 0, 1)
+        require_number("mixture", mixture, 0, 1, hint=": 0 in turn, 1 at random")
         *superposed, last = self.phases
         if not mixture:
             return self
@@ -227,7 +227,7 @@ class WSD:
     def __post_init__(self) -> None:
         for name, minimum in (("total_steps", 1), ("warmup_steps", 0)):
             object.__setattr__(self, name, require_int(name, getattr(self, name), minimum))
-        require_number("decay_ratio", self.decay_ratio, 0, 1)
+        require_number("decay_ratio", self.decay_ratio, 0, 1, hint=", a share of the steps")
         if self.warmup_steps + self.decay_steps > self.total_steps:
             raise TokenSuperpositionError(
                 f"warm-up of {self.warmup_steps} and decay of {self.decay_steps} steps do not fit in "

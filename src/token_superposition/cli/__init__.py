@@ -30,9 +30,8 @@ WRITE_ERRORS = (
     errno.ENOSPC,
     errno.EDQUOT,
     errno.EFBIG,
-    errno.EACCES,
-    errno.EROFS,
     errno.ENOTDIR,
+    errno.ENAMETOOLONG,
     errno.EEXIST,
     errno.EISDIR,
 )
@@ -133,6 +132,8 @@ def _explain(e: Exception) -> str | None:
 
     if isinstance(e, TokenSuperpositionError):
         return str(e).rpartition("TokenSuperpositionError: ")[2].strip()  # a worker of a loader adds its traceback
+    if isinstance(e, OSError) and e.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+        return f"cannot read or write {e.filename} ({e.strerror}); change its permissions or give another place"
     if isinstance(e, OSError) and e.errno in WRITE_ERRORS:
         return f"cannot write {e.filename or 'the output'} ({e.strerror}); free the disk or choose another --out"
     if (number := errno_in(e)) in WRITE_ERRORS:

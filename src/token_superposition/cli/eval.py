@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -75,8 +76,13 @@ def run(args: Sequence[str]) -> None:
         raise TokenSuperpositionError(f"max-tokens is {most}; give at least 1, or None")
     if (limit := options.limit) is not None and limit < 1:
         raise TokenSuperpositionError(f"limit is {limit}; give at least 1, or None")
-    if (file := options.out) is not None and (file.is_dir() or not file.parent.is_dir()):
-        raise TokenSuperpositionError(f"--out {file} cannot be written; give a file in a directory that exists")
+    effective = os.access in os.supports_effective_ids
+    if (file := options.out) is not None and (
+        file.is_dir() or not os.access(file.parent, os.W_OK | os.X_OK, effective_ids=effective)
+    ):
+        raise TokenSuperpositionError(
+            f"--out {file} cannot be written; give a file in a directory that exists and can be written to"
+        )
     from token_superposition.cli.quiet import quiet
 
     quiet()
@@ -110,15 +116,15 @@ def run(args: Sequence[str]) -> None:
         names = [name for given in options.tasks for name in given.split(",")]
         scores = evaluate_tasks(model, tokenizer, names, batch_size=options.batch_size, limit=options.limit)
     result = {"model": options.model, "losses": [asdict(loss) for loss in losses], "tasks": scores}
-    if options.out is not None:
-        write_json(options.out, result)
     if options.json:
         import json
 
         print(json.dumps(result, indent=2))
-        return
-    from rich.console import Console
+    else:
+        from rich.console import Console
 
-    from token_superposition.report.evaluation import print_evaluation
+        from token_superposition.report.evaluation import print_evaluation
 
-    print_evaluation(losses, scores, Console())
+        print_evaluation(losses, scores, Console())
+    if options.out is not None:
+        write_json(options.out, result)

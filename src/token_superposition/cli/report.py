@@ -29,6 +29,6 @@ def run(args: Sequence[str]) -> None:
     from token_superposition.report import print_table, write_report
 
     console = Console()
-    path = write_report(options.directory)
     print_table(options.directory, console)
+    path = write_report(options.directory)
     console.print(f"report: {path}", markup=False, soft_wrap=True)

@@ -312,7 +312,7 @@ def load_config(name: str | Path) -> Config:
     if not path.is_file() and str(name) in preset_names():
         return load_preset(str(name))
     try:
-        content = path.read_text(encoding="utf-8")
+        content = path.read_text(encoding="utf-8-sig")  # an editor's byte-order mark is no part of it
     except FileNotFoundError:
         raise TokenSuperpositionError(
             f"{name} does not exist; give a TOML file, or one of the presets {', '.join(preset_names())}"
@@ -364,6 +364,10 @@ def from_dict(cls: type[T], content: Any, where: str) -> T:
     return cls(**values)
 
 
+OPTION = typing.get_args(int | float | bool | str)
+"""What a field of ``model.options`` may be."""
+
+
 def _convert(kind: Any, value: Any, where: str) -> Any:
     origin, args = typing.get_origin(kind), typing.get_args(kind)
     if dataclasses.is_dataclass(kind):
@@ -388,6 +392,8 @@ def _convert(kind: Any, value: Any, where: str) -> Any:
     if isinstance(kind, type) and type(value) is kind:
         return value
     wanted = f"one of {', '.join(map(str, args))}" if origin is Literal else getattr(kind, "__name__", str(kind))
+    if args == OPTION and isinstance(value, (list, dict)):
+        wanted += "; a model that needs more, save with transformers and name in model.path"
     raise TokenSuperpositionError(f"{where} is {value!r}; give {wanted}")
 
 

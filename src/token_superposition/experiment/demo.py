@@ -16,6 +16,7 @@ from token_superposition.errors import TokenSuperpositionError
 from token_superposition.experiment.compare import compare
 from token_superposition.experiment.config import Config, load_config, load_preset, save_config
 from token_superposition.experiment.files import CONFIG, SUMMARY
+from token_superposition.experiment.jobs import refuse_launcher
 from token_superposition.experiment.speed import default_parallel, seconds_per_step
 
 VOCAB_SIZE = 2048
@@ -38,6 +39,7 @@ def demo(out: str | Path, minutes: float | None, console: Console, bars: Bars, s
     Returns a warning if the steps are fewer. Raises ``TokenSuperpositionError`` if ``out`` is in use or the minutes are
     not enough for any run.
     """
+    refuse_launcher()
     out = Path(out)
     config = replace(DEMO, data=replace(DEMO.data, path=str(out / "data")), train=replace(DEMO.train, seed=seed))
     begun = unfinished(out, config)

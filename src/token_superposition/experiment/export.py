@@ -21,6 +21,7 @@ from token_superposition.errors import TokenSuperpositionError
 from token_superposition.experiment.checkpoints import checkpoints_in, damage, newest_whole, step_of
 from token_superposition.experiment.config import load_config
 from token_superposition.experiment.files import CONFIG, MODEL
+from token_superposition.experiment.generate import run_of
 from token_superposition.experiment.model import load_exactly, model_settings, positions
 from token_superposition.experiment.shards import check_shards, weights_only
 from token_superposition.report.model_card import Figures, model_card
@@ -42,6 +43,8 @@ def export(run: Path, out: Path, *, checkpoint: int | None = None, dtype: DType 
     """
     if out.exists():
         raise TokenSuperpositionError(f"{out} exists; choose another OUT or remove it")
+    if run.name == MODEL and run_of(run) is not None:  # its finished model, as tst eval takes it
+        run = run.parent
     source = find_weights(run, checkpoint)
     figures = Figures.of(run, step_of(source) if source.parent.name == "checkpoints" else None)
     partial = out.with_name(f".{out.name}.{os.getpid()}.partial")

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 RESULT = "run.json"
 DIVERGED = "diverged.json"
@@ -31,7 +32,33 @@ def write_whole(path: Path, text: str) -> None:
 
 
 def write_json(path: Path, content: Any) -> None:
-    write_whole(path, json.dumps(content, indent=2) + "\n")
+    write_whole(path, json.dumps(finite(content), indent=2, allow_nan=False) + "\n")
+
+
+def finite(content: Any) -> Any:
+    """With null in place of nan and infinity, which are no JSON (``form.restored`` undoes it).
+
+    >>> finite({"loss": float("nan"), "ends": (1.0, None)})
+    {'loss': None, 'ends': [1.0, None]}
+    """
+    if isinstance(content, dict):
+        return {key: finite(value) for key, value in cast(dict[str, Any], content).items()}
+    if isinstance(content, (list, tuple)):
+        return [finite(value) for value in cast(list[Any], content)]
+    return None if isinstance(content, float) and not math.isfinite(content) else content
+
+
+def line_of(text: str | bytes) -> Any:
+    """A line of a metrics file, with nan where it has null: no figure of it is missing otherwise.
+
+    >>> line_of('{"step": 2, "loss": null}')
+    {'step': 2, 'loss': nan}
+    """
+    content: Any = json.loads(text)
+    if isinstance(content, dict):
+        items = cast(dict[str, Any], content).items()
+        return {name: math.nan if value is None else value for name, value in items}
+    return content
 
 
 def read_metrics(path: Path, up_to: int | None = None) -> list[dict[str, Any]]:
@@ -40,7 +67,7 @@ def read_metrics(path: Path, up_to: int | None = None) -> list[dict[str, Any]]:
     if path.exists():
         for line in path.read_text(encoding="utf-8").splitlines():
             try:
-                lines.append(json.loads(line))
+                lines.append(line_of(line))
             except ValueError:
                 break
     return [m for m in lines if up_to is None or m["step"] <= up_to]
@@ -48,7 +75,7 @@ def read_metrics(path: Path, up_to: int | None = None) -> list[dict[str, Any]]:
 
 def write_metrics(path: Path, lines: list[dict[str, Any]]) -> None:
     """A run that goes on drops the lines after its checkpoint, which it writes again."""
-    write_whole(path, "".join(json.dumps(m) + "\n" for m in lines))
+    write_whole(path, "".join(json.dumps(finite(m)) + "\n" for m in lines))
 
 
 class GrowingMetrics:
@@ -71,6 +98,6 @@ class GrowingMetrics:
         except FileNotFoundError:
             return self.lines
         self._read += len(whole + end)
-        self.lines += [json.loads(line) for line in whole.splitlines()]
+        self.lines += [line_of(line) for line in whole.splitlines()]
         del self.lines[1:-NEWEST]
         return self.lines

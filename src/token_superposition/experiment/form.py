@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import reprlib
 import types
 import typing
@@ -41,6 +42,24 @@ def misfit(content: Any, form: Any, where: str) -> str | None:
     else:
         fits = form is Any or (isinstance(form, type) and type(content) is form)
     return None if fits else f"{where} is {reprlib.repr(content)}"
+
+
+def restored(content: Any, form: Any) -> Any:
+    """``content`` with nan in place of null where the form has a float: JSON has no such number.
+
+    >>> restored({"loss": None, "ends": None}, {"loss": float, "ends": float | None})
+    {'loss': nan, 'ends': None}
+    """
+    if form is float and content is None:
+        return math.nan
+    forms = typing.get_type_hints(form) if dataclasses.is_dataclass(form) else form
+    if isinstance(forms, dict) and isinstance(content, dict):
+        inner = cast(dict[str, Any], forms)
+        return {k: restored(v, inner.get(k)) for k, v in cast(dict[str, Any], content).items()}
+    if isinstance(content, list) and (isinstance(form, list) or typing.get_origin(form) in (list, tuple)):
+        of = cast(list[Any], form)[0] if isinstance(form, list) else typing.get_args(form)[0]
+        return [restored(x, of) for x in cast(list[Any], content)]
+    return content
 
 
 def _of_keys(content: dict[str, Any], forms: dict[str, Any], where: str) -> str | None:

@@ -21,6 +21,16 @@ def load_model(path: str | Path) -> tuple[Any, PreTrainedTokenizerBase]:
     """
     if Path(path).absolute() == run_of(path):
         path = Path(path) / MODEL
+    elif (Path(path) / "runs").is_dir():
+        runs = sorted(p.parent.name for p in Path(path).glob(f"runs/*/{MODEL}"))
+        raise TokenSuperpositionError(
+            f"{path} holds several runs; name one of them, such as {Path(path) / 'runs' / (runs or ['NAME'])[0]}"
+        )
+    elif (Path(path) / CONFIG).is_file():
+        raise TokenSuperpositionError(
+            f"{path} is a run that is not finished; give its command again, or make a model of its newest checkpoint "
+            f"with tst export {path} OUT"
+        )
     model = load_exactly(path)
     if torch.accelerator.is_available():
         torch.nn.Module.to(model, torch.accelerator.current_accelerator())

@@ -55,8 +55,18 @@ def alone(config: Config) -> Config:
     return replace(config, compare=CompareConfig(), sweep=SweepConfig())
 
 
+def refuse_launcher() -> None:
+    """Raise ``TokenSuperpositionError`` under torchrun and its like, where each process would start every run."""
+    if (processes := int(os.environ.get("WORLD_SIZE", "1"))) > 1:
+        raise TokenSuperpositionError(
+            f"{processes} processes of this command were started (WORLD_SIZE), each of which would start every run; "
+            "give it without torchrun or accelerate launch"
+        )
+
+
 def check_directory(config: Config, out: Path) -> None:
     """Raise ``TokenSuperpositionError`` for what would not stay in ``out``: somebody else's file, or checkpoints."""
+    refuse_launcher()
     own = next(out.glob("runs/*/log.txt"), None) is not None or says_all(out / CONFIG, config)
     if (out / CONFIG).exists() and not own:
         raise TokenSuperpositionError(
@@ -133,7 +143,8 @@ def run_jobs(
                         if status and not _over(out, job.directory):
                             raise _error(job, out, status)
                         if status and (out / "runs" / job.directory / DIVERGED).exists():
-                            console.print(f"[yellow]diverged[/yellow]: {escape(_failure(job, out))}", highlight=False)
+                            said = escape(_failure(job, out))
+                            console.print(f"[yellow]diverged[/yellow]: {said}", highlight=False, soft_wrap=True)
                         progress.finish(job.directory)
                         finished(job)
                 time.sleep(0.5)
@@ -184,6 +195,10 @@ def unfinished(jobs: list[Job], out: Path) -> list[Job]:
     return [j for j in jobs if not _over(out, j.directory)]
 
 
+LAUNCHED = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+"""Of a launcher of one process: two runs side by side would want the same port."""
+
+
 def startable(jobs: list[Job], out: Path) -> list[Job]:
     """Those that wait for no trunk."""
     return [j for j in jobs if j.trunk is None or _over(out, j.trunk)]
@@ -204,11 +219,13 @@ def _start(job: Job, out: Path, slot: int, parallel: int) -> subprocess.Popen[by
     directory = out / "runs" / job.directory
     directory.mkdir(parents=True, exist_ok=True)
     save_config(job.config, directory / CONFIG)
-    command = [sys.executable, "-m", "token_superposition", "train", str(directory / CONFIG), "--out", str(directory)]
+    # -P: a file where the user happens to be, such as datasets.py, is no module of ours or of transformers.
+    command = [sys.executable, "-P", "-m", "token_superposition", "train", str(directory / CONFIG)]
+    command += ["--out", str(directory)]
     trunk = branch_checkpoint(job, out)
     if trunk is not None and trunk.exists():  # else it trains from the start
         command += ["--branch-from", str(trunk)]
-    environment = os.environ | share(slot, parallel)
+    environment = {k: v for k, v in os.environ.items() if k not in LAUNCHED} | share(slot, parallel)
     with _log(job, out).open("ab") as log, _interrupts_ignored():
         return subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=environment)
 

@@ -13,7 +13,7 @@ import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from token_superposition.errors import TokenSuperpositionError
-from token_superposition.experiment.files import NEWEST, read_metrics, write_metrics
+from token_superposition.experiment.files import NEWEST, finite, read_metrics, write_metrics
 from token_superposition.experiment.health import is_spike
 
 Report = Callable[[list[dict[str, Any]]], None]
@@ -102,7 +102,7 @@ class MetricsWriter(TrainerCallback):
             self.skipped.clear()
         try:
             with self.path.open("a", encoding="utf-8") as f:
-                f.write(json.dumps(line) + "\n")
+                f.write(json.dumps(finite(line)) + "\n")
         except OSError as e:
             raise TokenSuperpositionError(
                 f"cannot write {self.path} ({e.strerror}) after step {state.global_step}; make room there and give the "

@@ -18,7 +18,7 @@ from token_superposition.data.plan import PlannedDataset
 from token_superposition.errors import TokenSuperpositionError
 from token_superposition.experiment.config import Config
 from token_superposition.experiment.files import DIVERGED, METRICS, RESULT, read_metrics
-from token_superposition.experiment.form import misfit
+from token_superposition.experiment.form import misfit, restored
 from token_superposition.experiment.resume import data_digest
 
 BEGAN = "model_sha256"
@@ -157,6 +157,7 @@ def read_result(path: Path) -> RunResult:
         content: Any = json.loads(path.read_text(encoding="utf-8"))
         if isinstance(content, dict):
             cast(dict[str, Any], content).pop(BEGAN, None)
+        content = restored(content, RunResult)
         wrong = misfit(content, RunResult, path.name)
     except (ValueError, RecursionError) as e:
         content, wrong = None, str(e)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import shlex
 import shutil
 import sys
 import traceback
@@ -231,11 +232,9 @@ def batch_of(plan: PlannedDataset, out: Path, step: int) -> str:
     """What the step (1-based) read, and the command that trains it again."""
     first = (step - 1) * plan.batch_size
     whole = [c for c in checkpoints_in(out / "checkpoints") if step_of(c) < step]
-    resume = f" --resume {whole[-1]}" if whole else ""
-    return (
-        f"samples {first} to {first + plan.batch_size - 1} of the plan; to see it again: "
-        f"tst train {out / CONFIG}{resume} --out {out}-replay"
-    )
+    resume = ["--resume", str(whole[-1])] if whole else []
+    command = shlex.join(["tst", "train", str(out / CONFIG), *resume, "--out", f"{out}-replay"])
+    return f"samples {first} to {first + plan.batch_size - 1} of the plan; to see it again: {command}"
 
 
 @contextmanager

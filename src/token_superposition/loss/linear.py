@@ -75,9 +75,9 @@ def linear_multi_hot_cross_entropy(
     the head must be whole: ``unshard()`` of its module gathers it.
 
     All but ``reference`` can be differentiated once, backward, and by ``hidden``, ``weight`` and ``bias`` alone; the
-    transforms of ``torch.func`` (``grad``, ``vmap``) need ``reference``, too. ``chunk_rows`` sets the rows of a chunk of ``chunked``
-    and ``triton``. Raises ``TokenSuperpositionError`` for shapes that do not fit and for
-    what ``impl`` cannot do.
+    transforms of ``torch.func`` (``grad``, ``vmap``) need ``reference``, too. ``chunk_rows`` sets the rows of a chunk
+    of ``chunked`` and ``triton``. Raises ``TokenSuperpositionError`` for shapes that do not fit and for what ``impl``
+    cannot do.
 
     >>> linear_multi_hot_cross_entropy(torch.zeros(1, 2), torch.ones(4, 2), torch.tensor([[0, 0, 3]]))  # ln 4
     tensor(1.3863)

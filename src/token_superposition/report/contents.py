@@ -13,8 +13,8 @@ import tomli_w
 
 from token_superposition.errors import TokenSuperpositionError
 from token_superposition.experiment.config import without_none
-from token_superposition.experiment.files import METRICS, SUMMARY
-from token_superposition.experiment.form import misfit
+from token_superposition.experiment.files import METRICS, SUMMARY, line_of
+from token_superposition.experiment.form import misfit, restored
 
 if TYPE_CHECKING:
     from token_superposition.experiment.summary import Run
@@ -63,8 +63,9 @@ def read(directory: Path) -> Contents:
 
     path = directory / SUMMARY
     try:
-        summary: Any = json.loads(path.read_text(encoding="utf-8"))
-        wrong = misfit(summary, FORM | {"runs": [Run]}, path.name)
+        form = FORM | {"runs": [Run]}
+        summary: Any = restored(json.loads(path.read_text(encoding="utf-8")), form)
+        wrong = misfit(summary, form, path.name)
     except OSError as e:
         raise TokenSuperpositionError(
             f"{directory} holds no finished comparison ({e}); make one with tst compare or tst demo"
@@ -91,7 +92,7 @@ def _paired(runs: list[dict[str, Any]]) -> bool:
 
 def _metrics(path: Path) -> list[dict[str, Any]]:
     try:
-        lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        lines = [line_of(line) for line in path.read_text(encoding="utf-8").splitlines()]
         wrong = next((bad for i, m in enumerate(lines, 1) if (bad := _no_metrics(m, f"line {i}"))), None)
     except (OSError, ValueError, RecursionError) as e:
         lines, wrong = [], str(e)

@@ -15,7 +15,7 @@ import tomli_w
 from token_superposition.errors import TokenSuperpositionError
 from token_superposition.experiment.config import SweepSchedule, without_none
 from token_superposition.experiment.files import SWEEP
-from token_superposition.experiment.form import misfit
+from token_superposition.experiment.form import misfit, restored
 from token_superposition.experiment.grid import Cell
 from token_superposition.experiment.halving import Best
 from token_superposition.experiment.intervals import t_interval
@@ -118,7 +118,7 @@ class SweepContents:
 def read_sweep(directory: Path) -> SweepContents:
     """Raises ``TokenSuperpositionError`` if ``directory`` holds no finished sweep."""
     try:
-        summary: Any = json.loads((directory / SWEEP).read_text(encoding="utf-8"))
+        summary: Any = restored(json.loads((directory / SWEEP).read_text(encoding="utf-8")), FORM)
         wrong = misfit(summary, FORM, SWEEP)
         rows = read_rows(directory / TABLE)
     except (OSError, ValueError, TypeError, RecursionError) as e:

@@ -13,7 +13,6 @@ import torch
 import torch.distributed as dist
 from olmo_core.distributed.utils import get_rank, get_world_size
 from olmo_core.train.callbacks import Callback, EvaluatorCallback
-
 from torch import Tensor
 
 from token_superposition.data.plan import PlannedDataset, ValidationSet

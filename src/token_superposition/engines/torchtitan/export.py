@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import shutil
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 import torch.distributed as dist
@@ -67,5 +67,5 @@ def as_saved(settings: PretrainedConfig, weights: dict[str, Any]) -> PretrainedC
     """With the type that the weights have, in place of that of the model they were at first, and the model's class."""
     settings = copy.deepcopy(settings)
     (settings.dtype,) = {w.dtype for name, w in weights.items() if name.endswith("embed_tokens.weight")}
-    settings.architectures = [MODEL_FOR_CAUSAL_LM_MAPPING[type(settings)].__name__]
+    settings.architectures = [cast(Any, MODEL_FOR_CAUSAL_LM_MAPPING)[type(settings)].__name__]
     return settings
