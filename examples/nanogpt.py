@@ -104,8 +104,8 @@ def main(argv: Sequence[str] | None = None) -> list[float]:
         model.load_state_dict(checkpoint["model"])
         optimizer.load_state_dict(checkpoint["optimizer"])
         first = checkpoint["step"]
-        if checkpoint["phases"] != schedule.changes:
-            raise SystemExit(f"the checkpoint has phases {checkpoint['phases']}, these are {schedule.changes}")
+        if checkpoint.get("phases") != schedule.changes:
+            raise SystemExit(f"the checkpoint has phases {checkpoint.get('phases')}, these are {schedule.changes}")
 
     losses: list[float] = []
     for step in range(first, args.steps):

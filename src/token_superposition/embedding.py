@@ -69,7 +69,7 @@ def bag_embedding(  # (..., s) -> (..., d)
 def _only_scales(stock: type) -> bool:
     """Whether the forward of an embedding is ``nn.Embedding``'s times its ``embed_scale``, told by its source."""
     forwards = [c for c in stock.__mro__ if "forward" in vars(c)]
-    if forwards[1] is not nn.Embedding:
+    if forwards[1:2] != [nn.Embedding]:
         return False
     try:
         (function,) = ast.parse(textwrap.dedent(inspect.getsource(forwards[0].forward))).body

@@ -30,7 +30,10 @@ def parse(options: type[T], command: str, args: Sequence[str], default: T | None
     except SystemExit as e:
         if not e.code:  # --help
             raise
-        raise TokenSuperpositionError(f"{_one_line(errors.getvalue())}; see tst {command} --help") from None
+        message = _one_line(errors.getvalue())
+        if late := [a for a in args if a.endswith(".toml") and f"options: {a}" in message]:
+            message += f", which comes first: tst {command} {late[0]} [OPTIONS]"
+        raise TokenSuperpositionError(f"{message}; see tst {command} --help") from None
 
 
 def _one_line(box: str) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from itertools import pairwise
 from statistics import mean, stdev
 from typing import Literal, cast
@@ -26,8 +27,13 @@ def t_interval(values: Sequence[float]) -> tuple[float, float] | None:
     n = len(values)
     if n < 2 or not all(map(math.isfinite, values)):
         return None
-    half = float(stats.t.ppf((1 + CONFIDENCE) / 2, n - 1)) * stdev(values) / math.sqrt(n)
+    half = _quantile(n - 1) * stdev(values) / math.sqrt(n)
     return mean(values) - half, mean(values) + half
+
+
+@cache
+def _quantile(degrees: int) -> float:
+    return float(stats.t.ppf((1 + CONFIDENCE) / 2, degrees))
 
 
 def chance(differences: Sequence[float]) -> float:
