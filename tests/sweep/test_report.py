@@ -151,6 +151,9 @@ def test_a_setting_that_diverged_is_not_the_lowest(tmp_path: Path) -> None:
     assert all("The lowest of 2 is -0.030 at s = 4" in p.alt for p in sweep_pictures(contents))
     (row,) = [row for row in sweep_rows(contents) if row[1] == "2"]
     assert row[-3:] == ("diverged", "", "none")
+    made_up(tmp_path / "all", swept((0, 1), bag_sizes=(2, 4)), lambda cell, seed: math.nan)
+    for text in shown(tmp_path / "all"):
+        assert "a run diverged" in text and "the best may lie beyond" not in " ".join(text.split())
 
 
 @pytest.mark.parametrize(

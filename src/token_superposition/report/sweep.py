@@ -194,7 +194,7 @@ def sentences(contents: SweepContents) -> list[tuple[str, str]]:
         text = f"{_by(chosen['mean'])} on {_seeds(chosen['seeds'])}, by which it was chosen"
         result.append(("when chosen", f"{text} out of {len(contents.cells)}: flattering, not to be quoted"))
     result.append(("the baseline", _baseline(contents, baseline, cell, same)))
-    if warnings := _edges(contents, cell, baseline):
+    if math.isfinite(contents.difference(cell)) and (warnings := _edges(contents, cell, baseline)):
         result.append(("at the edge", f"{'; '.join(warnings)}: the best may lie beyond"))
     losses = {
         c: mean(r.val_loss for r in rows)
@@ -264,8 +264,8 @@ def _edges(contents: SweepContents, cell: Cell, baseline: Cell) -> list[str]:
     return found
 
 
-def _by(difference: float) -> str:
-    if not math.isfinite(difference):
+def _by(difference: float | None) -> str:
+    if difference is None or not math.isfinite(difference):
         return "a run diverged"
     return f"{abs(difference):.4f} nats {'below' if difference < 0 else 'above'} the baseline"
 
