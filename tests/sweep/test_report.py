@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import math
 import re
 from collections.abc import Callable
@@ -154,6 +155,16 @@ def test_a_setting_that_diverged_is_not_the_lowest(tmp_path: Path) -> None:
     made_up(tmp_path / "all", swept((0, 1), bag_sizes=(2, 4)), lambda cell, seed: math.nan)
     for text in shown(tmp_path / "all"):
         assert "a run diverged" in text and "the best may lie beyond" not in " ".join(text.split())
+
+
+def test_a_setting_at_whose_rate_the_baseline_diverged(tmp_path: Path) -> None:
+    made_up(
+        tmp_path / "sweep",
+        swept((0, 1), bag_sizes=(2, 4), learning_rates=(1e-3, 2e-3)),
+        lambda cell, seed: math.nan if cell.is_baseline and cell.learning_rate > 1e-3 else 3 - cell.learning_rate,
+    )
+    for text in shown(tmp_path / "sweep"):
+        assert "the baseline at the setting's own 0.002 diverged" in html.unescape(text)
 
 
 @pytest.mark.parametrize(

@@ -95,8 +95,8 @@ class Difference:
 
     seeds: tuple[int, ...]
     per_seed: tuple[float, ...]
-    mean: float | None
-    """None without a seed."""
+    mean: float
+    """nan without a seed, or where a run diverged; null in JSON."""
     interval: tuple[float, float] | None
     """At 95%, over the seeds; None for fewer than two."""
 
@@ -104,7 +104,7 @@ class Difference:
     def of(cls, losses: Losses, cell: Cell, baseline: Cell, seeds: Sequence[int]) -> Difference:
         values = tuple(losses[cell, seed] - losses[baseline, seed] for seed in seeds)
         known = all(map(math.isfinite, values))
-        return cls(tuple(seeds), values, mean(values) if values else None, t_interval(values) if known else None)
+        return cls(tuple(seeds), values, mean(values) if values else math.nan, t_interval(values) if known else None)
 
 
 @dataclass(frozen=True)

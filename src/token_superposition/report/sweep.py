@@ -242,6 +242,8 @@ def _baseline(contents: SweepContents, baseline: Cell, cell: Cell, same: dict[st
     )
     if baseline.learning_rate == cell.learning_rate:
         return text + ", which is also the best setting's"
+    if not math.isfinite(same["mean"]):
+        return f"{text}; the baseline at the setting's own {cell.learning_rate:g} diverged"
     return (
         f"{text}; beside the baseline at the setting's own {cell.learning_rate:g} the difference would be "
         f"{same['mean']:+.4f} ({_seeds(same['seeds'])}), which counts a mistuned baseline as a gain"
@@ -264,8 +266,8 @@ def _edges(contents: SweepContents, cell: Cell, baseline: Cell) -> list[str]:
     return found
 
 
-def _by(difference: float | None) -> str:
-    if difference is None or not math.isfinite(difference):
+def _by(difference: float) -> str:
+    if not math.isfinite(difference):
         return "a run diverged"
     return f"{abs(difference):.4f} nats {'below' if difference < 0 else 'above'} the baseline"
 
