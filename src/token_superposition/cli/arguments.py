@@ -31,7 +31,8 @@ def parse(options: type[T], command: str, args: Sequence[str], default: T | None
         if not e.code:  # --help
             raise
         message = _one_line(errors.getvalue())
-        if late := [a for a in args if a.endswith(".toml") and f"options: {a}" in message]:
+        late = [a for a in args if a.endswith(".toml") and f"options: {a}" in message]
+        if late and args[0].startswith("-"):
             message += f", which comes first: tst {command} {late[0]} [OPTIONS]"
         raise TokenSuperpositionError(f"{message}; see tst {command} --help") from None
 
