@@ -364,17 +364,12 @@ def from_dict(cls: type[T], content: Any, where: str) -> T:
     return cls(**values)
 
 
-OPTION = typing.get_args(int | float | bool | str)
-"""What a field of ``model.options`` may be."""
-
-
 def _convert(kind: Any, value: Any, where: str) -> Any:
     origin, args = typing.get_origin(kind), typing.get_args(kind)
     if dataclasses.is_dataclass(kind):
         return from_dict(cast(type[Any], kind), value, where)
     if origin is tuple and isinstance(value, (list, tuple)):
-        items = cast(list[Any], value)
-        return tuple(_convert(args[0], v, f"{where}[{i}]") for i, v in enumerate(items))
+        return tuple(_convert(args[0], v, f"{where}[{i}]") for i, v in enumerate(cast(list[Any], value)))
     if origin is dict and isinstance(value, dict):
         items_by_key = cast(dict[str, Any], value)
         return {k: _convert(args[1], v, f"{where}.{k}") for k, v in items_by_key.items()}
@@ -392,7 +387,7 @@ def _convert(kind: Any, value: Any, where: str) -> Any:
     if isinstance(kind, type) and type(value) is kind:
         return value
     wanted = f"one of {', '.join(map(str, args))}" if origin is Literal else getattr(kind, "__name__", str(kind))
-    if args == OPTION and isinstance(value, (list, dict)):
+    if {int, str} <= set(args) and isinstance(value, (list, dict)):  # of model.options
         wanted += "; a model that needs more, save with transformers and name in model.path"
     raise TokenSuperpositionError(f"{where} is {value!r}; give {wanted}")
 
