@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import shlex
 import shutil
-from collections.abc import Callable, Generator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,6 +14,7 @@ from typing import Any
 import pytest
 
 from tests.conftest import tst
+from tests.nobody import without_privileges
 from tests.test_accountings import experiment
 from token_superposition.cli import main
 from token_superposition.data.plan import PlannedDataset
@@ -27,28 +26,6 @@ from token_superposition.experiment.run import batch_of
 from token_superposition.report.contents import read
 
 Write = Callable[..., Path]
-
-
-@contextmanager
-def as_nobody(*closed: Path) -> Generator[None]:
-    """As a user who may neither write nor list ``closed``; root may anything."""
-    for path in closed:
-        path.chmod(0o500 if path.is_dir() else 0)
-    root = os.geteuid() == 0
-    if root:
-        for parent in closed[0].parents:  # pytest's own directories are of the user alone
-            if parent.owner() == closed[0].owner() and parent.stat().st_mode & 0o777 == 0o700:
-                parent.chmod(0o755)
-        for path in closed:
-            path.chmod(0o555 if path.is_dir() else 0)
-        os.seteuid(65534)
-    try:
-        yield
-    finally:
-        if root:
-            os.seteuid(0)
-        for path in closed:
-            path.chmod(0o700)
 
 
 @pytest.mark.parametrize("command", ["compare", "sweep", "demo"])
@@ -91,8 +68,8 @@ def test_a_command_that_is_told_can_be_pasted(write_config: Write, prepared: Pat
 def test_an_evaluation_that_could_not_be_written_is_not_begun(
     finished_run: Path, prepared: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    (closed := tmp_path / "closed").mkdir()
-    with as_nobody(closed):
+    (closed := tmp_path / "closed").mkdir(0o555)
+    with without_privileges(tmp_path):
         assert main(["eval", str(finished_run), "--data", str(prepared), "--out", str(closed / "loss.json")]) == 2
     assert "loss.json cannot be written; give a file in a directory" in capsys.readouterr().err
 
@@ -102,8 +79,10 @@ def test_what_may_not_be_read_or_written_is_named_with_what_it_holds(
 ) -> None:
     """A comparison of somebody else's is shown all the same."""
     theirs = shutil.copytree(two_seeds[1], tmp_path / "theirs")
-    with as_nobody(theirs):
+    theirs.chmod(0o555)
+    with without_privileges(tmp_path):
         assert main(["report", str(theirs)]) == 2
+    theirs.chmod(0o755)
     said = capsys.readouterr()
     assert "in short" in said.out and "cannot read or write" in said.err and "change its permissions" in said.err
     assert main(["report", str(theirs)]) == 0

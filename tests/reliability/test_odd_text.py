@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import gzip
 import json
 import os
@@ -20,6 +19,7 @@ import pytest
 from transformers import AutoTokenizer
 
 from tests.conftest import text
+from tests.nobody import without_privileges
 from token_superposition import TokenSuperpositionError
 from token_superposition.cli import main
 from token_superposition.data import sources
@@ -202,29 +202,14 @@ def test_a_text_about_archives_is_text(tmp_path: Path) -> None:
     assert len(list(read_documents(files, "text", Counter()))) == 3
 
 
-@contextlib.contextmanager
-def without_privileges() -> Iterator[None]:
-    """The super-user reads every file, so become nobody for a while."""
-    user = os.geteuid()
-    if user == 0:
-        os.seteuid(65534)
-    try:
-        yield
-    finally:
-        os.seteuid(user)
-
-
 def test_an_unreadable_file_or_folder_is_named(tmp_path: Path) -> None:
-    for parent in (tmp_path, *tmp_path.parents):
-        if parent.owner() == tmp_path.owner() and parent.stat().st_mode & 0o777 == 0o700:
-            parent.chmod(0o755)
     for name in ("file.txt", "folder/a.txt"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text("secret")
     (tmp_path / "file.txt").chmod(0)
     (tmp_path / "folder").chmod(0)
     try:
-        with without_privileges():
+        with without_privileges(tmp_path):
             for source, named in (("file.txt", "file.txt"), (".", "folder"), ("folder/a.txt", "a.txt")):
                 with pytest.raises(TokenSuperpositionError, match=f"{named} cannot be read .Permission denied") as e:
                     check_files(find_files([str(tmp_path / source)]), "text")

@@ -52,13 +52,10 @@ def run(args: Sequence[str]) -> None:
     console.print(f"vocabulary: {meta.vocab_size:,}{note}")
     for split, s in (("train", meta.train), ("validation", meta.validation)):
         console.print(f"{split}: {s.tokens:,} tokens, {s.documents:,} documents, {s.bytes_per_token:.3f} bytes/token")
-    if (
-        share := meta.validation.bytes / (meta.train.bytes + meta.validation.bytes)
-    ) > 2 * command.preparation.validation_share:
-        asked_share = f"asked: {command.preparation.validation_share:.3g}"
-        console.print(
-            f"held out: {share:.3g} of the text ({asked_share}; documents are held out whole: give more text)"
-        )
+    share, wanted = meta.validation.bytes / (meta.train.bytes + meta.validation.bytes), meta.validation_share
+    if share > 2 * wanted:
+        why = f"asked: {wanted:.3g}; documents are held out whole: give more text"
+        console.print(f"held out: {share:.3g} of the text ({why})")
     if meta.cut:
         console.print(f"cut: {meta.cut:,} documents of more than {MAX_TEXT_BYTES >> 20} MiB into several")
     for reason, count in meta.dropped.items():

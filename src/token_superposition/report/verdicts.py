@@ -158,10 +158,8 @@ def speedup(c: dict[str, Any]) -> str:
     ):
         found = [p["speedup"] for p in per_seed if p["bound"] == bound]
         if found:
-            text += (
-                f"; {len(found)} of {s['seeds']} seeds only known to be {bound} {found[0]:.2f} x, as which they count"
-            )
-            text += f": {why}"
+            only = f"only known to be {bound} {found[0]:.2f} x, as which they count"
+            text += f"; {len(found)} of {s['seeds']} seeds {only}: {why}"
     if in_flops is not None and not math.isclose(in_flops["geometric_mean"], s["geometric_mean"], rel_tol=1e-3):
         text += f"; its steps cost more: {in_flops['geometric_mean']:.2f} x in FLOPs"
     return f"the baseline needs {text})"
