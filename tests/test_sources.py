@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import gzip
 import json
+import os
 import random
+import sys
 from collections import Counter
 from pathlib import Path
 from typing import Any, cast
@@ -15,9 +17,19 @@ import pyarrow.parquet as pq
 import pytest
 
 from tests.conftest import VOCAB, text, tst
+from tests.nobody import without_privileges
 from token_superposition import TokenSuperpositionError
-from token_superposition.data.files import DESCRIPTION, LINK, MATCHED_FOLDER, OTHER_FILE, check_files
+from token_superposition.data.files import (
+    DESCRIPTION,
+    LINK,
+    MATCHED_FOLDER,
+    OTHER_FILE,
+    check_files,
+    estimated_bytes,
+    find_files,
+)
 from token_superposition.data.prepare import PrepareOptions, prepare
+from token_superposition.data.sample import Sample
 from token_superposition.data.sources import CUT, read_documents
 from token_superposition.data.verify import verify_store
 
@@ -27,6 +39,13 @@ OPTIONS = PrepareOptions(vocab_size=VOCAB, validation_share=0.1)
 def read(*sources: Path | str) -> tuple[list[str], dict[str, int]]:
     dropped: Counter[str] = Counter()
     return list(read_documents(list(map(str, sources)), "text", dropped)), dict(dropped)
+
+
+def zstd(content: bytes) -> bytes:
+    out = pa.BufferOutputStream()
+    with pa.CompressedOutputStream(out, "zstd") as f:
+        f.write(content)
+    return out.getvalue().to_pybytes()
 
 
 def lines(path: Path, *records: object) -> Path:
@@ -195,3 +214,88 @@ def test_a_tokenizer_has_its_sample_where_most_of_a_file_is_no_text(tmp_path: Pa
     assert "(asked: 9,000; the sample has no more: give more --tokenizer-bytes)" in said
     (tmp_path / "few").rename(tmp_path / "before")
     assert "(asked: 9,000; the text has no more)" in tst("prepare", tmp_path / "a.parquet", *few, "10000000").stdout
+
+
+def test_zeros_behind_a_compressed_file_are_no_damage(tmp_path: Path) -> None:
+    """As tapes and dd leave them; gzip takes them, too."""
+    whole = gzip.compress(b"".join(json.dumps({"text": t}).encode() + b"\n" for t in text(50)))
+    (tmp_path / "a.jsonl.gz").write_bytes(whole + bytes(5000))
+    assert read(tmp_path / "a.jsonl.gz") == (text(50), {})
+
+
+def test_folders_that_may_not_be_read_are_told_under_a_glob(tmp_path: Path) -> None:
+    """A pattern passes over them by itself: the half of a corpus."""
+    for name in ("open", "shut"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "a.txt").write_text(name)
+    (tmp_path / "shut").chmod(0)
+    with without_privileges(tmp_path):
+        for pattern in ("**/*.txt", "*/*.txt", "*/**"):
+            with pytest.raises(TokenSuperpositionError, match="shut cannot be read"):
+                find_files([str(tmp_path / pattern)])
+        assert find_files([str(tmp_path / "o*/*.txt")]) == [tmp_path / "open/a.txt"]
+    (tmp_path / "shut").chmod(0o755)
+
+
+@pytest.mark.skipif(sys.version_info >= (3, 13), reason="** is * there")
+def test_two_stars_in_a_name_are_no_pattern(tmp_path: Path) -> None:
+    with pytest.raises(TokenSuperpositionError, match=r"is no pattern .* write \*\*/ for all folders"):
+        read(tmp_path / "a**.txt")
+
+
+def test_json_lines_are_told_by_their_first_lines_however_long(tmp_path: Path) -> None:
+    texts = ["a book. " * 1_200_000, "second", "third"]
+    read_texts, dropped = read(lines(tmp_path / "a.json", *({"id": i, "text": t} for i, t in enumerate(texts))))
+    assert "".join(read_texts) == "".join(texts) and dropped == {CUT: 1}
+
+
+def test_a_file_that_is_named_in_several_ways_is_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("a.txt").write_text("a")
+    Path("b.txt").symlink_to("a.txt")
+    assert find_files(["./a.txt", str(tmp_path / "a.txt"), "a.txt", "b.txt", str(tmp_path)]) == [Path("a.txt")]
+
+
+def test_white_space_in_the_middle_of_a_long_document_is_counted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("token_superposition.data.sources.MAX_TEXT_BYTES", 80)
+    got, dropped = read(lines(tmp_path / "a.jsonl", {"text": "begin" + " " * 200 + "end"}))
+    assert [t.strip() for t in got] == ["begin", "end"] and dropped == {CUT: 1, "empty document": 1}
+
+
+def test_a_tokenizer_has_its_sample_from_everywhere_in_compressed_files(tmp_path: Path) -> None:
+    """Text that is compressed to a thirtieth, the last third of it another."""
+    compress = {"gz": gzip.compress, "zst": zstd}
+    for ending, compressed in compress.items():
+        parts = [f"{kind * 30} {i} " * 3 for kind in "abc" for i in range(3000)]
+        path = tmp_path / f"a.jsonl.{ending}"
+        content = b"".join(json.dumps({"text": t}).encode() + b"\n" for t in parts)
+        path.write_bytes(compressed(content))
+        size = estimated_bytes([path], "text")
+        assert size == pytest.approx(len(content), rel=0.1)
+        sample = Sample([(lambda path=path: iter(read(path)[0]), size)], 2**16, None, 0, lambda done: None)
+        taken = Counter(piece[0] for piece in sample)
+        assert min(taken[kind] for kind in "abc") > 0.5 * max(taken.values())
+
+
+def test_a_store_that_appears_meanwhile_is_told_before_the_work(tmp_path: Path) -> None:
+    read_now: list[bool] = []
+
+    def documents(dropped: Counter[str]) -> Any:
+        read_now.append(True)
+        return iter(text(60))
+
+    out = Path(os.path.realpath(tmp_path / "out"))
+    shown = Path.mkdir
+
+    def appears(self: Path, *args: Any, **kwargs: Any) -> None:  # between the first look and the lock
+        shown(self, *args, **kwargs)
+        if self == out.parent:
+            shown(out, exist_ok=True)
+            (out / "meta.json").write_text("{}")
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(TokenSuperpositionError, match="out exists already"):
+        patch.setattr(Path, "mkdir", appears)
+        prepare((), out, OPTIONS, documents=documents)
+    assert not read_now and list(out.iterdir()) == [out / "meta.json"]

@@ -58,6 +58,8 @@ def run(args: Sequence[str]) -> None:
         console.print(f"held out: {share:.3g} of the text ({why})")
     if meta.cut:
         console.print(f"cut: {meta.cut:,} documents of more than {MAX_TEXT_BYTES >> 20} MiB into several")
+    for what, share in meta.lost.items():
+        console.print(f"lost in the tokens: {share:.2g} of the {what}, which this tokenizer does not give back")
     for reason, count in meta.dropped.items():
         console.print(f"left out: {count:,} ({reason})", markup=False)
     seconds = time.monotonic() - start

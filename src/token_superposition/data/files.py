@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import reprlib
 import shlex
@@ -13,6 +14,8 @@ from token_superposition.data.store import is_partial, is_store
 from token_superposition.data.tables import (
     COMPRESSIONS,
     check_json_lines,
+    damage,
+    expansion,
     is_json_lines,
     open_arrow,
     open_file,
@@ -50,7 +53,7 @@ def find_files(sources: Sequence[str], dropped: Counter[str] | None = None) -> l
     token stores, and what a killed ``tst prepare`` left, are passed over.
     Raises ``TokenSuperpositionError`` for a source that does not exist, matches nothing, or holds no text.
     """
-    found: dict[Path, None] = {}
+    found: dict[str, Path] = {}
     for source in sources:
         if not source:
             raise TokenSuperpositionError('a source is empty (""); name a file, a folder (this one is .) or a glob')
@@ -78,8 +81,9 @@ def find_files(sources: Sequence[str], dropped: Counter[str] | None = None) -> l
         else:
             shown = source if len(source) < 200 and "\n" not in source else reprlib.repr(source)
             raise TokenSuperpositionError(f"{shown} does not exist; give a file, a folder, a glob or hf:DATASET")
-        found |= dict.fromkeys(files)
-    return list(found)
+        for file in files:
+            found.setdefault(os.path.realpath(file), file)
+    return list(found.values())
 
 
 def check_files(files: Sequence[Path], text_field: str) -> None:
@@ -88,8 +92,6 @@ def check_files(files: Sequence[Path], text_field: str) -> None:
     That is a pipe or device, an archive, a file without permission, a Parquet or Arrow file that is none, or one that,
     like JSON lines, has no text in its field. What else is wrong inside a file is found, and counted, when it is read.
     """
-    import pyarrow as pa
-
     for path in files:
         if not path.is_file():
             raise TokenSuperpositionError(
@@ -111,7 +113,7 @@ def check_files(files: Sequence[Path], text_field: str) -> None:
             elif path.suffix.lower() in COMPRESSIONS:
                 with open_file(path) as f:
                     f.read(1)
-        except (OSError, pa.ArrowException) as e:  # pyarrow's own, without a number, are of what is damaged
+        except damage() as e:
             if isinstance(e, OSError) and e.errno is not None:
                 raise unreadable(path, e) from None
             if "too much memory for decoding" in str(e):
@@ -129,9 +131,7 @@ def kind_of(path: Path) -> str:
 def estimated_bytes(files: Sequence[Path], text_field: str) -> int:
     """Rough bytes of text in the files."""
     return sum(
-        parquet_bytes(p, text_field)
-        if kind_of(p) == ".parquet"
-        else p.stat().st_size * (4 if p.suffix.lower() in COMPRESSIONS else 1)
+        parquet_bytes(p, text_field) if kind_of(p) == ".parquet" else round(p.stat().st_size * expansion(p))
         for p in files
     )
 
@@ -146,7 +146,17 @@ def _match(pattern: Path, dropped: Counter[str] | None) -> list[Path]:
     """The files that a glob matches; folders of which it matches nothing else are counted."""
     root = Path(pattern.anchor)
     pattern = pattern / "*" if pattern.name == "**" else pattern  # which matches folders alone before Python 3.13
-    matches = sorted(p for p in root.glob(str(pattern.relative_to(root))) if not any(map(is_partial, p.parts)))
+    parts = pattern.relative_to(root).parts
+    first = next(i for i, part in enumerate(parts) if any(c in part for c in "*?["))
+    effective = os.access in os.supports_effective_ids
+    try:
+        for i in range(first, len(parts)):  # glob itself passes over a folder that it may not read
+            for folder in root.glob(str(Path(*parts[:i]))) if i else [root]:
+                if folder.is_dir() and not os.access(folder, os.R_OK | os.X_OK, effective_ids=effective):
+                    raise unreadable(folder, PermissionError(errno.EACCES, os.strerror(errno.EACCES)))
+        matches = sorted(p for p in root.glob(str(Path(*parts))) if not any(map(is_partial, p.parts)))
+    except ValueError as e:
+        raise TokenSuperpositionError(f"{pattern} is no pattern ({e}); write **/ for all folders") from None
     files = [p for p in matches if p.is_file()]
     above = {folder for p in files for folder in p.parents}
     if dropped is not None and (count := sum(p.is_dir() and p not in above for p in matches)):

@@ -22,6 +22,7 @@ from token_superposition.data.sample import Part, Sample
 from token_superposition.data.sources import CUT, Continued, cut_at_lines, cut_bytes, read_documents
 from token_superposition.data.store import SPLITS, Meta, Split, file_sha256, partial_of
 from token_superposition.data.tokenizer import (
+    GivenBack,
     begin_token,
     can_be_cut,
     check_vocab_size,
@@ -114,7 +115,8 @@ def prepare(
         with FileLock(f"{partial}.lock", timeout=0):
             shutil.rmtree(partial, ignore_errors=True)
             try:
-                if out.exists():  # empty: checked above
+                _check(options, out)  # another may have written it meanwhile
+                if out.exists():
                     out.rename(partial)  # here and back: what cannot be replaced is found before any work
                     partial.rename(out)
                 partial.mkdir()
@@ -226,8 +228,11 @@ def _prepare(
         split: ShardWriter(out, split, dtype, vocab_size, options.shard_tokens) for split in SPLITS
     }
     kept = _deduplicate(_read(documents, dropped), out, options, dropped)
-    done = 0
-    for split, size, tokens in _tokenise(held_out.split(kept), tokenizer, bos, eos, dtype):
+    done, given_back = 0, GivenBack(tokenizer)
+    for split, size, tokens in _tokenise(held_out.split(kept), tokenizer, bos, eos, dtype, given_back):
+        if len(tokens) == 1 + (bos is not None):
+            dropped["of which this tokenizer makes no token"] += 1
+            continue
         if (tokens[:-1] == eos).any():  # a model of whole words, or of Unigram, that has it among them
             dropped["spells the end-of-text token, which this tokenizer does not give as text"] += 1
             continue
@@ -250,6 +255,7 @@ def _prepare(
         validation=validation,
         dropped=dict(sorted(dropped.items())),
         cut=cut,
+        lost=given_back.shares,
         bos_id=bos,
         sampled=sampled,
         tokenizer_files={p.name: file_sha256(p) for p in sorted((out / "tokenizer").iterdir()) if p.is_file()},
@@ -313,7 +319,12 @@ def _deduplicate(
 
 
 def _tokenise(
-    documents: Iterator[tuple[Split, int, str]], tokenizer: Any, bos: int | None, eos: int, dtype: str
+    documents: Iterator[tuple[Split, int, str]],
+    tokenizer: Any,
+    bos: int | None,
+    eos: int,
+    dtype: str,
+    given_back: GivenBack,
 ) -> Iterator[tuple[Split, int, np.ndarray]]:
     """Tokens of each document, after BOS if there is one and before EOS, in order.
 
@@ -328,10 +339,15 @@ def _tokenise(
 
     def encode(batch: list[tuple[Split, int, str]]) -> list[tuple[Split, int, np.ndarray]]:
         pieces = [[text] if whole else list(cut_at_lines(text, PIECE_CHARS)) for _, _, text in batch]
-        flat = iter(backend.encode_batch_fast([p for ps in pieces for p in ps], add_special_tokens=False))
+        texts = [p for ps in pieces for p in ps]
+        encoded = [e.ids for e in backend.encode_batch_fast(texts, add_special_tokens=False)]
+        some = slice(None, None, 1 + sum(map(len, texts)) // PIECE_CHARS)
+        given_back.add(texts[some], encoded[some])
+        given_back.require("the text")
+        flat = iter(encoded)
         result: list[tuple[Split, int, np.ndarray]] = []
         for (split, size, _), ps in zip(batch, pieces, strict=True):
-            parts = [np.array(next(flat).ids, dtype) for _ in ps]
+            parts = [np.array(next(flat), dtype) for _ in ps]
             result.append((split, size, np.concatenate([begin, *parts, end])))
         return result
 

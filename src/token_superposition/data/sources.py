@@ -17,6 +17,7 @@ from token_superposition.data.files import find_files, kind_of, unreadable
 from token_superposition.data.tables import (
     check_names,
     check_records,
+    damage,
     is_json_lines,
     open_arrow,
     open_file,
@@ -72,6 +73,8 @@ def _documents(texts: Iterator[str], dropped: Counter[str]) -> Iterator[str]:
             if piece.strip():
                 yield Continued(piece) if begun else piece
                 begun = True
+            else:
+                dropped["empty document"] += 1
 
 
 def cut_bytes(data: bytes, length: int) -> Iterator[str]:
@@ -96,8 +99,6 @@ def cut_at_lines(text: str, length: int) -> Iterator[str]:
 
 
 def _read_file(path: Path, text_field: str, dropped: Counter[str]) -> Iterator[str]:
-    import pyarrow as pa
-
     readers = {
         ".parquet": _read_parquet,
         ".arrow": _read_arrow,
@@ -111,7 +112,7 @@ def _read_file(path: Path, text_field: str, dropped: Counter[str]) -> Iterator[s
         for text in readers.get(kind_of(path), _read_text)(path, text_field, dropped):
             read += 1
             yield text
-    except (OSError, pa.ArrowException) as e:  # pyarrow's own errors have no number
+    except damage() as e:
         if isinstance(e, OSError) and e.errno is not None:
             raise unreadable(path, e) from None
         dropped["unreadable rest of a file"] += 1

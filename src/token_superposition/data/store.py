@@ -98,6 +98,8 @@ class Meta:
     """Documents and files that were left out, by reason."""
     cut: int = 0
     """Documents that were too long for one and became several."""
+    lost: dict[str, float] = field(default_factory=dict[str, float])
+    """Shares of the text's letters and line ends that the tokens do not give back, in a sample of it."""
     bos_id: int | None = None
     """The token before each document, where the tokenizer begins a text with one."""
     tokenizer_files: dict[str, str] = field(default_factory=dict[str, str])

@@ -2,26 +2,58 @@
 
 from __future__ import annotations
 
+import gzip
 import io
 import json
+import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
 from token_superposition.errors import TokenSuperpositionError, first_line
 
-COMPRESSIONS = {".gz": "gzip", ".zst": "zstd"}
+COMPRESSIONS = (".gz", ".zst")
 FIRST_RECORDS, FIRST_BYTES = 100, 2**20  # of JSON lines: among these one has text in its field
 LONGEST_FIRST = 2**26  # bytes of such a line
 
 
 def open_file(path: Path) -> Any:
     """Its bytes, decompressed. Opened by Python, since names that are not UTF-8 are none to pyarrow."""
+    return _decompressed(path, path.suffix.lower())
+
+
+def _decompressed(source: Path | io.BytesIO, ending: str) -> Any:
+    if ending == ".gz":  # by Python, which takes zeros behind the end, as gzip does
+        return gzip.open(source)
+    file = source.open("rb") if isinstance(source, Path) else source
+    if ending == ".zst":
+        import pyarrow as pa
+
+        return io.BufferedReader(cast(Any, pa.CompressedInputStream(file, "zstd")), 2**20)
+    return file
+
+
+def damage() -> tuple[type[Exception], ...]:
+    """What reading a damaged file raises; an OSError that has a number is of the system, and no damage."""
     import pyarrow as pa
 
-    file = path.open("rb")
-    compression = COMPRESSIONS.get(path.suffix.lower())
-    return io.BufferedReader(cast(Any, pa.CompressedInputStream(file, compression)), 2**20) if compression else file
+    return OSError, EOFError, zlib.error, pa.ArrowException
+
+
+def expansion(path: Path) -> float:
+    """How many bytes of a file come from one of it, in what its first bytes are decompressed to; 1 if they are not."""
+    ending = path.suffix.lower()
+    if ending not in COMPRESSIONS:
+        return 1
+    with path.open("rb") as file:
+        head = file.read(2**18)
+    text, size = _decompressed(io.BytesIO(head), ending), 0
+    try:
+        while piece := text.read1(2**14):
+            size += len(piece)
+    except damage():  # where the first bytes end
+        pass
+    return max(1, size / max(len(head), 1))
 
 
 def open_parquet(path: Path, text_field: str) -> Any:
@@ -87,7 +119,7 @@ def _check_column(path: Path, schema: Any, text_field: str) -> None:
 def is_json_lines(path: Path) -> bool:
     """Whether each of its first two lines is an object, as in C4's .json files."""
     with open_file(path) as f:
-        return all(isinstance(_json(f.readline(2**23)), dict) for _ in range(2))
+        return all(isinstance(_json(f.readline(LONGEST_FIRST)), dict) for _ in range(2))
 
 
 def check_json_lines(path: Path, text_field: str) -> None:

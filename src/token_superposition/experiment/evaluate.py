@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerBase
 
 from token_superposition.data.plan import ValidationSet
 from token_superposition.data.store import TokenStore
-from token_superposition.data.tokenizer import begin_token, load_tokenizer
+from token_superposition.data.tokenizer import GivenBack, begin_token, load_tokenizer
 from token_superposition.engines.transformers.head import HiddenStates, read_head
 from token_superposition.errors import TokenSuperpositionError, require_int
 from token_superposition.experiment.files import CONFIG
@@ -146,6 +146,9 @@ def evaluate_text(
         ids: list[int] = encoded["input_ids"][:left]
         if left is not None and len(ids) < len(encoded["input_ids"]):
             text, cut = text[: encoded["offset_mapping"][len(ids) - 1][1]], True
+        given_back = GivenBack(tokenizer)
+        given_back.add([text], [ids])
+        given_back.require(str(file))
         if ids:
             names.append(file.name)
             parts.append(StridedText(torch.tensor([begin, *ids]), length, stride))
