@@ -72,6 +72,10 @@ def test_nothing_is_validated_on_bags(make: Callable[[Schedule], Made], tmp_path
     for judge in (trainer.evaluate, trainer.predict):
         with pytest.raises(TokenSuperpositionError, match="with bags; give ValidationSet"):
             judge(bags)
+    if isinstance(bags, PlannedDataset):  # whatever the samples come in
+        for held_out in (Subset(bags, range(8)), [bags[i] for i in range(4)]):
+            with pytest.raises(TokenSuperpositionError, match="with bags; give ValidationSet"):
+                trainer.evaluate(cast(Any, held_out))
     assert trainer.evaluate()["eval_loss"] > 0 and trainer.evaluate(ordinary)["eval_loss"] > 0
 
 
@@ -122,14 +126,19 @@ def test_a_run_that_ends_before_the_switch_is_told_of(tmp_path: Path, caplog: py
     plan, held_out = planned(Schedule.two_phase(10, 4, 0.5)), ValidationSet(TOKENS[:200], 16)
     stop = {"eval_strategy": "steps", "eval_steps": 1, "load_best_model_at_end": True, "save_strategy": "steps"}
     logging.getLogger("token_superposition").propagate = True
+    plateau = {"eval_strategy": "steps", "eval_steps": 1, "lr_scheduler_type": "reduce_lr_on_plateau"}
     for changes, callbacks, said in (
         ({"max_steps": 5}, [], "max_steps is 5: the run ends before the switch to ordinary training at 5"),
-        (stop, [EarlyStoppingCallback()], "give eval_delay=6"),
+        (stop, [EarlyStoppingCallback()], "early stopping looks at validations before the switch at step 5"),
+        (plateau, [], "reduce_lr_on_plateau looks at validations before the switch at step 5"),
         ({"max_steps": 6}, [], None),
         (stop | {"eval_delay": 6}, [EarlyStoppingCallback()], None),
     ):
         caplog.clear()
-        trainer_of(arguments(tmp_path, **changes), plan, eval_dataset=held_out, callbacks=callbacks)
+        trainer = trainer_of(arguments(tmp_path, **changes), plan, eval_dataset=held_out)
+        for callback in callbacks:
+            trainer.add_callback(callback)
+        trainer.train()
         warned = [m for m in caplog.messages if "switch" in m]
         assert (len(warned) == 1 and said in warned[0]) if said else not warned
 
@@ -183,3 +192,39 @@ def test_a_list_of_documents_is_no_text() -> None:
         with pytest.raises(TokenSuperpositionError, match=r"have shape \(\d, \d\); give one stream .*np.concatenate"):
             PlannedDataset(documents, Schedule.two_phase(4, 2, 0.5), 4, 2)
     assert len(PlannedDataset([1, 2, 3] * 40, Schedule.two_phase(4, 2, 0.5), 4, 2)) == 8
+
+
+def test_a_decay_that_the_run_does_not_reach_is_told_of(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    plan = planned(Schedule.two_phase(10, 4, 0.5))
+    logging.getLogger("token_superposition").propagate = True
+    for wsd, told in ((WSD(10, 1, 0.3), True), (WSD(6, 1, 0.3), False), (WSD(10, 1, 0.0), False)):
+        caplog.clear()
+        trainer_of(arguments(tmp_path, max_steps=6), plan, lr_factor=wsd)
+        assert any("without all of its decay" in m for m in caplog.messages) == told
+
+
+def test_training_again_begins_the_learning_rates_again(tmp_path: Path) -> None:
+    """As with a scheduler of the arguments; at the last rate, 0, nothing would be trained, without a word."""
+    trainer = trainer_of(arguments(tmp_path), planned(Schedule.two_phase(6, 4, 0.5)), lr_factor=WSD(6, 1, 0.5))
+    rates: list[list[float]] = []
+    for _ in range(2):
+        before = [p.detach().clone() for p in trainer.model.parameters()]
+        trainer.train()
+        rates.append([line["learning_rate"] for line in trainer.state.log_history if "learning_rate" in line])
+        assert any((a != b).any() for a, b in zip(before, trainer.model.parameters(), strict=True))
+    assert len(rates[0]) == 6 and rates[0] == rates[1]
+
+
+def test_a_plan_beyond_the_model_is_told_before_training(tmp_path: Path) -> None:
+    plan = PlannedDataset(TOKENS, Schedule.two_phase(4, 4, 0.5), 16, 4)
+    for architecture, settings, message in (
+        ("gpt2", {"max_position_embeddings": 8}, "sequence_length is 16; the model has 8 positions"),
+        ("llama", {"vocab_size": 8}, r"the token id \d+, the model 8 embeddings"),
+        ("llama", {"max_position_embeddings": 8}, None),  # rotary ones do not end
+    ):
+        model = tiny(architecture, **settings)
+        if message is None:
+            TSTTrainer(model, arguments(tmp_path), train_dataset=plan)
+            continue
+        with pytest.raises(TokenSuperpositionError, match=message):
+            TSTTrainer(model, arguments(tmp_path), train_dataset=plan)

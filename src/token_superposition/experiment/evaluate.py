@@ -18,11 +18,11 @@ from transformers import PreTrainedTokenizerBase
 from token_superposition.data.plan import ValidationSet
 from token_superposition.data.store import TokenStore
 from token_superposition.data.tokenizer import GivenBack, begin_token, load_tokenizer
+from token_superposition.engines.transformers.fit import positions
 from token_superposition.engines.transformers.head import HiddenStates, read_head
 from token_superposition.errors import TokenSuperpositionError, require_int
 from token_superposition.experiment.files import CONFIG
 from token_superposition.experiment.generate import run_of
-from token_superposition.experiment.model import positions
 from token_superposition.loss import linear_multi_hot_cross_entropy, multi_hot_cross_entropy
 
 DEFAULT_LENGTH, LONGEST_DEFAULT = 1024, 4096

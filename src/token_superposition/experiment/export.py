@@ -17,12 +17,13 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from token_superposition.data.store import TokenStore
 from token_superposition.data.tokenizer import load_tokenizer
+from token_superposition.engines.transformers.fit import positions
 from token_superposition.errors import TokenSuperpositionError
 from token_superposition.experiment.checkpoints import checkpoints_in, damage, newest_whole, step_of
 from token_superposition.experiment.config import load_config
 from token_superposition.experiment.files import CONFIG, MODEL
 from token_superposition.experiment.generate import run_of
-from token_superposition.experiment.model import load_exactly, model_settings, positions
+from token_superposition.experiment.model import load_exactly, model_settings
 from token_superposition.experiment.shards import check_shards, weights_only
 from token_superposition.report.model_card import Figures, model_card
 

@@ -9,9 +9,10 @@ import torch
 from transformers import PreTrainedTokenizerBase, set_seed
 
 from token_superposition.data.tokenizer import begin_token, load_tokenizer
+from token_superposition.engines.transformers.fit import positions, reads
 from token_superposition.errors import TokenSuperpositionError
 from token_superposition.experiment.files import CONFIG, MODEL
-from token_superposition.experiment.model import load_exactly, positions, reads
+from token_superposition.experiment.model import load_exactly
 
 
 def load_model(path: str | Path) -> tuple[Any, PreTrainedTokenizerBase]:

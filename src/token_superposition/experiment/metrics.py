@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_utils import IntervalStrategy
 
 from token_superposition.errors import TokenSuperpositionError
 from token_superposition.experiment.files import NEWEST, finite, read_metrics, write_metrics
@@ -50,6 +51,10 @@ class MetricsWriter(TrainerCallback):
     ) -> None:
         state.compute_steps(args, state.max_steps)  # a checkpoint has those of its run; they may have been changed
         self.lines = kept = read_metrics(self.path, state.global_step)
+        if state.global_step == state.max_steps:  # the last validation, of all held-out text, comes again
+            asked = args.eval_strategy == IntervalStrategy.STEPS and state.global_step % state.eval_steps == 0
+            for line in [m for m in kept if "val_loss" in m and m["step"] == state.global_step][asked:]:
+                kept.remove(line)
         if state.is_world_process_zero:
             write_metrics(self.path, kept)
         del self.lines[1:-NEWEST]

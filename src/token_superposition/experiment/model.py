@@ -16,6 +16,7 @@ from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, Pretr
 from token_superposition.data.boundaries import BoundaryKind, find_boundaries
 from token_superposition.data.store import Meta
 from token_superposition.data.tokenizer import load_tokenizer
+from token_superposition.engines.transformers.fit import positions, reads
 from token_superposition.errors import TokenSuperpositionError, first_line
 from token_superposition.experiment.config import Config, ModelConfig
 from token_superposition.experiment.launch import Launch
@@ -119,25 +120,6 @@ def load_exactly(source: str | Path, dtype: torch.dtype | Literal["auto"] = "aut
             f"{source} has not the weights of its config.json: {', '.join(wrong[:3])}{more}; save or fetch it again"
         )
     return model
-
-
-def positions(model: Any) -> int | None:
-    """That the model's configuration names, if it does."""
-    return getattr(model.config.get_text_config(), "max_position_embeddings", None)
-
-
-@torch.no_grad()
-def reads(model: Any, length: int) -> bool:
-    """Whether the model can read so many tokens: positions of a table end, rotary ones and none do not."""
-    named, settings = positions(model), model.config.get_text_config()
-    if named is None or length <= named or getattr(settings, "rope_parameters", None) or model.device.type == "meta":
-        return True
-    try:
-        ids = torch.zeros(1, length, dtype=torch.long, device=model.device)
-        model(input_ids=ids, use_cache=False).logits[0, -1, 0].item()  # on a GPU the error comes with the result
-    except (IndexError, RuntimeError):
-        return False
-    return True
 
 
 def empty_model(config: Config, vocab_size: int) -> PreTrainedModel:

@@ -58,6 +58,12 @@ class SuperpositionConfig:
                 f"superposition.loss {self.loss} has no place weights; leave superposition.weighting "
                 f"{self.weighting!r} out, or use the multi-hot loss"
             )
+        for name in UNREAD.get(self.sides, ()):
+            if (value := getattr(self, name)) != (plain := getattr(BASELINE, name)):
+                raise TokenSuperpositionError(
+                    f"superposition.{name} is {value!r}, but superposition.sides {self.sides!r} has no such bags; set "
+                    f"it to {plain!r}"
+                )
         if self.mixture and not self.anneal:
             raise TokenSuperpositionError(
                 f"superposition.mixture is {self.mixture}, but there are no bag sizes to mix; set superposition.anneal"
@@ -108,4 +114,6 @@ VARIANTS = (
     "reset_embeddings",
 )
 """Settings that change more than the bag sizes and their weights; the transformers engine has all of them."""
+UNREAD = {"input": ("weighting", "loss"), "output": ("input_weighting", "place_signal", "shift")}
+"""Settings of the bags that one of the sides has not."""
 BASELINE = SuperpositionConfig(bag_size=1, ratio=0.0)

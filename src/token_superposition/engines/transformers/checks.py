@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from typing import Any
 
-from transformers import EarlyStoppingCallback, Trainer
+from transformers import EarlyStoppingCallback, SchedulerType, Trainer
 
 from token_superposition.data.plan import PlannedDataset
 from token_superposition.data.stream import StreamedPlan
@@ -58,20 +58,41 @@ def check_plan(trainer: Trainer, plan: Plan, lr_factor: object) -> None:
         logger.warning(
             "max_steps is %d: the run ends before the switch to ordinary training at %d", args.max_steps, switch
         )
-    stops = any(isinstance(c, EarlyStoppingCallback) for c in trainer.callback_handler.callbacks)
-    if switch and stops and args.eval_delay <= switch:
+    if isinstance(lr_factor, WSD) and lr_factor.decay_steps and lr_factor.total_steps > args.max_steps:
         logger.warning(
-            "early stopping looks at validations before the switch at step %d, where the model trains on bags and "
-            "may seem to get worse; give eval_delay=%d",
-            switch,
-            switch + 1,
+            "lr_factor is for %d steps, the run ends after %d: without all of its decay; make them equal",
+            lr_factor.total_steps,
+            args.max_steps,
         )
+
+
+def warn_early_stop(trainer: Trainer, plan: Plan) -> None:
+    args, switch = trainer.args, max(plan.schedule.switches, default=0)
+    if not switch or args.eval_delay > switch:
+        return
+    if any(isinstance(c, EarlyStoppingCallback) for c in trainer.callback_handler.callbacks):
+        what = "early stopping"
+    elif args.lr_scheduler_type == SchedulerType.REDUCE_ON_PLATEAU:
+        what = "reduce_lr_on_plateau"
+    else:
+        return
+    logger.warning(
+        "%s looks at validations before the switch at step %d, where the model trains on bags and may seem to get "
+        "worse; give eval_delay=%d",
+        what,
+        switch,
+        switch + 1,
+    )
 
 
 def check_held_out(dataset: object) -> None:
     """Raise ``TokenSuperpositionError`` for a plan that has bags, which would be validated on them."""
     if isinstance(dataset, Plan) and any(p.is_superposed for p in dataset.schedule.phases):
-        raise TokenSuperpositionError(
-            f"the validation text is a {type(dataset).__name__} with bags; give ValidationSet(tokens, length): a model "
-            "is validated on single tokens"
-        )
+        refuse_bags(type(dataset).__name__)
+
+
+def refuse_bags(kind: str) -> None:
+    raise TokenSuperpositionError(
+        f"the validation text is {kind} with bags; give ValidationSet(tokens, length): a model is validated on single "
+        "tokens"
+    )

@@ -19,7 +19,14 @@ from transformers import Trainer, TrainingArguments, default_data_collator
 
 from token_superposition.data.plan import PlannedDataset
 from token_superposition.embedding import superpose
-from token_superposition.engines.transformers.checks import Plan, check_held_out, check_plan
+from token_superposition.engines.transformers.checks import (
+    Plan,
+    check_held_out,
+    check_plan,
+    refuse_bags,
+    warn_early_stop,
+)
+from token_superposition.engines.transformers.fit import check_fit
 from token_superposition.engines.transformers.head import (
     Head,
     HiddenStates,
@@ -151,6 +158,8 @@ class TSTTrainer(Trainer):
         self._hidden = HiddenStates.of(cast(Any, model).get_decoder()) if self.head else None
         if isinstance(self.train_dataset, Plan):
             check_plan(self, self.train_dataset, lr_factor)
+            if isinstance(self.train_dataset, PlannedDataset):
+                check_fit(model, self.train_dataset)
             with torch.compiler.set_stance("force_eager"):
                 self._check_model(model, self.train_dataset.schedule)
         # The last, so that a model is what it was where anything above is refused.
@@ -166,6 +175,11 @@ class TSTTrainer(Trainer):
             raise TokenSuperpositionError(
                 f'{type(model).__name__} cannot read bags: {why}; superpose the output only (sides = "output")'
             )
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        if isinstance(self.train_dataset, Plan):  # callbacks may have been added since
+            warn_early_stop(self, self.train_dataset)
+        return super().train(*args, **kwargs)
 
     def create_accelerator_and_postprocess(self) -> None:
         """Under FSDP, gradients are averaged over the processes in float32; accelerate would do it in bfloat16."""
@@ -248,6 +262,8 @@ class TSTTrainer(Trainer):
     ) -> tuple[Tensor | None, Any, Any]:
         if "shift_labels" not in inputs:
             return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
+        if inputs["shift_labels"].dim() == 3 or inputs["input_ids"].dim() == 3:
+            refuse_bags("batches")
         inputs = self._without_repeated(self._prepare_inputs(inputs))
         with torch.no_grad(), self.compute_loss_context_manager():
             if prediction_loss_only:
@@ -275,6 +291,7 @@ class TSTTrainer(Trainer):
             factor = self.lr_factor  # in a plain function: LambdaLR would save an object's fields and restore them
             used: Any = optimizer or self.optimizer
             self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(used, lambda step: factor(step))
+            self._created_lr_scheduler = True  # another training begins another
         return super().create_scheduler(num_training_steps, optimizer)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:

@@ -1,0 +1,44 @@
+"""Whether a model can read a text: its ids and its length."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from token_superposition.data.plan import PlannedDataset
+from token_superposition.errors import TokenSuperpositionError
+
+
+def positions(model: Any) -> int | None:
+    """That the model's configuration names, if it does."""
+    return getattr(model.config.get_text_config(), "max_position_embeddings", None)
+
+
+@torch.no_grad()
+def reads(model: Any, length: int) -> bool:
+    """Whether the model can read so many tokens: positions of a table end, rotary ones and none do not."""
+    named, settings = positions(model), model.config.get_text_config()
+    if named is None or length <= named or getattr(settings, "rope_parameters", None) or model.device.type == "meta":
+        return True
+    try:
+        ids = torch.zeros(1, length, dtype=torch.long, device=model.device)
+        model(input_ids=ids, use_cache=False).logits[0, -1, 0].item()  # on a GPU the error comes with the result
+    except (IndexError, RuntimeError):
+        return False
+    return True
+
+
+def check_fit(model: Any, plan: PlannedDataset) -> None:
+    """Raise ``TokenSuperpositionError`` for a plan whose first sample has an id, or a length, beyond the model's."""
+    largest = int(plan[0]["input_ids"].max())
+    rows: int = model.get_input_embeddings().weight.shape[0]
+    if largest >= rows:
+        raise TokenSuperpositionError(
+            f"the plan has the token id {largest}, the model {rows} embeddings; give tokens of the model's tokenizer"
+        )
+    if hasattr(model, "config") and not reads(model, plan.sequence_length):
+        raise TokenSuperpositionError(
+            f"the plan's sequence_length is {plan.sequence_length}; the model has {positions(model)} positions, give "
+            "at most that"
+        )
