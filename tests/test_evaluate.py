@@ -364,3 +364,15 @@ def test_tasks_without_the_extra(monkeypatch: pytest.MonkeyPatch, capsys: pytest
     monkeypatch.delitem(sys.modules, "token_superposition.experiment.tasks", raising=False)
     assert main(["eval", "nowhere", "--tasks", "paper"]) == 2
     assert "pip install 'token-superposition[eval]'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("architecture", ["cohere", "llama"])
+def test_a_scale_and_a_bias_of_the_head_are_in_the_figure(architecture: str) -> None:
+    model: Any = tiny(architecture)
+    if architecture == "llama":
+        model.lm_head = torch.nn.Linear(32, 320)  # with a bias
+    model = model.double().eval()
+    ids, targets = (torch.randint(320, (2, 16), generator=torch.Generator().manual_seed(i)) for i in range(2))
+    samples: Any = [{"input_ids": i, "shift_labels": t} for i, t in zip(ids, targets, strict=True)]
+    expected = cross_entropy(model(ids).logits.flatten(0, 1), targets.flatten(), reduction="sum").item()
+    assert total_loss(model, samples, 2)[0] == pytest.approx(expected, rel=1e-9)

@@ -227,3 +227,9 @@ def test_boundaries_of_a_real_tokenizer(kind: BoundaryKind, which: str, prepared
     else:
         assert [w for p in half for w in p.split()] == document.split()  # no word is cut
         assert all(len(p.split()) <= 1 for p in half)
+
+
+def test_white_space_alone_ends_no_word(prepared: Path) -> None:
+    tokenizer = load_tokenizer(str(prepared / "tokenizer"))
+    found, space = find_boundaries(tokenizer, "word"), tokenizer.convert_tokens_to_ids("Ġ")
+    assert found is not None and found.before[space] and not found.after[space]

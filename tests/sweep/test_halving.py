@@ -124,3 +124,11 @@ def test_settings_that_are_all_equal_flatter_only_where_they_are_chosen() -> Non
     found = [simulated() for _ in range(400)]
     assert mean(v for b in found for v in b.chosen.per_seed) < -0.9
     assert abs(mean(v for b in found for v in b.judged.per_seed)) < 4 / math.sqrt(800)
+
+
+def test_seeds_that_judge_do_not_choose_the_baseline() -> None:
+    slow, fast = BASELINES
+    losses = {(CELLS[i], seed): 2.9 + i for i in (0, 1) for seed in range(4)}
+    losses |= {(b, seed): 3.0 for b in BASELINES for seed in range(4)}
+    losses |= {(slow, 0): 2.99, **{(fast, seed): 2.0 for seed in (2, 3)}}
+    assert Best.of(Design.of(2, (0, 1, 2, 3)), CELLS[:2], BASELINES, losses).baseline == slow

@@ -235,3 +235,25 @@ def test_many_runs_are_counted_in_one_bar(tmp_path: Path) -> None:
             ("all runs", 8, 9),
             ("run8", 0, 10),
         ]
+
+
+def test_settings_that_were_dropped_before_the_last_choosing_seed_are_reported(tmp_path: Path) -> None:
+    config = swept((0, 1, 2, 3), bag_sizes=(2, 4, 8), ratios=(0.3,), keep=0.7)
+    made_up(tmp_path / "sweep", config, lambda c, seed: 3.0 - {1: 0.0, 2: 0.02, 4: 0.1, 8: 0.101}[c.bag_size])
+    for text in shown(tmp_path / "sweep"):
+        assert "s = 4, r = 0.3 ended 0.0010 nats behind it on seeds 0, 1" in text
+
+
+def test_a_row_is_beside_the_baseline_of_its_own_rate(tmp_path: Path) -> None:
+    config = swept((0, 1), bag_sizes=(4,), learning_rates=(1e-3, 2e-3))
+    made_up(tmp_path / "sweep", config, lambda c, seed: 3.0 - 0.1 * (not c.is_baseline) + 100 * c.learning_rate)
+    rows = read_sweep(tmp_path / "sweep").rows
+    assert {(r.learning_rate, r.baseline_loss) for r in rows} == {(1e-3, 3.1), (2e-3, 3.2)}
+    assert all(r.difference == pytest.approx(0 if r.cell.is_baseline else -0.1) for r in rows)
+
+
+def test_with_one_seed_the_baseline_of_its_own_rate_is_compared(tmp_path: Path) -> None:
+    config = swept((5,), bag_sizes=(4, 8), learning_rates=(1e-3, 2e-3))
+    made_up(tmp_path / "sweep", config, lambda c, seed: 3.0 + (1 if c.is_baseline else -1) * 100 * c.learning_rate)
+    for text in shown(tmp_path / "sweep"):
+        assert "the difference would be -0.4000 (seed 5)" in text

@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
-from transformers.trainer_utils import IntervalStrategy
 
 from token_superposition.errors import TokenSuperpositionError
 from token_superposition.experiment.files import NEWEST, finite, read_metrics, write_metrics
@@ -51,9 +50,8 @@ class MetricsWriter(TrainerCallback):
     ) -> None:
         state.compute_steps(args, state.max_steps)  # a checkpoint has those of its run; they may have been changed
         self.lines = kept = read_metrics(self.path, state.global_step)
-        if state.global_step == state.max_steps:  # the last validation, of all held-out text, comes again
-            asked = args.eval_strategy == IntervalStrategy.STEPS and state.global_step % state.eval_steps == 0
-            for line in [m for m in kept if "val_loss" in m and m["step"] == state.global_step][asked:]:
+        if state.global_step == state.max_steps:  # the validation after the training comes again
+            for line in [m for m in kept if "val_loss" in m and m["step"] == state.global_step][1:]:
                 kept.remove(line)
         if state.is_world_process_zero:
             write_metrics(self.path, kept)
