@@ -120,7 +120,8 @@ def test_compiling_without_a_compiler_has_one_line(
         ("[superpositon]\nbag_size = 2\n", "unknown key superpositon; did you mean superposition?"),
         ("[train\n", "is not a TOML file"),
         ("[[compare.variants]]\nname = 'tst'\n", "give each its own plain name"),
-        ("[[compare.variants]]\nname = 'baseline-ema'\n", "does not begin with baseline"),
+        ("[[compare.variants]]\nname = 'baseline-ema'\n", "no baseline..., and no ...-seed0"),
+        ("[[compare.variants]]\nname = 'ema-seed1'\n", "no baseline..., and no ...-seed0"),
         ("[[compare.variants]]\nname = '_hidden'\n", "give each its own plain name"),
         (f"[[compare.variants]]\nname = '{'long' * 16}'\n", "at most 60 letters"),
         ("[compare]\nbaseline_lengths = [0]\n", "baseline_lengths are (0.0,); give numbers above 0"),
@@ -128,6 +129,7 @@ def test_compiling_without_a_compiler_has_one_line(
         ("[compare]\nbaseline_lengths = [1.0, 0.04]\n", "has 0.04, of 12 steps not one; give at least 0.0833"),
         ("[compare]\nbaseline_lengths = [1.5, 1.501]\n", "of 12 steps; give lengths that differ by a step"),
         ("[compare]\nseeds = [-1]\n", "compare.seeds is -1"),
+        ("[compare]\nseeds = 3\n", "compare: seeds is 3; give a list, in brackets"),
     ],
 )
 def test_a_wrong_file_has_one_line(

@@ -21,6 +21,7 @@ from tests.conftest import VOCAB, tiny
 from tests.test_accountings import run
 from token_superposition import TokenSuperpositionError
 from token_superposition.cli import main
+from token_superposition.data.store import Meta
 from token_superposition.data.tokenizer import load_tokenizer
 from token_superposition.experiment import jobs as jobs_module
 from token_superposition.experiment.compare import checked_jobs, jobs_of, prompt_of, samples
@@ -386,3 +387,13 @@ def test_the_dry_run_validates_no_more_than_is_held_out() -> None:
     none = cost_of_job(job, job.config.train.steps, 1.0, held_out=0).step_equivalents
     step = 3 * Config().train.batch_size * Config().data.sequence_length
     assert few - none == pytest.approx((each + 500) / step) and none == job.config.train.steps
+
+
+def test_a_held_out_text_shorter_than_a_sequence_is_told_before_the_cost(
+    write_config: Callable[..., Path], prepared: Path, tmp_path: Path
+) -> None:
+    tokens = Meta.load(prepared).validation.tokens
+    config = load_config(write_config(sequence_length=tokens))
+    with pytest.raises(TokenSuperpositionError, match=f"the validation text has {tokens} tokens, one sequence needs"):
+        checked_jobs(config, tmp_path / "out")
+    assert not (tmp_path / "out").exists()

@@ -192,6 +192,13 @@ def test_data_that_repeats_and_what_then() -> None:
         followed = follow(advice, "600m", tokens_available=available)
         assert followed.run.raw_tokens <= available and not followed.advice, advice
     assert follow(smaller, "600m").published.gain == 0.0489
+    for few in range(50_291_608_580, 52_000_000_000, 170_839_142):  # also where the switch is rounded up
+        *_, shorter = plan(load_preset("600m"), tokens_available=few).advice
+        assert follow(shorter, "600m", tokens_available=few).run.raw_tokens <= few, few
+    base = load_preset("600m")
+    shifted = replace(base, superposition=replace(base.superposition, shift=True, place_signal=0.5))
+    (*_, output, _) = plan(shifted, tokens_available=available).advice
+    assert "--superposition.sides output, without place_signal, shift, reads" in output
     least = plan(load_preset("600m"), tokens_available=30_000_000_000)
     assert [a[:9] for a in least.advice] == ["read once"] and least.published.within_data is None
     step = least.latent_tokens_per_step

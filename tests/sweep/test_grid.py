@@ -13,7 +13,7 @@ from tests.sweep.settings import swept
 from token_superposition import TokenSuperpositionError
 from token_superposition.cli import main
 from token_superposition.experiment.config import CompareConfig, Config, SweepConfig
-from token_superposition.experiment.grid import Cell, grid_of, halved
+from token_superposition.experiment.grid import Cell, directory, grid_of, halved
 
 
 def test_cells_are_every_value_with_every_other_and_baselines_one_for_each_rate() -> None:
@@ -69,7 +69,18 @@ def test_cells_that_train_the_same_are_trained_once() -> None:
         assert (cell.schedule == run.schedule) == (cell.bag_size == 4 or cell.schedule == "switch")
     inputs = swept(weightings=("uniform", "power"))
     inputs = replace(inputs, superposition=replace(inputs.superposition, sides="input"))
-    assert len(grid_of(inputs).candidates) == 1  # one target: nothing to weigh
+    with pytest.raises(TokenSuperpositionError, match=r"'power', but superposition\.sides 'input' has no such bags"):
+        grid_of(inputs)  # one target: nothing to weigh
+
+
+def test_a_larger_sweep_goes_on_with_the_runs_that_are_there(tmp_path: Path) -> None:
+    """Whichever of the cells that train the same comes first in it."""
+    settings: dict[str, Any] = {"bag_sizes": (2,), "train": {"steps": 40}}
+    small = grid_of(swept(ratios=(0.3,), **settings)).of_runs_in(tmp_path)
+    (there,) = small.candidates
+    (tmp_path / "runs" / directory(there, small.seeds[0])).mkdir(parents=True)
+    larger = grid_of(swept(ratios=(0.29, 0.3), schedules=("halving", "switch"), **settings)).of_runs_in(tmp_path)
+    assert len(larger.run_of) == 4 and larger.candidates == (there,)
 
 
 WRONG = [

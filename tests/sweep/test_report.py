@@ -164,7 +164,16 @@ def test_a_setting_at_whose_rate_the_baseline_diverged(tmp_path: Path) -> None:
         lambda cell, seed: math.nan if cell.is_baseline and cell.learning_rate > 1e-3 else 3 - cell.learning_rate,
     )
     for text in shown(tmp_path / "sweep"):
-        assert "the baseline at the setting's own 0.002 diverged" in html.unescape(text)
+        text = html.unescape(text)
+        assert "the baseline at the setting's own 0.002 diverged" in text
+        assert "its learning rate = 0.002 is the largest that was tried" in text
+    contents = read_sweep(tmp_path / "sweep")
+    assert not any(map(contents.diverged, contents.cells))
+    for picture in sweep_pictures(contents):
+        without = "learning rate 0.002" in picture.title
+        assert ("no baseline" in picture.svg) == (without and "dashed" not in picture.title)
+        assert ("The baseline of their learning rate diverged" in picture.alt) == without
+        assert "diverged" not in picture.svg
 
 
 @pytest.mark.parametrize(

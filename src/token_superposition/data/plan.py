@@ -86,6 +86,16 @@ def count_blocks(tokens: int, schedule: Schedule, sequence_length: int) -> int:
     return (tokens - lookahead) // block
 
 
+def count_sequences(tokens: int, sequence_length: int) -> int:
+    """Of a validation text of so many tokens; raises ``TokenSuperpositionError`` if it is shorter than one."""
+    if tokens <= sequence_length:
+        raise TokenSuperpositionError(
+            f"the validation text has {tokens} tokens, one sequence needs {sequence_length + 1}; "
+            "prepare more text, hold out a larger share, or shorten the sequence"
+        )
+    return (tokens - 1) // sequence_length
+
+
 def check_fingerprint(here: Mapping[str, Any], saved: Mapping[str, Any], remedy: str) -> None:
     """Raise ``TokenSuperpositionError`` if ``saved`` is the fingerprint of other samples; it says what differs."""
     if differ := [k for k in here if saved.get(k) != here[k]]:
@@ -330,14 +340,9 @@ class ValidationSet(Dataset[Sample]):
     def __init__(self, tokens: Any, sequence_length: int, max_tokens: int | None = None):
         self.tokens = _one_axis(tokens)
         self.sequence_length = sequence_length = require_int("sequence_length", sequence_length, 1)
-        self.available = self.samples = (len(tokens) - 1) // sequence_length
+        self.available = self.samples = count_sequences(len(tokens), sequence_length)
         if max_tokens is not None:
             self.samples = min(self.available, max(max_tokens // sequence_length, 1))
-        if self.samples < 1:
-            raise TokenSuperpositionError(
-                f"the validation text has {len(tokens)} tokens, one sequence needs {sequence_length + 1}; "
-                "prepare more text, hold out a larger share, or shorten the sequence"
-            )
 
     def __len__(self) -> int:
         return self.samples

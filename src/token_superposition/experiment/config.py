@@ -268,11 +268,11 @@ class Config:
             )
         names = ["tst", *(v.name for v in self.compare.variants)]
         # For directories and legends; the names of baselines are told by how they begin.
-        plain = re.compile(r"(?!baseline|_)\w[\w .,+=()-]{,59}(?<! )")
+        plain = re.compile(r"(?!baseline|_|.*-seed\d+$)\w[\w .,+=()-]{,59}(?<! )")
         if len(set(names)) < len(names) or not all(map(plain.fullmatch, names)):
             raise TokenSuperpositionError(
                 f"compare.variants are named {', '.join(names[1:])}; give each its own plain name of at most 60 "
-                "letters, digits and spaces or any of _.,+=()-, which is not tst and does not begin with baseline"
+                "letters, digits and spaces or any of _.,+=()-, not tst, no baseline..., and no ...-seed0"
             )
         for v in self.compare.variants:
             if not 0 < v.length < math.inf or not v.steps(t.steps):
@@ -371,8 +371,7 @@ def _convert(kind: Any, value: Any, where: str) -> Any:
     if origin is tuple and isinstance(value, (list, tuple)):
         return tuple(_convert(args[0], v, f"{where}[{i}]") for i, v in enumerate(cast(list[Any], value)))
     if origin is dict and isinstance(value, dict):
-        items_by_key = cast(dict[str, Any], value)
-        return {k: _convert(args[1], v, f"{where}.{k}") for k, v in items_by_key.items()}
+        return {k: _convert(args[1], v, f"{where}.{k}") for k, v in cast(dict[str, Any], value).items()}
     if origin is Literal and value in args:
         return value
     if origin in (types.UnionType, typing.Union):
@@ -387,6 +386,7 @@ def _convert(kind: Any, value: Any, where: str) -> Any:
     if isinstance(kind, type) and type(value) is kind:
         return value
     wanted = f"one of {', '.join(map(str, args))}" if origin is Literal else getattr(kind, "__name__", str(kind))
+    wanted = "a list, in brackets" if origin is tuple else wanted
     if {int, str} <= set(args) and isinstance(value, (list, dict)):  # of model.options
         wanted += "; a model that needs more, save with transformers and name in model.path"
     raise TokenSuperpositionError(f"{where} is {value!r}; give {wanted}")

@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import product
+from pathlib import Path
 from typing import Any
 
 from token_superposition.errors import TokenSuperpositionError, require_int
@@ -76,6 +77,18 @@ class Grid:
         """The cells that differ from each other and from the baseline."""
         return tuple(dict.fromkeys(self.run_of.values()))
 
+    def of_runs_in(self, out: Path) -> Grid:
+        """With those runs, of cells that train the same, that a smaller sweep has left in ``out``."""
+        alike: dict[Cell, list[Cell]] = {}
+        for cell, run in self.run_of.items():
+            alike.setdefault(run, []).append(cell)
+
+        def runs(cell: Cell) -> int:
+            return sum((out / "runs" / directory(cell, seed)).exists() for seed in self.seeds)
+
+        chosen = {run: max(cells, key=runs) for run, cells in alike.items()}  # the first of equals
+        return replace(self, run_of={cell: chosen[run] for cell, run in self.run_of.items()})
+
     def baseline_of(self, cell: Cell) -> Cell:
         """The baseline with the same learning rate."""
         return next(b for b in self.baselines if b.learning_rate == cell.learning_rate)
@@ -119,8 +132,7 @@ def grid_of(config: Config) -> Grid:
         steps = superposition.schedule(config.train.steps)
         if s == 1 or not any(p.is_superposed for p in steps.phases):
             continue  # the baseline
-        weighs = any(p.output_bag > 1 for p in steps.phases)
-        run_of[cell] = same.setdefault((steps, weighting if weighs else "", rate), cell)
+        run_of[cell] = same.setdefault((steps, weighting, rate), cell)
     if not run_of:
         raise TokenSuperpositionError(
             "the sweep has nothing but the baseline: bag size 1 or ratio 0 everywhere; "

@@ -17,7 +17,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.markup import escape
 
-from token_superposition.data.plan import count_blocks
+from token_superposition.data.plan import count_blocks, count_sequences
 from token_superposition.data.store import Meta
 from token_superposition.errors import TokenSuperpositionError
 from token_superposition.experiment.checkpoints import checkpoints_in, step_of
@@ -108,6 +108,7 @@ def check_jobs(jobs: list[Job], out: Path) -> None:
                 "cannot be compared; put back those it began with, or choose another --out"
             )
         count_blocks(meta.train.tokens, job.config.schedule, job.config.data.sequence_length)
+        count_sequences(meta.validation.tokens, job.config.data.sequence_length)
     if left := {job.name: job.config for job in unfinished(jobs, out)}:
         check_superpositions(left)
 

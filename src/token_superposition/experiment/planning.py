@@ -28,7 +28,7 @@ from token_superposition.experiment.published import (
     nearest_table,
     outside,
 )
-from token_superposition.experiment.superposition import BASELINE
+from token_superposition.experiment.superposition import BASELINE, UNREAD
 
 LLAMA3_VOCAB = 128_256
 OPTIMISTIC = 1.5  # times the paper's own utilisation
@@ -163,7 +163,7 @@ def plan(
             *_speed_warnings(run, mfu, gpu_type, published),
             *_range_warnings(config, published),
         ],
-        advice=_advice(run, per_step, tokens_available, published),
+        advice=_advice(config, run, per_step, tokens_available, published),
     )
 
 
@@ -265,7 +265,7 @@ def _data_warnings(run: Cost, available: int | None) -> list[str]:
     ]
 
 
-def _advice(run: Cost, tokens_per_step: int, available: int | None, published: Published) -> list[str]:
+def _advice(config: Config, run: Cost, tokens_per_step: int, available: int | None, published: Published) -> list[str]:
     if available is None or run.raw_tokens <= available:
         return []
     lines: list[str] = []
@@ -276,11 +276,16 @@ def _advice(run: Cost, tokens_per_step: int, available: int | None, published: P
             f"gain {cell.gain:.4f}"
         )
     if run.latent_tokens <= available:
+        unread = [n for n in UNREAD["output"] if getattr(config.superposition, n) != getattr(BASELINE, n)]
+        without = f", without {', '.join(unread)}," if unread else ""
         lines.append(
-            f"--superposition.sides output reads {run.latent_tokens:,} tokens, no more than the baseline; "
+            f"--superposition.sides output{without} reads {run.latent_tokens:,} tokens, no more than the baseline; "
             "it gains less than bags on both sides, and the tables do not have it"
         )
     steps, baseline_steps = int(available * run.steps / run.raw_tokens), available // tokens_per_step
+    sizes = (config.train.batch_size, config.data.sequence_length)
+    while steps and config.superposition.schedule(steps).raw_tokens(*sizes) > available:  # the switch is rounded
+        steps -= 1
     if not baseline_steps:
         return [f"the data is not enough for one step, of {tokens_per_step:,} tokens or more; prepare more text"]
     ours = f"--train.steps {steps}" if steps else "no step of this run"

@@ -127,7 +127,7 @@ def checked(config: Config, out: Path) -> tuple[Grid, Design]:
     if of_comparison or (out / SUMMARY).exists():
         raise TokenSuperpositionError(f"{out} holds a comparison; choose another --out for the sweep")
     check_directory(config, out)
-    grid = grid_of(config)
+    grid = grid_of(config).of_runs_in(out)
     check_jobs([grid.job(c, seed) for c in (*grid.baselines, *grid.candidates) for seed in grid.seeds], out)
     wanted = config.sweep
     design = Design.of(len(grid.candidates), grid.seeds, wanted.keep, wanted.selection_seeds)

@@ -98,6 +98,9 @@ class SweepContents:
         """Mean over the cell's seeds, to the baseline of the same learning rate."""
         return mean(r.difference for r in self.by_cell[cell])
 
+    def diverged(self, cell: Cell) -> bool:
+        return not all(math.isfinite(r.val_loss) for r in self.by_cell[cell])
+
     def published(self, facet: Facet) -> Table:
         """The paper's table nearest in size, length and weighting."""
         return nearest_table(self.summary["body_parameters"], self.rows[0].steps, facet.weighting)
@@ -194,7 +197,7 @@ def sentences(contents: SweepContents) -> list[tuple[str, str]]:
         text = f"{_by(chosen['mean'])} on {_seeds(chosen['seeds'])}, by which it was chosen"
         result.append(("when chosen", f"{text} out of {len(contents.cells)}: flattering, not to be quoted"))
     result.append(("the baseline", _baseline(contents, baseline, cell, same)))
-    if math.isfinite(contents.difference(cell)) and (warnings := _edges(contents, cell, baseline)):
+    if not contents.diverged(cell) and (warnings := _edges(contents, cell, baseline)):
         result.append(("at the edge", f"{'; '.join(warnings)}: the best may lie beyond"))
     losses = {
         c: mean(r.val_loss for r in rows)

@@ -33,7 +33,7 @@ def _pictures(contents: SweepContents, facet: Facet, limit: float) -> list[Pictu
     sizes, ratios = sorted({s for s, _ in at}), sorted({r for _, r in at})
     where = f" ({contents.label(facet)})" if contents.label(facet) else ""
     finite = [c for c in cells if math.isfinite(contents.difference(c))]
-    lowest = "All diverged."
+    lowest = "All diverged." if all(map(contents.diverged, cells)) else "The baseline of their learning rate diverged."
     if finite:
         low = min(finite, key=contents.difference)
         where_low = f"s = {low.bag_size}, r = {low.ratio:g}"
@@ -107,7 +107,8 @@ def heat_map(
             value, seeds = values[y, x], len(contents.by_cell[cell])
             best = cell == contents.best
             colour = text_colour(DIVERGING(norm(value))) if math.isfinite(value) else "#000000"
-            number = f"{value:+.3f}" if math.isfinite(value) else "diverged"
+            without = "diverged" if contents.diverged(cell) else "no baseline"
+            number = f"{value:+.3f}" if math.isfinite(value) else without
             weight = "bold" if best else "normal"
             axes.text(
                 x, y + 0.14 * several, number, ha="center", va="center", color=colour, fontsize=10, fontweight=weight

@@ -45,7 +45,7 @@ def _difference(of: dict[str, Any]) -> str:
 def _sure(ends: Sequence[float] | None, seeds: int) -> str:
     if ends is None:
         return "one seed: a lead, without an interval"
-    sure = "; a lead" if seeds == 2 else "" if _is_clear(ends) else ": no clear difference"
+    sure = ": no clear difference" if not _is_clear(ends) else "; a lead" if seeds == 2 else ""
     return f"95% interval {interval(ends, '+.3f')} over {seeds} seeds{sure}"
 
 
