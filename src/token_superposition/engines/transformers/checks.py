@@ -88,7 +88,7 @@ def warn_early_stop(trainer: Trainer, plan: Plan) -> None:
 def check_held_out(dataset: object) -> None:
     """Raise ``TokenSuperpositionError`` for a plan that has bags, which would be validated on them."""
     if isinstance(dataset, Plan) and any(p.is_superposed for p in dataset.schedule.phases):
-        refuse_bags(type(dataset).__name__)
+        refuse_bags(f"a {type(dataset).__name__}")
 
 
 def refuse_bags(kind: str) -> None:

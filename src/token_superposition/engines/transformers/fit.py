@@ -37,7 +37,7 @@ def check_fit(model: Any, plan: PlannedDataset) -> None:
         raise TokenSuperpositionError(
             f"the plan has the token id {largest}, the model {rows} embeddings; give tokens of the model's tokenizer"
         )
-    if hasattr(model, "config") and not reads(model, plan.sequence_length):
+    if hasattr(getattr(model, "config", None), "get_text_config") and not reads(model, plan.sequence_length):
         raise TokenSuperpositionError(
             f"the plan's sequence_length is {plan.sequence_length}; the model has {positions(model)} positions, give "
             "at most that"

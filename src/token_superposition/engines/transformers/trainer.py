@@ -263,7 +263,7 @@ class TSTTrainer(Trainer):
         if "shift_labels" not in inputs:
             return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
         if inputs["shift_labels"].dim() == 3 or inputs["input_ids"].dim() == 3:
-            refuse_bags("batches")
+            refuse_bags("in batches")
         inputs = self._without_repeated(self._prepare_inputs(inputs))
         with torch.no_grad(), self.compute_loss_context_manager():
             if prediction_loss_only:
