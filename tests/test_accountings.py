@@ -24,7 +24,7 @@ from token_superposition.experiment.summary import EqualLoss, Run, comparison, e
 from token_superposition.report import print_table, write_report
 from token_superposition.report.contents import interval_table, read
 from token_superposition.report.figures import draw
-from token_superposition.report.verdicts import bottom_line
+from token_superposition.report.verdicts import bottom_line, in_short, missing
 
 DELTAS = [-0.2766, -0.1645, -0.1132]
 
@@ -356,3 +356,22 @@ def test_text_that_is_read_again_is_told(tmp_path: Path) -> None:
     for text in shown(directory_of(again, tmp_path / "again")):
         assert "tst reads its text 2.0 times, the baseline 1.0 times" in text
     assert all("reads its text" not in text for text in shown(directory_of(once_each, tmp_path / "once")))
+
+
+def test_in_short_an_unclear_difference_at_equal_text_is_called_so() -> None:
+    (c,) = comparison(experiment(longest=2))["variants"].values()
+    assert c["equal_data"]["interval"][0] < 0 < c["equal_data"]["interval"][1]
+    assert in_short(c).endswith("at equal text 0.015 nats above it (no clear difference)")
+
+
+def test_in_short_what_is_behind_saves_no_flops() -> None:
+    runs = [replace(r, val_loss=3.05 + 0.001 * r.seed) if r.name == "tst" else r for r in experiment(longest=2)]
+    runs += [run("baseline-x0.5", seed, 500, 3.2) for seed in range(3)]
+    (c,) = comparison(runs)["variants"].values()
+    assert "0.051 nats above the baseline" in in_short(c) and "for its loss" not in in_short(c)
+
+
+def test_the_length_that_is_advised_is_not_below_the_one_that_is_missing() -> None:
+    runs = [replace(r, raw_tokens=1234) if r.name == "tst" else r for r in experiment(longest=1.1)]
+    equal = comparison(runs)["equal_data"]
+    assert equal["baseline_steps"] == 1234 and "add 1.24 to --compare.baseline-lengths" in missing(equal)

@@ -18,7 +18,7 @@ import pytest
 import torch
 from tokenizers import processors
 from torch.nn.functional import cross_entropy
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, RobertaConfig, RobertaForCausalLM
 
 from tests.conftest import tiny
 from tests.processes import TIMEOUT
@@ -376,3 +376,32 @@ def test_a_scale_and_a_bias_of_the_head_are_in_the_figure(architecture: str) -> 
     samples: Any = [{"input_ids": i, "shift_labels": t} for i, t in zip(ids, targets, strict=True)]
     expected = cross_entropy(model(ids).logits.flatten(0, 1), targets.flatten(), reduction="sum").item()
     assert total_loss(model, samples, 2)[0] == pytest.approx(expected, rel=1e-9)
+
+
+@pytest.mark.parametrize("most", [5, 6, 7, 8])
+def test_a_text_is_cut_between_characters(most: int, prepared: Path, tmp_path: Path) -> None:
+    """Of a letter that is several tokens none is left: its bytes would count whole."""
+    tokenizer = AutoTokenizer.from_pretrained(prepared / "tokenizer")
+    path = tmp_path / "a.txt"
+    path.write_text("\U0001d518\U0001d52b\U0001d526" * 3, encoding="utf-8")
+    assert len(tokenizer(path.read_text())["input_ids"]) == 36  # four bytes a letter
+    loss = evaluate_text(tiny("llama"), tokenizer, [path, path], sequence_length=16, max_tokens=most)
+    assert loss.tokens == loss.bytes == most // 4 * 4 and f"cut after {loss.tokens} tokens" in loss.text
+
+
+def test_a_table_with_positions_for_no_token_has_one_line(tmp_path: Path) -> None:
+    config = RobertaConfig(
+        vocab_size=320, hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32,
+        max_position_embeddings=34, is_decoder=True, pad_token_id=1,
+    )  # fmt: skip
+    model = RobertaForCausalLM(config)
+    assert length_of(model, 32) == 32
+    for wanted in (None, 33):
+        with pytest.raises(TokenSuperpositionError, match=r"the model cannot read 3\d tokens, though it names 34"):
+            length_of(model, wanted)
+
+
+def test_a_sequence_of_one_token_has_a_stride(prepared: Path, tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text(TEXT, encoding="utf-8")
+    tokenizer = AutoTokenizer.from_pretrained(prepared / "tokenizer")
+    assert evaluate_text(tiny("llama"), tokenizer, [tmp_path / "a.txt"], sequence_length=1).stride == 1

@@ -100,6 +100,26 @@ def test_the_model_card_has_the_figures_of_the_run(finished_run: Path, tmp_path:
     )
 
 
+def test_the_card_of_a_checkpoint_tells_what_it_was_trained_on(finished_run: Path, tmp_path: Path) -> None:
+    """Of the run's 6 steps on bags and 6 on ordinary tokens."""
+    for step, trained, whole in (
+        (
+            4,
+            "TST): 4 steps that read bags of 4 and predict bags of 4. It was\nstopped before the steps on ordinary",
+            False,
+        ),
+        (
+            6,
+            "TST): 6 steps that read bags of 4 and predict bags of 4. It was\nstopped before the steps on ordinary",
+            False,
+        ),
+        (8, "predict bags of 4, then 2 steps on ordinary tokens. Nothing of that remains", True),
+    ):
+        export(finished_run, tmp_path / str(step), checkpoint=step)
+        card = (tmp_path / str(step) / "README.md").read_text()
+        assert trained in card and ("Nothing of that remains" in card) == whole, step
+
+
 def test_the_card_of_a_baseline_does_not_speak_of_superposition(finished_run: Path, tmp_path: Path) -> None:
     superposed = (tmp_path / "tst", 0.5), (tmp_path / "baseline", 0.0)
     for out, ratio in superposed:

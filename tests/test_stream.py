@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import datasets
 import numpy as np
@@ -96,3 +96,17 @@ def test_a_streamed_plan_says_when_it_cannot() -> None:
     loader = torch.utils.data.DataLoader(StreamedPlan([{"input_ids": [1]}], schedule, 4, 2), num_workers=2)
     with pytest.raises(TokenSuperpositionError, match="2 loader workers"):
         next(iter(loader))
+
+
+def test_a_stream_that_is_read_again_is_shuffled_anew() -> None:
+    documents = datasets.Dataset.from_dict({"input_ids": [[i] for i in range(100)]}).to_iterable_dataset()
+    plan = StreamedPlan(documents.shuffle(seed=0, buffer_size=100), Schedule([Phase(10)]), 20, 1)
+    with pytest.warns(UserWarning, match="is read again"):
+        read = [t for sample in plan for t in sample["input_ids"].tolist()]
+    first, second = read[:100], read[100:]
+    assert sorted(first) == sorted(second) == list(range(100)) and first != second
+
+
+def test_a_schedule_that_is_none_is_told_at_once() -> None:
+    with pytest.raises(TokenSuperpositionError, match="the schedule is a int; give a Schedule"):
+        StreamedPlan([], cast(Any, 5), 20, 1)

@@ -7,6 +7,7 @@ import logging
 import re
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, cast
 
 import numpy as np
@@ -17,7 +18,7 @@ from transformers import EarlyStoppingCallback, Trainer, TrainingArguments
 
 from tests.conftest import VOCAB, tiny
 from tests.test_trainer import arguments, losses
-from token_superposition import WSD, Schedule, TokenSuperpositionError
+from token_superposition import WSD, Schedule, TokenSuperpositionError, superpose
 from token_superposition.data.plan import PlannedDataset, ValidationSet
 from token_superposition.data.stream import StreamedPlan
 from token_superposition.engines.transformers import TSTTrainer
@@ -228,3 +229,30 @@ def test_a_plan_beyond_the_model_is_told_before_training(tmp_path: Path) -> None
             continue
         with pytest.raises(TokenSuperpositionError, match=message):
             TSTTrainer(model, arguments(tmp_path), train_dataset=plan)
+
+
+class OwnGPT(torch.nn.Module):
+    """As nanoGPT's: a configuration and names of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.config = SimpleNamespace(block_size=64)
+        self.wte, self.wpe, self.head = (
+            torch.nn.Embedding(VOCAB, 8),
+            torch.nn.Embedding(64, 8),
+            torch.nn.Linear(8, VOCAB),
+        )
+
+    def forward(self, input_ids: torch.Tensor) -> dict[str, torch.Tensor]:
+        hidden = self.wte(input_ids)
+        return {"logits": self.head(hidden + self.wpe(torch.arange(hidden.shape[1])))}
+
+
+def test_a_class_of_ones_own_with_two_embeddings_is_trained(tmp_path: Path) -> None:
+    plan, model = planned(Schedule.two_phase(4, 4, 0.5)), OwnGPT()
+    with pytest.raises(TokenSuperpositionError, match="OwnGPT has 2 embeddings"):
+        TSTTrainer(OwnGPT(), arguments(tmp_path), train_dataset=plan)
+    superpose(model, model.wte)
+    trainer = TSTTrainer(model, arguments(tmp_path), train_dataset=plan)
+    trainer.train()
+    assert len(losses(trainer)) == 4

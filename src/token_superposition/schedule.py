@@ -227,6 +227,8 @@ class WSD:
     def __post_init__(self) -> None:
         for name, minimum in (("total_steps", 1), ("warmup_steps", 0)):
             object.__setattr__(self, name, require_int(name, getattr(self, name), minimum))
+        if self.restart is not None:
+            object.__setattr__(self, "restart", require_int("restart", self.restart, 0))
         require_number("decay_ratio", self.decay_ratio, 0, 1, hint=", a share of the steps")
         if self.warmup_steps + self.decay_steps > self.total_steps:
             raise TokenSuperpositionError(

@@ -193,3 +193,9 @@ def test_a_dead_process_ends_the_others(write_config: Write, tmp_path: Path) -> 
     assert first.exitcode == 1
     errors = (tmp_path / "0.err").read_text()
     assert "another process of the run is gone or does not answer" in errors and "Traceback" not in errors, errors
+
+
+def test_a_spike_is_one_among_the_latest_losses() -> None:
+    lines = [{"loss": 9.0 + i % 2, "input_bag": 1, "output_bag": 1} for i in range(60)]
+    lines += [{"loss": 2.0 + i % 2 / 10, "input_bag": 1, "output_bag": 1} for i in range(50)]
+    assert is_spike(lines, lines[-1] | {"loss": 6.0})

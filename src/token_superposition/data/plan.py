@@ -72,6 +72,15 @@ def _ids_at(tokens: Any, start: int, stop: int) -> np.ndarray:
     return raw
 
 
+def require_schedule(schedule: object) -> Schedule:
+    """It, or ``TokenSuperpositionError`` if it is none."""
+    if not isinstance(schedule, Schedule):
+        raise TokenSuperpositionError(
+            f"the schedule is a {type(schedule).__name__}; give a Schedule, such as Schedule.two_phase(steps, 4)"
+        )
+    return schedule
+
+
 def count_blocks(tokens: int, schedule: Schedule, sequence_length: int) -> int:
     """Blocks that a text of so many tokens has; raises ``TokenSuperpositionError`` if it is shorter than one."""
     lookahead = max(p.output_bag for p in schedule.phases)
@@ -140,14 +149,10 @@ class PlannedDataset(Dataset[Sample]):
         shift: bool = False,
         boundaries: Boundaries | None = None,
     ):
-        if not isinstance(schedule, Schedule):  # pyright: ignore
-            raise TokenSuperpositionError(
-                f"the schedule is a {type(schedule).__name__}; give a Schedule, such as Schedule.two_phase(steps, 4)"
-            )
         self.boundaries = boundaries
         self.shift = shift
         self.tokens = _one_axis(tokens)
-        self.schedule = schedule
+        self.schedule = require_schedule(schedule)
         self.sequence_length = sequence_length = require_int("sequence_length", sequence_length, 1)
         self.batch_size = batch_size = require_int("batch_size", batch_size, 1)
         self.seed = require_int("seed", seed, 0)

@@ -11,7 +11,7 @@ import torch
 from torch.utils.data import IterableDataset, get_worker_info
 
 from token_superposition.bags import fold, span
-from token_superposition.data.plan import Sample, check_fingerprint
+from token_superposition.data.plan import Sample, check_fingerprint, require_schedule
 from token_superposition.errors import TokenSuperpositionError, require_int
 from token_superposition.schedule import Schedule
 
@@ -49,7 +49,7 @@ class StreamedPlan(IterableDataset[Sample]):
         batch_size: int,
     ):
         self.documents = documents
-        self.schedule = schedule
+        self.schedule = require_schedule(schedule)
         self.sequence_length = require_int("sequence_length", sequence_length, 1)
         self.batch_size = require_int("batch_size", batch_size, 1)
 

@@ -18,7 +18,7 @@ from transformers import PreTrainedTokenizerBase
 from token_superposition.data.plan import ValidationSet
 from token_superposition.data.store import TokenStore
 from token_superposition.data.tokenizer import GivenBack, begin_token, load_tokenizer
-from token_superposition.engines.transformers.fit import positions
+from token_superposition.engines.transformers.fit import positions, reads
 from token_superposition.engines.transformers.head import HiddenStates, read_head
 from token_superposition.errors import TokenSuperpositionError, require_int
 from token_superposition.experiment.files import CONFIG
@@ -125,7 +125,7 @@ def evaluate_text(
     ``batch_size`` that is none of at least 1.
     """
     length = length_of(model, sequence_length, trained_length)
-    stride = require_int("stride", length // 2 if stride is None else stride, 1)
+    stride = require_int("stride", max(length // 2, 1) if stride is None else stride, 1)
     if stride > length:
         raise TokenSuperpositionError(f"stride {stride} would leave out text; give at most {length}")
     bos = begin_token(tokenizer)
@@ -143,12 +143,15 @@ def evaluate_text(
         encoded: Any = tokenizer(  # as tst prepare does: where the text spells a special token, it is text
             text, add_special_tokens=False, split_special_tokens=True, return_offsets_mapping=True, verbose=False
         )
-        ids: list[int] = encoded["input_ids"][:left]
-        if left is not None and len(ids) < len(encoded["input_ids"]):
-            text, cut = text[: encoded["offset_mapping"][len(ids) - 1][1]], True
+        ids: list[int] = encoded["input_ids"]
         given_back = GivenBack(tokenizer)
         given_back.add([text], [ids])
         given_back.require(str(file))
+        if left is not None and left < len(ids):
+            kept, ends = left, [end for _, end in encoded["offset_mapping"]]
+            while kept and ends[kept] == ends[kept - 1]:  # a character of several tokens, of which only some are kept
+                kept -= 1
+            ids, text, cut, left = ids[:kept], text[: ends[kept - 1] if kept else 0], True, kept
         if ids:
             names.append(file.name)
             parts.append(StridedText(torch.tensor([begin, *ids]), length, stride))
@@ -179,13 +182,18 @@ def length_of(model: Any, wanted: int | None, trained: int | None = None) -> int
     whole number of at least 1.
     """
     named = positions(model)
-    if wanted is None:
-        return trained or min(named or DEFAULT_LENGTH, LONGEST_DEFAULT)
-    if named is not None and wanted > max(named, trained or 0):
+    if wanted is not None and named is not None and wanted > max(named, trained or 0):
         raise TokenSuperpositionError(
             f"sequence-length is {wanted}; the model has {named} positions, give at most that"
         )
-    return require_int("sequence-length", wanted, 1)
+    chosen = trained or min(named or DEFAULT_LENGTH, LONGEST_DEFAULT)
+    length = chosen if wanted is None else require_int("sequence-length", wanted, 1)
+    if not reads(model, length):
+        raise TokenSuperpositionError(
+            f"the model cannot read {length} tokens, though it names {named} positions; give a smaller "
+            "--sequence-length"
+        )
+    return length
 
 
 @torch.no_grad()

@@ -16,10 +16,10 @@ def verify_run(directory: Path) -> tuple[int, list[str]]:
     """How many files of a run, a comparison or a model were read, and a line for each damaged one.
 
     Every file of a checkpoint is compared with its checksum in the manifest, which must be there; the model of a
-    finished run must have its weights. Other JSON, JSON lines and TOML are parsed; a safetensors file must have the
-    length that its header adds up to: what is changed inside these and still has their form is not found. No damage is
-    what a killed process leaves: hidden files and folders, in which something was being written, and in metrics the
-    half of a last line.
+    finished run, and one that was exported, must have its weights. Other JSON, JSON lines and TOML are parsed; a
+    safetensors file must have the length that its header adds up to: what is changed inside these and still has their
+    form is not found. No damage is what a killed process leaves: hidden files and folders, in which something was being
+    written, and in metrics the half of a last line.
 
     Raises ``TokenSuperpositionError`` if the directory holds no such file.
     """
@@ -41,10 +41,17 @@ def verify_run(directory: Path) -> tuple[int, list[str]]:
             continue
         try:
             CHECKS[path.suffix](path)
-            if path.name == RESULT:
+            if path.name == RESULT and (path.parent / MODEL).exists():  # a sweep keeps no models
                 damaged += [
-                    f"{file} is missing, and {path} says that the run is finished" for file in _no_weights(path)
+                    f"{file} is missing, and {path} says that the run is finished"
+                    for file in _missing(path.parent / MODEL)
                 ]
+            elif (
+                path.name == "config.json"
+                and path.parent.name != MODEL
+                and "model_type" in json.loads(path.read_bytes())
+            ):
+                damaged += [f"{file} is missing, of the model that {path} describes" for file in _missing(path.parent)]
         except Exception as e:  # each reader has its own kinds
             damaged.append(f"{path} cannot be read ({first_line(e)})")
     return len(files), damaged
@@ -58,11 +65,8 @@ def _json_lines(path: Path) -> None:
                 json.loads(line)
 
 
-def _no_weights(result: Path) -> list[Path]:
-    """Files of weights that the model of a finished run lacks; a sweep keeps no models."""
-    model = result.parent / MODEL
-    if not model.exists():
-        return []
+def _missing(model: Path) -> list[Path]:
+    """Files of weights that a model lacks."""
     index = model / "model.safetensors.index.json"
     names = set(json.loads(index.read_bytes())["weight_map"].values()) if index.exists() else {"model.safetensors"}
     return [model / name for name in sorted(names) if not (model / name).is_file()]

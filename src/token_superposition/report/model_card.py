@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import warnings
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from token_superposition.experiment.config import Config, load_config, without_n
 from token_superposition.experiment.files import CONFIG, METRICS, RESULT, read_metrics
 from token_superposition.experiment.result import read_result
 from token_superposition.experiment.resume import data_digest
+from token_superposition.schedule import Phase
 
 TEMPLATE = files("token_superposition") / "report" / "model_card.md.j2"
 
@@ -139,16 +140,29 @@ def model_card(figures: Figures, name: str, parameters: int, dtype: str) -> Mode
         dtype=dtype,
         schedule=_schedule(figures),
         superposed=superposed,
+        unfinished=superposed and _trained(figures)[-1].is_superposed,
         tables=[(title, rows) for title, rows in tables if rows],
         config=_config(figures.config),
     )
+
+
+def _trained(figures: Figures) -> list[Phase]:
+    """The phases up to the checkpoint's step, the last of them cut there."""
+    assert figures.config is not None
+    found: list[Phase] = []
+    left = figures.step
+    for phase in figures.config.schedule.phases:
+        if steps := min(phase.steps, left):
+            found.append(replace(phase, steps=steps))
+        left -= steps
+    return found
 
 
 def _schedule(figures: Figures) -> str:
     config = figures.config
     if config is None:
         return "the run left no configuration"
-    phases = config.schedule.phases
+    phases = _trained(figures)
     if len(phases) > 8:
         return f"{len(phases)} phases of bag sizes up to {max(max(p.input_bag, p.output_bag) for p in phases)}"
     named = [
