@@ -25,6 +25,7 @@ from token_superposition.experiment.export import export
 from token_superposition.experiment.files import read_metrics
 from token_superposition.experiment.model import load_exactly
 from token_superposition.experiment.run import train
+from token_superposition.experiment.verify import verify_run
 
 STOCK = {
     "config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json",
@@ -103,21 +104,16 @@ def test_the_model_card_has_the_figures_of_the_run(finished_run: Path, tmp_path:
 def test_the_card_of_a_checkpoint_tells_what_it_was_trained_on(finished_run: Path, tmp_path: Path) -> None:
     """Of the run's 6 steps on bags and 6 on ordinary tokens."""
     for step, trained, whole in (
-        (
-            4,
-            "TST): 4 steps that read bags of 4 and predict bags of 4. It was\nstopped before the steps on ordinary",
-            False,
-        ),
-        (
-            6,
-            "TST): 6 steps that read bags of 4 and predict bags of 4. It was\nstopped before the steps on ordinary",
-            False,
-        ),
+        (4, "TST): 4 steps that read bags of 4 and predict bags of 4. It was\nstopped before", False),
+        (6, "TST): 6 steps that read bags of 4 and predict bags of 4. It was\nstopped before", False),
         (8, "predict bags of 4, then 2 steps on ordinary tokens. Nothing of that remains", True),
     ):
         export(finished_run, tmp_path / str(step), checkpoint=step)
         card = (tmp_path / str(step) / "README.md").read_text()
         assert trained in card and ("Nothing of that remains" in card) == whole, step
+        assert verify_run(tmp_path / str(step))[1] == []
+    (tmp_path / "8/model.safetensors").unlink()
+    assert ["model.safetensors is missing" in line for line in verify_run(tmp_path / "8")[1]] == [True]
 
 
 def test_the_card_of_a_baseline_does_not_speak_of_superposition(finished_run: Path, tmp_path: Path) -> None:

@@ -237,11 +237,8 @@ class OwnGPT(torch.nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.config = SimpleNamespace(block_size=64)
-        self.wte, self.wpe, self.head = (
-            torch.nn.Embedding(VOCAB, 8),
-            torch.nn.Embedding(64, 8),
-            torch.nn.Linear(8, VOCAB),
-        )
+        self.wte, self.wpe = torch.nn.Embedding(VOCAB, 8), torch.nn.Embedding(64, 8)
+        self.head = torch.nn.Linear(8, VOCAB)
 
     def forward(self, input_ids: torch.Tensor) -> dict[str, torch.Tensor]:
         hidden = self.wte(input_ids)
