@@ -15,8 +15,9 @@ from transformers import AutoModelForCausalLM
 from tests.conftest import CONFIG, TINY, once, tiny, toml, tst
 from token_superposition import TokenSuperpositionError
 from token_superposition.cli import main
+from token_superposition.engines.transformers.fit import reads
 from token_superposition.experiment.config import Config, DataConfig, ModelConfig
-from token_superposition.experiment.model import build_model, reads
+from token_superposition.experiment.model import build_model
 
 POSITIONS = 16
 
