@@ -24,7 +24,7 @@ def open_file(path: Path) -> Any:
 
 def _decompressed(source: Path | io.BytesIO, ending: str) -> Any:
     if ending == ".gz":  # by Python, which takes zeros behind the end, as gzip does
-        return gzip.open(source)
+        return gzip.open(source, "rb")
     file = source.open("rb") if isinstance(source, Path) else source
     if ending == ".zst":
         import pyarrow as pa

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from token_superposition.data.plan import PlannedDataset
+from token_superposition.data.store import TokenStore
 from token_superposition.embedding import find_embedding
 from token_superposition.errors import TokenSuperpositionError
 
@@ -37,8 +38,13 @@ def reads(model: Any, length: int) -> bool:
 
 
 def check_fit(model: Any, plan: PlannedDataset) -> None:
-    """Raise ``TokenSuperpositionError`` for a plan whose first sample has an id, or a length, beyond the model's."""
-    largest = int(plan[0]["input_ids"].max())
+    """Raise ``TokenSuperpositionError`` for a plan with ids or a length beyond the model's.
+
+    A store knows its ids; of other text the first ones are looked at.
+    """
+    tokens = plan.tokens
+    known = isinstance(tokens, TokenStore)
+    largest = tokens.meta.vocab_size - 1 if known else int(torch.as_tensor(tokens[: plan.sequence_length]).max())
     rows: int = find_embedding(model).weight.shape[0]  # pyright: ignore
     if largest >= rows:
         raise TokenSuperpositionError(
