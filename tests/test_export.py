@@ -114,6 +114,8 @@ def test_the_card_of_a_checkpoint_tells_what_it_was_trained_on(finished_run: Pat
         assert verify_run(tmp_path / str(step))[1] == []
     (tmp_path / "8/model.safetensors").unlink()
     assert ["model.safetensors is missing" in line for line in verify_run(tmp_path / "8")[1]] == [True]
+    (tmp_path / "8/pytorch_model.bin").touch()  # another form, which is not read
+    assert verify_run(tmp_path / "8")[1] == []
 
 
 def test_the_card_of_a_baseline_does_not_speak_of_superposition(finished_run: Path, tmp_path: Path) -> None:

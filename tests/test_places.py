@@ -230,6 +230,9 @@ def test_it_compiles_whole(signal: float, weighting: Weighting) -> None:
 
 def test_where_no_bag_is_read_it_is_the_plain_method(write_config: Callable[..., Path], tmp_path: Path) -> None:
     plain = changed(load_config(write_config()), {"bag_size": 1})
+    stock = tiny("llama").eval()
+    marked = superpose(tiny("llama"), place_signal=0.5, input_weighting="power").eval()
+    assert torch.equal(marked(input_ids=IDS[..., 0]).logits, stock(input_ids=IDS[..., 0]).logits)
     other = changed(plain, {"place_signal": 0.5, "input_weighting": "power"})
     assert lines_of(plain, tmp_path / "plain") == lines_of(other, tmp_path / "other")
 

@@ -10,13 +10,14 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, RobertaConfig, RobertaForCausalLM
 
 from tests.conftest import CONFIG, TINY, once, tiny, toml, tst
 from token_superposition import TokenSuperpositionError
 from token_superposition.cli import main
 from token_superposition.engines.transformers.fit import reads
 from token_superposition.experiment.config import Config, DataConfig, ModelConfig
+from token_superposition.experiment.evaluate import length_of
 from token_superposition.experiment.model import build_model
 
 POSITIONS = 16
@@ -77,3 +78,15 @@ def test_a_saved_model_reads_longer_sequences_only_without_a_table(
     else:
         with pytest.raises(TokenSuperpositionError, match="is 32; the model has 16 positions, give at most that"):
             build_model(longer, meta)
+
+
+def test_a_table_with_positions_for_no_token_has_one_line() -> None:
+    config = RobertaConfig(
+        vocab_size=320, hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32,
+        max_position_embeddings=34, is_decoder=True, pad_token_id=1,
+    )  # fmt: skip
+    model = RobertaForCausalLM(config)
+    assert length_of(model, 32) == 32
+    for wanted in (None, 33):
+        with pytest.raises(TokenSuperpositionError, match=r"the model cannot read 3\d tokens, though it names 34"):
+            length_of(model, wanted)

@@ -46,11 +46,7 @@ def verify_run(directory: Path) -> tuple[int, list[str]]:
                     f"{file} is missing, and {path} says that the run is finished"
                     for file in _missing(path.parent / MODEL)
                 ]
-            elif (
-                path.name == "config.json"
-                and path.parent.name != MODEL
-                and "model_type" in json.loads(path.read_bytes())
-            ):
+            elif path.name == "config.json" and path.parent.name != MODEL and _describes_weights(path):
                 damaged += [f"{file} is missing, of the model that {path} describes" for file in _missing(path.parent)]
         except Exception as e:  # each reader has its own kinds
             damaged.append(f"{path} cannot be read ({first_line(e)})")
@@ -63,6 +59,11 @@ def _json_lines(path: Path) -> None:
         for line in f:
             if line.endswith(b"\n") or not unfinished:
                 json.loads(line)
+
+
+def _describes_weights(config: Path) -> bool:
+    """Of a model whose weights are not in another form beside it, which is not read here."""
+    return "model_type" in json.loads(config.read_bytes()) and not any(config.parent.glob("*.bin"))
 
 
 def _missing(model: Path) -> list[Path]:
