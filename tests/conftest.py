@@ -25,7 +25,7 @@ if not torch.cuda.is_available():
 
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from tests.processes import call, command
+from tests.processes import call, command, command_with_forks
 from token_superposition.data.prepare import PrepareOptions, prepare
 
 settings.register_profile("untimed", deadline=None, suppress_health_check=[HealthCheck.too_slow])
@@ -160,7 +160,7 @@ def two_seeds(prepared: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple
         dry = tst("compare", config, "--out", root / "out", "--dry-run", COLUMNS="120").stdout
         assert sorted(root.iterdir()) == [config]  # it wrote nothing
         (root / "dry.txt").write_text(dry)
-        tst("compare", config, "--out", root / "out")
+        tst("compare", config, "--out", root / "out", target=command_with_forks)
 
     root = once(tmp_path_factory, "two-seeds", make)
     return root / "config.toml", root / "out", (root / "dry.txt").read_text()
@@ -183,9 +183,11 @@ def toml(value: object) -> str:
     return str(value).lower() if isinstance(value, bool) else f'"{value}"' if isinstance(value, str) else str(value)
 
 
-def tst(*args: str | Path, check: bool = True, **environment: str) -> subprocess.CompletedProcess[str]:
+def tst(
+    *args: str | Path, check: bool = True, target: Callable[..., None] = command, **environment: str
+) -> subprocess.CompletedProcess[str]:
     """Run the command in a process of its own."""
-    done = call(command, *map(str, args), **environment)
+    done = call(target, *map(str, args), **environment)
     if check:
         assert done.returncode == 0, done.stdout + done.stderr
     return done

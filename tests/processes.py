@@ -19,7 +19,8 @@ import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import IO, Any
 
 import torch
 
@@ -33,7 +34,7 @@ server.set_forkserver_preload(
         "token_superposition.cli.compare",
         "token_superposition.cli.train",
         "token_superposition.experiment.compare",
-        "token_superposition.report",
+        "token_superposition.report.figures",
         "transformers.models.llama.modeling_llama",
         "tests.frozen",
     ]
@@ -48,11 +49,21 @@ def start(target: Callable[..., None], *args: Any) -> Any:
     return process
 
 
+def fork(target: Callable[..., None], *args: Any) -> Any:
+    """The same from a process that was forked itself; that of the tests has threads, which no fork takes with it."""
+    if multiprocessing.parent_process() is None:
+        return start(target, *args)
+    process = multiprocessing.get_context("fork").Process(target=target, args=args)
+    process.start()
+    return process
+
+
 def _call(log: str, environment: dict[str, str], directory: str, target: Callable[..., None], args: Any) -> None:
     for stream, name in ((1, "out"), (2, "err")):
         os.dup2(os.open(f"{log}.{name}", os.O_CREAT | os.O_WRONLY | os.O_APPEND), stream)
     os.environ.clear()
     os.environ.update(environment)
+    multiprocessing.set_start_method(None, force=True)  # of what it starts: that of any process, not the server's
     os.chdir(directory)
     faulthandler.dump_traceback_later(TIMEOUT - 10)  # of a process that hangs, where
     target(*args)
@@ -111,6 +122,40 @@ def command(*args: str) -> None:
     from token_superposition.cli import main
 
     sys.exit(main(args))
+
+
+class Fork:
+    """Of ``subprocess.Popen`` what a comparison needs for its runs: none takes 7 s to import what is imported."""
+
+    def __init__(self, line: list[str], stdin: int, stdout: IO[bytes], stderr: IO[bytes], env: dict[str, str]) -> None:
+        assert line[:4] == [sys.executable, "-P", "-m", "token_superposition"]
+        assert (stdin, stdout) == (subprocess.DEVNULL, stderr)
+        self._run = fork(_run, stdout.name, env, str(Path.cwd()), line[4:])
+        self.terminate, self.wait = self._run.terminate, self._run.join
+
+    def poll(self) -> int | None:
+        return self._run.exitcode
+
+
+def _run(log: str, environment: dict[str, str], directory: str, args: list[str]) -> None:
+    os.chdir(directory)
+    for stream in (1, 2):
+        os.dup2(os.open(log, os.O_WRONLY | os.O_APPEND), stream)
+    os.environ.clear()
+    os.environ.update(environment)
+    command(*args)
+
+
+FORKS = SimpleNamespace(Popen=Fork, DEVNULL=subprocess.DEVNULL)
+"""In the place of ``subprocess`` where runs are started."""
+
+
+def command_with_forks(*args: str) -> None:
+    """``tst compare`` or ``tst sweep`` of which the runs are forks."""
+    from token_superposition.experiment import jobs
+
+    jobs.subprocess = FORKS  # pyright: ignore
+    command(*args)
 
 
 def command_on_a_full_disk(room: int, *args: str) -> None:

@@ -21,7 +21,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.conftest import CONFIG, TINY, once, tiny, toml, tst
-from tests.processes import call, command_on_a_full_disk
+from tests.processes import call, command_on_a_full_disk, command_with_forks
 from token_superposition import TokenSuperpositionError
 from token_superposition.cli import COMMANDS, main
 from token_superposition.cli.quiet import quiet
@@ -305,7 +305,7 @@ def test_compare_goes_on_with_what_is_not_done(comparison: Path, tmp_path: Path)
     before = {p: p.stat().st_mtime_ns for p in comparison.glob("runs/*/run.json")}
     (comparison / "runs/input/run.json").unlink()
     shutil.rmtree(comparison / "runs/input/model")
-    tst("compare", comparison / "config.toml", "--out", comparison)
+    tst("compare", comparison / "config.toml", "--out", comparison, target=command_with_forks)
     after = {p: p.stat().st_mtime_ns for p in comparison.glob("runs/*/run.json")}
     assert {p.parent.name for p in before if after[p] != before[p]} == {"input"}
 

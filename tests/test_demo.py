@@ -10,9 +10,11 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
+from tests.processes import FORKS
 from token_superposition.data.progress import bars
 from token_superposition.errors import TokenSuperpositionError
 from token_superposition.experiment import demo as module
+from token_superposition.experiment import jobs
 from token_superposition.report import print_table, write_report
 
 
@@ -27,6 +29,7 @@ def test_demo_on_this_installation(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     )
     monkeypatch.setattr(module, "DEMO", small)
     monkeypatch.setattr(module, "MIN_TEXT_BYTES", 4 * 2**20)
+    monkeypatch.setattr(jobs, "subprocess", FORKS)
     console = Console(record=True, width=100)
     with pytest.raises(TokenSuperpositionError, match=r"minutes are enough for 0 steps .*; give at least 0\.[1-9]$"):
         module.demo(tmp_path / "demo", 1e-6, console, lambda: bars(console))

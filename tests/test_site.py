@@ -13,6 +13,7 @@ from mkdocs.commands.build import build
 from mkdocs.config import load_config
 
 from tests.conftest import tst
+from tests.processes import command_with_forks
 
 ROOT = Path(__file__).parent.parent
 TUTORIAL = (ROOT / "docs/tutorial.md").read_text()
@@ -91,7 +92,7 @@ def test_tutorial(prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     ran: list[str] = []
     for command in commands(f"SOURCE='{prepared.parent}/text'\nSTEPS=4\n"):
         before = set(tmp_path.iterdir())
-        done = tst(*command)
+        done = tst(*command, target=command_with_forks)
         ran.append(command[0])
         if "--dry-run" in command:
             assert set(tmp_path.iterdir()) == before and "Nothing was written" in done.stdout

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 from tests.conftest import tst
-from tests.processes import begin, call, command
+from tests.processes import begin, call, command, command_with_forks
 from tests.reliability.harness import DEADLINE, EVERY, FAULTS, STEPS, Runs, outcome, pair, steps_done, until
 from tests.test_cli import wait_for
 from token_superposition.data.plan import PlannedDataset
@@ -182,7 +182,7 @@ def test_a_signal_for_the_whole_group_leaves_the_loader_to_the_run(runs: Runs, t
 
 def test_an_interrupted_comparison_loses_no_step(runs: Runs, tmp_path: Path) -> None:
     """A terminal sends Ctrl-C to the comparison and to its runs alike. The same command ends as if it had not been."""
-    options = [str(runs.config), "--train.save-every", "0", "--train.steps", "200", "--out"]
+    options = [str(runs.config), "--train.save-every", "0", "--train.steps", "100", "--out"]
     whole, out = tmp_path / "whole", tmp_path / "out"
     tst("train", *options, whole, OMP_NUM_THREADS="1")
     options += [str(out), "--compare.parallel", "2"]
@@ -195,9 +195,9 @@ def test_an_interrupted_comparison_loses_no_step(runs: Runs, tmp_path: Path) -> 
     printed, _ = process.communicate(timeout=DEADLINE)
     assert process.returncode == 130, printed
     (saved,) = checkpoints_in(out / "runs/tst/checkpoints")
-    assert step_of(saved) == steps_done(out / "runs/tst") < 200
+    assert step_of(saved) == steps_done(out / "runs/tst") < 100
     assert f"tst: saved after step {step_of(saved)}\n" in printed and "the same command goes on" in printed
-    tst("compare", *options)
+    tst("compare", *options, target=command_with_forks)
     assert outcome(out / "runs/tst") == outcome(whole)
 
 
@@ -208,7 +208,7 @@ def interruptible() -> None:
 def test_after_ctrl_c_a_run_goes_on_without_having_lost_a_step(runs: Runs, tmp_path: Path) -> None:
     """Which the process that reads its data gets, too."""
     whole, out = tmp_path / "whole", tmp_path / "out"
-    options = [str(runs.config), "--train.save-every", "0", "--train.steps", "200", "--train.loader-workers", "1"]
+    options = [str(runs.config), "--train.save-every", "0", "--train.steps", "100", "--train.loader-workers", "1"]
     tst("train", *options, "--out", whole, OMP_NUM_THREADS="1")
     line = [sys.executable, "-m", "token_superposition", "train", *options, "--out", str(out)]
     process = subprocess.Popen(
@@ -220,7 +220,7 @@ def test_after_ctrl_c_a_run_goes_on_without_having_lost_a_step(runs: Runs, tmp_p
     _, error = process.communicate(timeout=DEADLINE)
     assert process.returncode == 130, error
     (saved,) = checkpoints_in(out / "checkpoints")
-    assert step_of(saved) == steps_done(out) < 200
+    assert step_of(saved) == steps_done(out) < 100
     assert "Ctrl-C again stops at once" in error and f"terminated after step {step_of(saved)}" in error
     tst("train", *options, "--out", out, OMP_NUM_THREADS="1")
     assert outcome(out) == outcome(whole)

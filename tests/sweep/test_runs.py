@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.conftest import CONFIG, TINY, toml, tst
+from tests.processes import command_with_forks
 from token_superposition.cli import main
 from token_superposition.experiment.config import load_config
 from token_superposition.experiment.grid import grid_of
@@ -23,17 +25,19 @@ from token_superposition.experiment.sweep import (
 )
 
 
+def sweep(*arguments: str) -> str:
+    return tst(*arguments, target=command_with_forks).stdout
+
+
 @pytest.fixture(scope="module")
 def tiny_sweep(prepared: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[list[str], Path]:
     """A real one: two bag sizes and the baseline with the first seed, the better one with the second."""
-    from tests.conftest import CONFIG, TINY, toml
-
     root = tmp_path_factory.mktemp("sweep")
     options = "\n".join(f"{k} = {toml(v)}" for k, v in TINY["llama"].items())
     content = CONFIG.format(architecture="llama", options=options, data=prepared).replace("steps = 12", "steps = 4")
     (root / "config.toml").write_text(content + "[compare]\nseeds = [3, 4]\n[sweep]\nbag_sizes = [2, 4]\n")
     arguments = ["sweep", str(root / "config.toml"), "--sweep.keep", "0.5", "--out", str(root / "out")]
-    assert main(arguments) == 0
+    sweep(*arguments)
     return arguments, root / "out"
 
 
@@ -86,7 +90,7 @@ def test_a_sweep_that_lacks_a_baseline_of_an_earlier_round_trains_it(
     arguments, finished = tiny_sweep
     out = shutil.copytree(finished, tmp_path / "out")
     (out / "runs/baseline-lr0.003-seed3/run.json").unlink()
-    assert main([*arguments[:-1], str(out)]) == 0
+    sweep(*arguments[:-1], str(out))
     assert (out / "sweep.csv").read_text().count("baseline-lr0.003-seed3") == 1
     assert (
         json.loads((out / "sweep.json").read_text())["best"]
@@ -127,14 +131,11 @@ def test_a_sweep_does_not_go_into_a_comparison_that_is_not_finished_nor_the_reve
     assert {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()} == before
 
 
-def test_a_rate_with_which_all_diverges_is_a_result(
-    tiny_sweep: tuple[list[str], Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_rate_with_which_all_diverges_is_a_result(tiny_sweep: tuple[list[str], Path], tmp_path: Path) -> None:
     config, out = tiny_sweep[0][1], shutil.copytree(tiny_sweep[1], tmp_path / "out")  # the other rate is done there
     rates = ["--sweep.learning-rates", "0.003", "1e20", "--sweep.bag-sizes", "2", "--compare.seeds", "3"]
     arguments = ["sweep", config, *rates, "--out", str(out)]
-    assert main(arguments) == 0
-    printed = capsys.readouterr().out
+    printed = sweep(*arguments)
     assert printed.count("diverged: the run") == 2 and "learning rate 0.003" in printed
     diverged = {row.run for row in read_rows(out / "sweep.csv") if math.isnan(row.val_loss)}
     assert diverged == {p.parent.name for p in out.glob("runs/*/diverged.json")}
