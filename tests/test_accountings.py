@@ -305,6 +305,16 @@ def test_a_variant_of_its_own_length_shows_what_steps_another_is_worth(tmp_path:
     assert [row[-1] for row in interval_table(read(tmp_path / "longer"))] == ["FLOPs", "1.00", "1.20"]
 
 
+def test_the_table_counts_flops_where_steps_cost_more(tmp_path: Path) -> None:
+    """As with a head for further tokens: as many steps as the baseline, each of 1.25 x the FLOPs."""
+    even = [replace(r, val_loss=2.75 + 0.01 * r.seed) if r.name == "tst" else r for r in experiment(longest=8)]
+    runs = [replace(r, flops=1.25 * r.flops) if r.name == "tst" else r for r in even]
+    in_steps = comparison(even)["speedup"]
+    (_, row) = interval_table(read(directory_of(runs, tmp_path / "out")))
+    low, high = in_steps["low"] / 1.25, in_steps["high"] / 1.25
+    assert row[4:] == (f"{in_steps['geometric_mean'] / 1.25:.2f}", f"{low:.2f} to {high:.2f}", row[6], "1.25")
+
+
 @pytest.mark.parametrize("runs", [experiment(), [r for r in experiment() if "-x" not in r.name]])
 def test_the_table_fits_into_80_columns(runs: list[Run], tmp_path: Path) -> None:
     out = directory_of(runs, tmp_path / "out")
@@ -349,6 +359,13 @@ def test_one_seed_has_no_interval_and_says_so(tmp_path: Path) -> None:
 def test_one_seed_has_a_bound_where_it_is_not_between_baselines(loss: float, expected: str, tmp_path: Path) -> None:
     runs = [run("baseline", 0, 1000, 3.0), run("tst", 0, 1000, loss), run("baseline-x2", 0, 2000, 2.8)]
     assert all(expected in text for text in shown(directory_of(runs, tmp_path / "out")))
+
+
+def test_one_seed_of_a_variant_of_its_own_length_is_counted_in_its_steps(tmp_path: Path) -> None:
+    runs = [run("baseline", 0, 1000, 3.0), run("tst", 0, 1000, 2.9), run("longer", 0, 1250, 2.9)]
+    runs.append(run("baseline-x2", 0, 2000, 2.8))
+    for text in shown(directory_of(runs, tmp_path / "out")):
+        assert "about 1,414 steps, 1.41 x the 1,000 (" in text and "about 1,414 steps, 1.13 x the 1,250 (" in text
 
 
 def test_text_that_is_read_again_is_told(tmp_path: Path) -> None:

@@ -85,6 +85,8 @@ def test_table_and_report_say_what_is_to_be_believed(tmp_path: Path) -> None:
         assert "on seeds 0, 1, by which it was chosen out of 8" in text
         assert "its own best learning rate, 0.001 of 0.001, 0.002" in text and "a mistuned baseline as a gain" in text
         assert "s = 4 is the largest that was tried; r = 0.1 is the smallest that was tried" in text
+        assert "its learning rate = 0.002 is the largest" in text
+        assert "the baseline's learning rate = 0.001 is the smallest" in html.unescape(text)
         assert "the difference would be -0.2425 (seeds 2, 3)" in text  # beside the baseline of its own rate
         assert "among many some exclude 0 by chance" in text
     best, *others = sweep_rows(read_sweep(tmp_path / "full"))  # the seeds that chose it flatter an interval
