@@ -19,6 +19,7 @@ from token_superposition.experiment.compare import checked_jobs, jobs_of
 from token_superposition.experiment.config import Config, ModelConfig, load_config
 from token_superposition.experiment.files import read_metrics
 from token_superposition.experiment.result import read_result
+from token_superposition.experiment.resume import model_digest
 from token_superposition.experiment.run import train
 
 Write = Callable[..., Path]
@@ -82,6 +83,18 @@ def saved_model(path: Path, scale: float = 1.0) -> Path:
     model.lm_head.weight.data *= scale  # pyright: ignore
     model.save_pretrained(path)
     return path
+
+
+def test_the_weights_a_run_began_with_are_those_of_all_their_files(tmp_path: Path) -> None:
+    files = ("config.json", "model-00002-of-00002.safetensors", "pytorch_model.bin")
+    for name in files:
+        (tmp_path / name).write_text("a")
+    before = model_digest(str(tmp_path))
+    for name in files:
+        (tmp_path / name).write_text("b")
+        assert model_digest(str(tmp_path)) != before, name
+        (tmp_path / name).write_text("a")
+    assert model_digest(str(tmp_path)) == before
 
 
 def test_runs_that_began_with_other_weights_are_not_compared(write_config: Write, tmp_path: Path) -> None:

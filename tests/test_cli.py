@@ -350,6 +350,7 @@ def test_top_p_alone_decides_from_how_many_tokens_is_drawn(comparison: Path) -> 
     model, tokenizer = load_model(comparison / "runs/tst/model")
     told = {generate(model, tokenizer, "The", 1, temperature=1e4, top_p=1.0, seed=seed) for seed in range(200)}
     assert len(told) > 60  # of 320
+    assert len({generate(model, tokenizer, "The", 1, temperature=1e4, top_p=0.01, seed=seed) for seed in range(99)}) < 5
 
 
 def test_a_terminated_comparison_leaves_no_run_behind(write_config: Callable[..., Path], tmp_path: Path) -> None:

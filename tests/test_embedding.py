@@ -353,3 +353,11 @@ def test_gradient_of_any_part_of_a_vocabulary(
     assert got.dtype == dtype
     rounding = {torch.float32: 1e-5, torch.float64: 1e-12, torch.bfloat16: 2**-8}[dtype]  # once, of the result
     torch.testing.assert_close(got.double(), want, rtol=rounding, atol=rounding * 10)
+
+
+def test_gradient_of_a_frequent_token_is_summed_in_float32() -> None:
+    """In bfloat16 its sum would stop to grow: a token of every bag of 16,384."""
+    grad = (torch.rand(16_384, 8, generator=torch.Generator().manual_seed(0)) + 0.5).bfloat16()
+    weight = torch.zeros(2, 8, dtype=torch.bfloat16, requires_grad=True)
+    (got,) = torch.autograd.grad(bag_mean(weight, torch.zeros(16_384, 4, dtype=torch.long), None, -1), weight, grad)
+    torch.testing.assert_close(got[0].double(), grad.double().sum(0), rtol=2**-8, atol=0)

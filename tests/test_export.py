@@ -114,8 +114,12 @@ def test_the_card_of_a_checkpoint_tells_what_it_was_trained_on(finished_run: Pat
         assert verify_run(tmp_path / str(step))[1] == []
     (tmp_path / "8/model.safetensors").unlink()
     assert ["model.safetensors is missing" in line for line in verify_run(tmp_path / "8")[1]] == [True]
-    (tmp_path / "8/pytorch_model.bin").touch()  # another form, which is not read
-    assert verify_run(tmp_path / "8")[1] == []
+    (tmp_path / "8").rename(tmp_path / "model")  # no run's: no config.toml is beside it
+    assert ["model.safetensors is missing" in line for line in verify_run(tmp_path / "model")[1]] == [True]
+    shutil.copy(tmp_path / "6/model.safetensors", tmp_path / "model/model.fp16.safetensors")
+    assert verify_run(tmp_path / "model")[1] == []
+    (tmp_path / "model/model.fp16.safetensors").rename(tmp_path / "model/pytorch_model.bin")  # which is not read
+    assert verify_run(tmp_path / "model")[1] == []
 
 
 def test_the_card_of_a_baseline_does_not_speak_of_superposition(finished_run: Path, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +55,43 @@ def test_a_little_that_is_lost_is_counted(unknown: str | None, tmp_path: Path) -
     assert meta.lost == {"letters": pytest.approx(1 / 21, abs=0.003)}
     none = {} if unknown else {"of which this tokenizer makes no token": 1}
     assert meta.dropped == none and Meta.load(tmp_path / "data") == meta
+
+
+def test_it_is_the_whole_text_of_which_little_may_be_lost(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Documents come sorted by their language; which is the first does not matter."""
+    monkeypatch.setattr("token_superposition.data.prepare.BATCH_BYTES", 1)  # each document is looked at by itself
+    english(tmp_path / "tokenizer", None)
+    texts = [GREEK[0] * 3, *(f"{t} {i}" for i, t in enumerate(text(60)))]
+    with pytest.warns(UserWarning, match=r"so far the tokenizer gives back 0%; .* below 90%"):
+        meta = prepared(texts, tmp_path)
+    assert 0.005 < meta.lost["letters"] < 0.1
+    shutil.rmtree(tmp_path / "data")
+    assert prepared(texts[::-1], tmp_path).lost == meta.lost
+
+
+def test_a_text_of_which_too_much_is_lost_already_is_not_read_to_its_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("token_superposition.data.prepare.BATCH_BYTES", 1)
+    english(tmp_path / "tokenizer", None)
+    (tmp_path / "text").mkdir()
+    for i in range(100):
+        greek = GREEK[0] + " " * i
+        (tmp_path / f"text/{i:02}.txt").write_text(greek if i < 40 else f"{i} {text(9)[i % 9]}", encoding="utf-8")
+    options = PrepareOptions(tokenizer=str(tmp_path / "tokenizer"), validation_share=0.1)
+    with (
+        pytest.raises(TokenSuperpositionError, match=r"of the letters of the first 1\d% of the text .* back 0%"),
+        pytest.warns(UserWarning, match="so far"),
+    ):
+        prepare([str(tmp_path / "text")], tmp_path / "data", options)
+
+
+def test_only_the_text_that_is_evaluated_must_be_known(tmp_path: Path) -> None:
+    tokenizer, model = english(tmp_path / "tokenizer", None), tiny("llama")
+    (tmp_path / "both.txt").write_text(f"{text(1)[0]} {' '.join(GREEK)}", encoding="utf-8")
+    assert evaluate_text(model, tokenizer, [tmp_path / "both.txt"], max_tokens=6, sequence_length=8).tokens == 6
+    with pytest.raises(TokenSuperpositionError, match=r"letters of .*both.txt"):
+        evaluate_text(model, tokenizer, [tmp_path / "both.txt"], sequence_length=8)
 
 
 def test_case_accents_and_spaces_are_no_letters_that_are_lost(tmp_path: Path) -> None:

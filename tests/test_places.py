@@ -24,7 +24,7 @@ from token_superposition.experiment.config import Config, load_config
 from token_superposition.experiment.files import read_metrics
 from token_superposition.experiment.run import train
 from token_superposition.experiment.superposition import SuperpositionConfig
-from token_superposition.places import _kept_signs, place_factors, placed_bag_mean, shares  # pyright: ignore
+from token_superposition.places import _kept_signs, _signs, place_factors, placed_bag_mean, shares  # pyright: ignore
 from token_superposition.weights import Weighting, _kept, place_weights, weights_for  # pyright: ignore
 
 IDS = torch.randint(VOCAB, (2, 6, 3), generator=torch.Generator().manual_seed(1))
@@ -35,6 +35,13 @@ readings = pytest.mark.parametrize("signal, weighting", READINGS)
 
 def signs(bag_size: int, width: int) -> Tensor:
     return place_factors(bag_size, width, 1.0, torch.empty(0, dtype=torch.float64)) - 1
+
+
+def test_the_signs_are_those_of_every_version() -> None:
+    """A run that goes on with a later version reads its bags as it did."""
+    bits = (_signs(3, 16, torch.device("cpu")) > 0).int()
+    rows = ["".join(map(str, row)) for row in bits.tolist()]
+    assert rows == ["0010001011011110", "0101100010111100", "1100110001010100"]
 
 
 def by_hand(

@@ -21,6 +21,7 @@ from token_superposition.experiment.files import read_metrics
 from token_superposition.experiment.launch import Launch
 from token_superposition.experiment.metrics import MetricsWriter
 from token_superposition.experiment.model import build_model
+from token_superposition.experiment.resume import changes
 from token_superposition.experiment.run import train, training_arguments
 
 Write = Callable[..., Path]
@@ -93,3 +94,7 @@ def test_a_setting_of_bags_that_there_are_not_is_refused(
     both.check()
     with pytest.raises(TokenSuperpositionError, match=rf"superposition.{name} is {value!r}, but .*{sides!r} has no"):
         replace(both, sides=sides).check()
+    # A run that was begun when it was not refused goes on without it.
+    before, now = (replace(config, superposition=replace(c, sides=sides)) for c in (both, config.superposition))
+    assert not changes(before, now)
+    assert bool(changes(config, replace(config, superposition=both)))

@@ -14,14 +14,22 @@ import numpy as np
 import pytest
 import torch
 from torch.utils.data import Subset
-from transformers import EarlyStoppingCallback, Trainer, TrainingArguments
+from transformers import (
+    EarlyStoppingCallback,
+    GPT2LMHeadModel,
+    RobertaConfig,
+    RobertaForCausalLM,
+    Trainer,
+    TrainingArguments,
+)
 
 from tests.conftest import VOCAB, tiny
 from tests.test_trainer import arguments, losses
-from token_superposition import WSD, Schedule, TokenSuperpositionError, superpose
+from token_superposition import WSD, Phase, Schedule, TokenSuperpositionError, superpose
 from token_superposition.data.plan import PlannedDataset, ValidationSet
 from token_superposition.data.stream import StreamedPlan
 from token_superposition.engines.transformers import TSTTrainer
+from token_superposition.engines.transformers.fit import reads
 from token_superposition.experiment.trainer import RunTrainer
 
 TOKENS = np.arange(20_000) % VOCAB
@@ -229,6 +237,47 @@ def test_a_plan_beyond_the_model_is_told_before_training(tmp_path: Path) -> None
             continue
         with pytest.raises(TokenSuperpositionError, match=message):
             TSTTrainer(model, arguments(tmp_path), train_dataset=plan)
+
+
+@pytest.mark.parametrize("dtype", ["uint8", "int16", "uint16", "int32", "uint32", "int64", "uint64", "list", "tensor"])
+def test_tokens_of_any_whole_type_are_looked_at(dtype: str, tmp_path: Path) -> None:
+    """The largest of the first ones, 99; that of the model is 98."""
+    ids = list(range(100)) * 20
+    tokens: Any = {"list": ids, "tensor": torch.tensor(ids)}.get(dtype)
+    if tokens is None:
+        np.array(ids, dtype).tofile(tmp_path / "tokens.bin")
+        tokens = np.memmap(tmp_path / "tokens.bin", dtype, mode="r")
+    plan = PlannedDataset(tokens, Schedule.two_phase(4, 4, 0.5), 128, 4)
+    TSTTrainer(tiny("llama", vocab_size=100), arguments(tmp_path), train_dataset=plan)
+    with pytest.raises(TokenSuperpositionError, match="the token id 99, the model 99 embeddings"):
+        TSTTrainer(tiny("llama", vocab_size=99), arguments(tmp_path), train_dataset=plan)
+
+
+class OwnCausalLM(GPT2LMHeadModel):
+    """A class of one's own, that gives a dict and knows no cache."""
+
+    def forward(self, input_ids: torch.Tensor) -> dict[str, torch.Tensor]:  # pyright: ignore
+        return {"logits": super().forward(input_ids).logits}  # pyright: ignore
+
+
+class OutOfMemory(GPT2LMHeadModel):
+    def forward(self, input_ids: torch.Tensor, **_: Any) -> None:  # pyright: ignore
+        if input_ids.shape[1] > 8:
+            raise torch.OutOfMemoryError("full")
+
+
+def test_what_a_model_can_read_is_tried_only_as_far_as_it_can_be(tmp_path: Path) -> None:
+    plan = PlannedDataset(TOKENS, Schedule([Phase(2, 1, 4), Phase(2)]), 16, 4)
+    model: Any = OwnCausalLM(tiny("gpt2", max_position_embeddings=16).config)
+    TSTTrainer(model, arguments(tmp_path), train_dataset=plan)  # though it has no use_cache, and no .logits
+    assert reads(model, 16) and not reads(model, 17)
+    full = OutOfMemory(model.config)
+    assert reads(full, 16) and not reads(full, 17)  # what is known without trying
+    settings = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
+    of_17 = RobertaConfig(vocab_size=VOCAB, max_position_embeddings=17, is_decoder=True, **settings)
+    roberta = RobertaForCausalLM(of_17)  # two of which are for no token
+    with pytest.raises(TokenSuperpositionError, match="has 17 positions, give fewer, for some of them are for no"):
+        TSTTrainer(roberta, arguments(tmp_path), train_dataset=plan)
 
 
 class OwnGPT(torch.nn.Module):

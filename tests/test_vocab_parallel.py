@@ -192,7 +192,17 @@ def check_fsdp(rank: int) -> None:
     assert isinstance(table, FSDPModule)
 
 
+def check_a_process_without_rows(rank: int) -> None:
+    """Each process says it: one alone would leave the other waiting for its sum."""
+    mesh = init_device_mesh("cpu", (2,))
+    head: Any = distribute_tensor(torch.ones(1, D), mesh, [Shard(0)])
+    hidden: Any = DTensor.from_local(torch.ones(3, D), mesh, [Replicate()])
+    with pytest.raises(TokenSuperpositionError, match=r"sharded over 2 processes, 1 rows on each, which leaves none"):
+        linear(hidden, head, torch.zeros(3, S, dtype=torch.long))
+
+
 CHECKS = (
+    check_a_process_without_rows,
     check_loss_on_local_rows,
     check_number_of_collectives,
     check_dtensors,

@@ -152,6 +152,7 @@ def test_a_checkpoint_later_than_the_run_is_refused(
         (["--superposition.bag-size", "2"], "bag sizes of step 1 (4, 4) -> (2, 2)"),
         (["--superposition.ratio", "0.25"], "bag sizes of step 4 (4, 4) -> (1, 1)"),
         (["--superposition.ratio", "0.42"], "bag sizes of step 6 (4, 4) -> (1, 1)"),
+        (["--superposition.sides", "input"], "bag sizes of step 1 (4, 4) -> (4, 1)"),
         (["--superposition.shift"], "superposition.shift False -> True"),
         (["--data.sequence-length", "8"], "data.sequence_length 16 -> 8"),
         (["--train.seed", "3"], "train.seed 0 -> 3"),

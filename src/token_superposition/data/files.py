@@ -38,6 +38,7 @@ TEXT_SUFFIXES = frozenset({
 TABLE_SUFFIXES = (".jsonl", ".ndjson", ".parquet", ".arrow")
 ARCHIVE_SUFFIXES = frozenset({".tar", ".tgz", ".tbz2", ".txz", ".zip", ".7z", ".rar", ".xz", ".bz2", ".lz4", ".z"})
 STORE = "folders that are prepared data"
+FOUND = "lost+found"  # the system's, at the top of a disk, for nobody else to read
 HIDDEN = "hidden files and folders in folders"
 OTHER_FILE = "files in folders that are not text by their ending, or not regular files"
 LINK = "links in folders to other folders"
@@ -150,13 +151,14 @@ def _match(pattern: Path, dropped: Counter[str] | None) -> list[Path]:
     first = next(i for i, part in enumerate(parts) if any(c in part for c in "*?["))
     effective = os.access in os.supports_effective_ids
     try:
-        for i in range(first, len(parts)):  # glob itself passes over a folder that it may not read
-            for folder in root.glob(str(Path(*parts[:i]))) if i else [root]:
-                if folder.is_dir() and not os.access(folder, os.R_OK | os.X_OK, effective_ids=effective):
-                    raise unreadable(folder, PermissionError(errno.EACCES, os.strerror(errno.EACCES)))
         matches = sorted(p for p in root.glob(str(Path(*parts))) if not any(map(is_partial, p.parts)))
     except ValueError as e:
         raise TokenSuperpositionError(f"{pattern} is no pattern ({e}); write **/ for all folders") from None
+    for i in range(first, len(parts)):  # glob itself passes over a folder that it may not read
+        needed = os.X_OK | (os.R_OK if any(c in parts[i] for c in "*?[") else 0)
+        for folder in root.glob(str(Path(*parts[:i]))) if i else [root]:
+            if folder.is_dir() and folder.name != FOUND and not os.access(folder, needed, effective_ids=effective):
+                raise unreadable(folder, PermissionError(errno.EACCES, os.strerror(errno.EACCES)))
     files = [p for p in matches if p.is_file()]
     above = {folder for p in files for folder in p.parents}
     if dropped is not None and (count := sum(p.is_dir() and p not in above for p in matches)):
@@ -171,7 +173,7 @@ def _search(folder: Path, dropped: Counter[str] | None) -> list[Path]:
     root = os.path.realpath(folder)
     found: list[Path] = []
     for directory, folders, names in os.walk(folder, onerror=failed):
-        hidden = [name for name in (*folders, *names) if name.startswith(".")]
+        hidden = [name for name in (*folders, *names) if name.startswith(".") or name == FOUND]
         folders[:] = [name for name in folders if name not in hidden]
         if "meta.json" in names and is_store(Path(directory)):
             folders.clear()

@@ -229,7 +229,7 @@ def _prepare(
     }
     kept = _deduplicate(_read(documents, dropped), out, options, dropped)
     done, given_back = 0, GivenBack(tokenizer)
-    for split, size, tokens in _tokenise(held_out.split(kept), tokenizer, bos, eos, dtype, given_back):
+    for split, size, tokens in _tokenise(held_out.split(kept), tokenizer, bos, eos, dtype, given_back, total):
         if len(tokens) == 1 + (bos is not None):
             dropped["of which this tokenizer makes no token"] += 1
             continue
@@ -239,6 +239,7 @@ def _prepare(
         writers[split].add(tokens, size)
         done += size
         progress("tokenise", done, total)
+    given_back.require("the text")
     train, validation = (writers[s].finish() for s in ("train", "validation"))
     cut = dropped.pop(CUT, 0)
     if not train.tokens or not validation.tokens:
@@ -325,6 +326,7 @@ def _tokenise(
     eos: int,
     dtype: str,
     given_back: GivenBack,
+    total: int | None,
 ) -> Iterator[tuple[Split, int, np.ndarray]]:
     """Tokens of each document, after BOS if there is one and before EOS, in order.
 
@@ -335,6 +337,7 @@ def _tokenise(
     backend.no_padding()
     backend.encode_special_tokens = True  # where a text spells one, it is text: EOS is only where a document ends
     whole = not can_be_cut(backend)
+    read: list[int] = []  # bytes
     begin, end = np.array([] if bos is None else [bos], dtype), np.array([eos], dtype)
 
     def encode(batch: list[tuple[Split, int, str]]) -> list[tuple[Split, int, np.ndarray]]:
@@ -343,7 +346,9 @@ def _tokenise(
         encoded = [e.ids for e in backend.encode_batch_fast(texts, add_special_tokens=False)]
         some = slice(None, None, 1 + sum(map(len, texts)) // PIECE_CHARS)
         given_back.add(texts[some], encoded[some])
-        given_back.require("the text")
+        read.append(sum(size for _, size, _ in batch))
+        if (done := sum(read) / total if total else 0) < 1:
+            given_back.require(f"the first {done:.0%} of the text", done)
         flat = iter(encoded)
         result: list[tuple[Split, int, np.ndarray]] = []
         for (split, size, _), ps in zip(batch, pieces, strict=True):

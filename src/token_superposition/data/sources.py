@@ -124,11 +124,13 @@ def _read_file(path: Path, text_field: str, dropped: Counter[str]) -> Iterator[s
 def _read_text(path: Path, text_field: str, dropped: Counter[str]) -> Iterator[str]:
     """The file as one document, or as several if it is too long for one."""
     encoding, rest, pieces = "utf-8-sig", b"", 0
-    with open_file(path) as f:
+    with open_file(path) as file:
+        f = UpToDamage(file)
         while piece := rest + f.read(MAX_TEXT_BYTES):
             rest = b""
             if len(piece) >= MAX_TEXT_BYTES:
                 piece += f.readline(MAX_TEXT_BYTES // 8)
+            if len(piece) >= MAX_TEXT_BYTES or f.error is not None:
                 end = _last_whole_character(piece)
                 piece, rest = piece[:end], piece[end:]
             pieces += 1
@@ -144,6 +146,34 @@ def _read_text(path: Path, text_field: str, dropped: Counter[str]) -> Iterator[s
                 else:
                     yield text if pieces == 1 else Continued(text)
             encoding = "utf-8"  # a byte-order mark is one at the beginning only
+
+
+class UpToDamage:
+    """A file that gives all in front of where it is damaged, and raises when read once more."""
+
+    def __init__(self, file: Any) -> None:
+        self.file = file
+        self.error: Exception | None = None
+
+    def read(self, size: int) -> bytes:
+        if self.error is not None:
+            raise self.error
+        data = bytearray()
+        try:
+            while len(data) < size and (piece := self.file.read1(size - len(data))):
+                data += piece
+        except damage() as e:
+            self.error = e
+            if not data:
+                raise
+        return bytes(data)
+
+    def readline(self, size: int) -> bytes:
+        try:
+            return b"" if self.error is not None else self.file.readline(size)
+        except damage() as e:
+            self.error = e
+            return b""
 
 
 def _last_whole_character(data: bytes) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import unicodedata
+import warnings
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -111,6 +112,7 @@ class GivenBack:
         self.unknown: str | None = tokenizer.unk_token
         self.there: Counter[str] = Counter()
         self.lost: Counter[str] = Counter()
+        self.warned = False
 
     def add(self, texts: Sequence[str], ids: Sequence[list[int]]) -> None:
         for text, decoded in zip(texts, self.backend.decode_batch(list(ids), skip_special_tokens=False), strict=True):
@@ -121,13 +123,25 @@ class GivenBack:
                 self.there[name] += had.total()
                 self.lost[name] += (had - count(decoded)).total()
 
-    def require(self, what: str) -> None:
-        """Raises ``TokenSuperpositionError`` if more than ``MOST_LOST`` of the letters is lost."""
-        if self.lost["letters"] > MOST_LOST * self.there["letters"]:
-            share = 1 - self.lost["letters"] / self.there["letters"]
+    def require(self, what: str, read: float = 1.0) -> None:
+        """Raises ``TokenSuperpositionError`` if more than ``MOST_LOST`` of the letters is lost.
+
+        After the share ``read`` of a text, if that is so even should nothing of the rest be lost; else, once, it warns.
+        """
+        if not (lost := self.lost["letters"]) > MOST_LOST * self.there["letters"]:
+            return
+        share = 1 - lost / self.there["letters"]
+        if lost * read > MOST_LOST * self.there["letters"]:
             raise TokenSuperpositionError(
                 f"of the letters of {what} the tokenizer gives back {share:.0%}, and the rest would be lost; give one "
                 "that knows this text, or leave it out and have one trained"
+            )
+        if not self.warned:
+            self.warned = True
+            warnings.warn(
+                f"of the letters so far the tokenizer gives back {share:.0%}; a text is refused if at its end that is "
+                f"below {1 - MOST_LOST:.0%}",
+                stacklevel=2,
             )
 
     @property

@@ -144,18 +144,20 @@ def evaluate_text(
             text, add_special_tokens=False, split_special_tokens=True, return_offsets_mapping=True, verbose=False
         )
         ids: list[int] = encoded["input_ids"]
-        given_back = GivenBack(tokenizer)
-        given_back.add([text], [ids])
-        given_back.require(str(file))
         if left is not None and left < len(ids):
             kept, ends = left, [end for _, end in encoded["offset_mapping"]]
             while kept and ends[kept] == ends[kept - 1]:  # a character of several tokens, of which only some are kept
                 kept -= 1
             ids, text, cut, left = ids[:kept], text[: ends[kept - 1] if kept else 0], True, kept
+        given_back = GivenBack(tokenizer)
+        given_back.add([text], [ids])
+        given_back.require(str(file))
         if ids:
             names.append(file.name)
             parts.append(StridedText(torch.tensor([begin, *ids]), length, stride))
         left, size = None if left is None else left - len(ids), size + len(text.encode())
+    if not parts and cut:
+        raise TokenSuperpositionError(f"max-tokens {max_tokens} ends within the first character of the text; give more")
     if not parts:
         raise TokenSuperpositionError(f"there is no text in {', '.join(map(str, files)) or 'no file'}")
     nats, tokens = total_loss(model, ConcatDataset(parts), batch_size)

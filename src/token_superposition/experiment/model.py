@@ -16,7 +16,7 @@ from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, Pretr
 from token_superposition.data.boundaries import BoundaryKind, find_boundaries
 from token_superposition.data.store import Meta
 from token_superposition.data.tokenizer import load_tokenizer
-from token_superposition.engines.transformers.fit import positions, reads
+from token_superposition.engines.transformers.fit import has_positions, reads
 from token_superposition.errors import TokenSuperpositionError, first_line
 from token_superposition.experiment.config import Config, ModelConfig
 from token_superposition.experiment.launch import Launch
@@ -50,9 +50,7 @@ def build_model(config: Config, meta: Meta) -> PreTrainedModel:
     check_causal(model)
     length = config.data.sequence_length
     if not reads(model, length):
-        raise TokenSuperpositionError(
-            f"data.sequence_length is {length}; the model has {positions(model)} positions, give at most that"
-        )
+        raise TokenSuperpositionError(f"data.sequence_length is {length}; the model {has_positions(model, length)}")
     return model
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tomllib
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from hashlib import file_digest, sha256
 from pathlib import Path
 from typing import Any, Literal
@@ -85,6 +85,7 @@ def model_digest(path: str | None) -> str | None:
 
 def changes(old: Config, new: Config) -> list[str]:
     """What a run may not go on with, as "section.name old -> new"."""
+    old, new = (replace(c, superposition=c.superposition.as_read()) for c in (old, new))
     return [
         f"{section}.{name} {getattr(a, name)!r} -> {getattr(b, name)!r}"
         for section in ("model", "data", "superposition", "train")
@@ -166,6 +167,7 @@ def check_start(checkpoint: Path, config: Config, meta: Meta, precision: str, mo
             "earlier checkpoint"
         )
     old = from_dict(Config, manifest["config"], str(checkpoint))
+    old = replace(old, superposition=old.superposition.as_read())
     differences = [
         f"data's {name} {_short(value)} -> {_short(now)}"
         for name, value in manifest["data"].items()

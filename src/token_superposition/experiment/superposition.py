@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from token_superposition.data.boundaries import BoundaryKind
@@ -72,6 +72,10 @@ class SuperpositionConfig:
         require_int("superposition.mtp_heads", self.mtp_heads, 0)
         if not 0 <= self.mtp_weight < math.inf:
             raise TokenSuperpositionError(f"superposition.mtp_weight is {self.mtp_weight}; give a number from 0 up")
+
+    def as_read(self) -> SuperpositionConfig:
+        """The same without the settings of bags that ``sides`` has not, which ``check`` refuses today."""
+        return replace(self, **{name: getattr(BASELINE, name) for name in UNREAD.get(self.sides, ())})
 
     def refuse_variants(self, engine: str) -> None:
         """Raise ``TokenSuperpositionError`` for a variant that only tst train has."""

@@ -9,7 +9,10 @@ from pathlib import Path
 
 from token_superposition.errors import TokenSuperpositionError, first_line
 from token_superposition.experiment.checkpoints import MANIFEST, checkpoints_in, damage
-from token_superposition.experiment.files import METRICS, MODEL, RESULT
+from token_superposition.experiment.files import CONFIG, METRICS, MODEL, RESULT
+
+INDEX = "model.safetensors.index.json"
+WEIGHTS = {".safetensors", ".bin", ".gguf", ".h5", ".msgpack", ".onnx", ".pt", ".pth"}
 
 
 def verify_run(directory: Path) -> tuple[int, list[str]]:
@@ -46,7 +49,7 @@ def verify_run(directory: Path) -> tuple[int, list[str]]:
                     f"{file} is missing, and {path} says that the run is finished"
                     for file in _missing(path.parent / MODEL)
                 ]
-            elif path.name == "config.json" and path.parent.name != MODEL and _describes_weights(path):
+            elif path.name == "config.json" and not _of_a_run(path.parent) and _describes_weights(path):
                 damaged += [f"{file} is missing, of the model that {path} describes" for file in _missing(path.parent)]
         except Exception as e:  # each reader has its own kinds
             damaged.append(f"{path} cannot be read ({first_line(e)})")
@@ -61,14 +64,21 @@ def _json_lines(path: Path) -> None:
                 json.loads(line)
 
 
+def _of_a_run(model: Path) -> bool:
+    """Of which it is the result that says whether it is whole."""
+    return model.name == MODEL and (model.parent / CONFIG).exists()
+
+
 def _describes_weights(config: Path) -> bool:
-    """Of a model whose weights are not in another form beside it, which is not read here."""
-    return "model_type" in json.loads(config.read_bytes()) and not any(config.parent.glob("*.bin"))
+    """Of a model whose weights are not under another name or in another form beside it, which are not missed here."""
+    beside = {p.suffix for p in config.parent.iterdir()}
+    indexed = (config.parent / INDEX).exists()
+    return "model_type" in json.loads(config.read_bytes()) and (indexed or beside.isdisjoint(WEIGHTS))
 
 
 def _missing(model: Path) -> list[Path]:
     """Files of weights that a model lacks."""
-    index = model / "model.safetensors.index.json"
+    index = model / INDEX
     names = set(json.loads(index.read_bytes())["weight_map"].values()) if index.exists() else {"model.safetensors"}
     return [model / name for name in sorted(names) if not (model / name).is_file()]
 

@@ -44,6 +44,12 @@ def local_head(
     head: Any = weight
     mesh = head.device_mesh
     rows, start, sharded = local_rows(head)
+    each = -(-head.shape[0] // mesh.size())
+    if sharded and each * (mesh.size() - 1) >= head.shape[0]:  # said by every process, so that none waits for another
+        raise TokenSuperpositionError(
+            f"the head of shape {tuple(head.shape)} is sharded over {mesh.size()} processes, {each} rows on each, "
+            "which leaves none to the last; shard it over fewer, or give the vocabulary more rows"
+        )
     if sharded and not isinstance(hidden, DTensor):
         raise TokenSuperpositionError(
             "the head is a DTensor with a part of the vocabulary, hidden is a plain tensor; under FSDP2 call unshard() "

@@ -158,9 +158,9 @@ class TSTTrainer(Trainer):
         self._hidden = HiddenStates.of(cast(Any, model).get_decoder()) if self.head else None
         if isinstance(self.train_dataset, Plan):
             check_plan(self, self.train_dataset, lr_factor)
-            if isinstance(self.train_dataset, PlannedDataset):
-                check_fit(model, self.train_dataset)
             with torch.compiler.set_stance("force_eager"):
+                if isinstance(self.train_dataset, PlannedDataset):
+                    check_fit(model, self.train_dataset)
                 self._check_model(model, self.train_dataset.schedule)
         # The last, so that a model is what it was where anything above is refused.
         superpose(model, place_signal=place_signal, input_weighting=input_weighting)
