@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import os
+import random
 import shutil
 import tarfile
 import zipfile
@@ -100,6 +101,19 @@ CASES: list[tuple[str, bytes, list[str] | None, dict[str, int]]] = [
     ("nulls.parquet", parquet([b"row", None, b"", b"caf\xe9", b"end"]), ["row", "end"],
      {NO_TEXT: 1, "not UTF-8": 1, "empty document": 1}),
 ]  # fmt: skip
+
+
+@pytest.mark.filterwarnings("ignore:.* breaks off")
+@pytest.mark.parametrize(("ending", "compressed"), [("gz", gzip.compress), ("zst", zstd)])
+def test_a_text_that_breaks_off_is_kept_up_to_the_last_mebibyte(
+    ending: str, compressed: Callable[[bytes], bytes], tmp_path: Path
+) -> None:
+    whole = random.Random(0).choices("abcdefghijklmnopqrstuvwxyz", k=3 * 2**20)
+    path = tmp_path / f"a.txt.{ending}"
+    path.write_bytes(compressed("".join(whole).encode())[:-99])
+    dropped: Counter[str] = Counter()
+    (got,) = read_documents([str(path)], "text", dropped)
+    assert list(got) == whole[: len(got)] and len(got) > 2 * 2**20 and dropped == {"unreadable rest of a file": 1}
 
 
 @pytest.mark.filterwarnings("ignore:.* breaks off")

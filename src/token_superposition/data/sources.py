@@ -160,7 +160,7 @@ class UpToDamage:
             raise self.error
         data = bytearray()
         try:
-            while len(data) < size and (piece := self.file.read1(size - len(data))):
+            while len(data) < size and (piece := self.file.read1(min(size - len(data), 2**16))):
                 data += piece
         except damage() as e:
             self.error = e
