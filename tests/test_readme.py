@@ -33,8 +33,8 @@ def test_python_blocks_train(tmp_path: Path) -> None:
         "warmup_steps": 2,
         "length": 8,
         "next_tokens": lambda n: torch.randint(VOCAB, (2, n), generator=generator),
-        "tokens": np.arange(20_000) % VOCAB,
-        "validation_tokens": np.arange(100) % VOCAB,
+        "tokens": (np.arange(20_000) % VOCAB).astype(np.uint16),  # as tokens are kept on disks
+        "validation_tokens": (np.arange(100) % VOCAB).astype(np.uint16),
         "sequence_length": 8,
         "batch_size": 8,
         "training_arguments": TrainingArguments(
