@@ -8,13 +8,14 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from huggingface_hub import ModelCard
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import AutoModelForCausalLM, GPTNeoConfig
+from transformers import AutoModelForCausalLM, GPTNeoConfig, PreTrainedModel
 
 from tests.conftest import VOCAB, text
 from token_superposition import TokenSuperpositionError
@@ -275,3 +276,33 @@ def test_causal_masks_that_old_files_have_are_no_weights(tmp_path: Path) -> None
     weights = load_file(tmp_path / "model.safetensors")
     save_file(weights | masks, tmp_path / "model.safetensors", {"format": "pt"})
     assert torch.equal(load_exactly(tmp_path).lm_head.weight, model.lm_head.weight)
+
+
+def test_a_model_that_is_written_otherwise_does_not_appear(
+    finished_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As of an architecture whose weights transformers converts when it saves them, and not back."""
+    save = PreTrainedModel.save_pretrained
+
+    def other(model: Any, *args: Any, **options: Any) -> None:
+        weight = model.get_output_embeddings().weight
+        kept = weight.data.clone()
+        weight.data.mul_(1.01)
+        save(model, *args, **options)
+        weight.data.copy_(kept)
+
+    monkeypatch.setattr(PreTrainedModel, "save_pretrained", other)
+    with pytest.raises(TokenSuperpositionError, match="gives other logits than it"):
+        export(finished_run, tmp_path / "out")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_damaged_checkpoint_is_not_exported(finished_run: Path, tmp_path: Path) -> None:
+    run = shutil.copytree(finished_run, tmp_path / "run")
+    weights = run / "checkpoints/checkpoint-8/model.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[-1] ^= 1
+    weights.write_bytes(content)
+    with pytest.raises(TokenSuperpositionError, match=r"was altered.*take another checkpoint"):
+        export(run, tmp_path / "out", checkpoint=8)
+    assert not (tmp_path / "out").exists()

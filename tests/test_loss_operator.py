@@ -300,3 +300,11 @@ def test_the_step_reads_nothing_back() -> None:
     assert {"token_superposition::linear_multi_hot_loss", "aten::mm"} <= seen  # the profile looks inside the operator
     waiting = ("item", "_local_scalar_dense", "is_nonzero", "nonzero", "masked_select", "unique", "equal", "tolist")
     assert not {f"aten::{name}" for name in waiting} & seen
+
+
+def test_a_chunk_of_low_precision_counts_its_logits_in_float32(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("token_superposition.loss.chunked.CHUNK_BYTES", 32 * 4 * 20_000)
+    hidden, head = (torch.randn(n, 4, dtype=torch.bfloat16, requires_grad=True) for n in (240, 20_000))
+    targets = torch.randint(20_000, (240, 4))
+    peak = peak_bytes(lambda: linear(hidden, head, targets, impl="chunked").backward())
+    assert 0 < peak < 2.5 * 32 * 4 * 20_000  # 3.9 with chunks of 64 rows

@@ -6,11 +6,12 @@ import math
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, get_args
 
 import pytest
 import torch
-from transformers import TrainerCallback
+from transformers import AutoModelForCausalLM, PhiConfig, TrainerCallback
 
 from tests.conftest import VOCAB, tiny
 from tests.test_train import train_command
@@ -278,3 +279,21 @@ def test_fsdp_refuses(settings: dict[str, Any], message: str, monkeypatch: pytes
 def test_bad_input_has_one_clear_line(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(TokenSuperpositionError, match=message):
         changed(Config(), settings).check()
+
+
+def switched(seed: int, **options: Any) -> Any:
+    model: Any = tiny("llama", **options)
+    step: Any = SimpleNamespace(seed=seed), SimpleNamespace(global_step=3), None
+    AtSwitch(3, embeddings=True).on_step_begin(*step, model=model, optimizer=torch.optim.AdamW(model.parameters()))
+    return model.get_input_embeddings().weight
+
+
+def test_new_embeddings_are_drawn_by_the_seed_of_the_run_as_the_model_draws_its_own() -> None:
+    a, b, again = (switched(seed) for seed in (1, 2, 1))
+    assert torch.equal(a, again) and not torch.equal(a, b)
+    assert switched(1, initializer_range=0.1).std().item() == pytest.approx(0.1, rel=0.05)
+    phi = PhiConfig(vocab_size=VOCAB, hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=2)
+    model: Any = AutoModelForCausalLM.from_config(phi)
+    torch.nn.init.ones_(model.lm_head.bias)
+    changed = initialise_embeddings(model, 1)
+    assert not model.lm_head.bias.any() and any(p is model.lm_head.bias for p in changed)

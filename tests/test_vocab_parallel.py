@@ -192,6 +192,21 @@ def check_fsdp(rank: int) -> None:
     assert isinstance(table, FSDPModule)
 
 
+def check_extreme_logits(rank: int) -> None:
+    """As a run that diverges has them: exp of what the largest of all is not taken off would be infinite."""
+    hidden, head, bias, targets = example()
+    hidden, mine = hidden.detach() * 1e4, slice(0, 6) if rank == 0 else slice(6, V)
+    place = VocabParallel(dist.group.WORLD, mine.start)  # pyright: ignore
+    got = linear(hidden, head[mine], targets, bias=bias[mine], vocab_parallel=place)
+    close(got, linear(hidden, head, targets, bias=bias))
+
+
+def check_a_plain_bias_of_a_whole_head(rank: int) -> None:
+    hidden, head, bias, targets = example()
+    whole = distribute_tensor(head.detach(), init_device_mesh("cpu", (2,)), [Replicate()])
+    close(linear(hidden, whole, targets, bias=bias), linear(hidden, head, targets, bias=bias))
+
+
 def check_a_process_without_rows(rank: int) -> None:
     """Each process says it: one alone would leave the other waiting for its sum."""
     mesh = init_device_mesh("cpu", (2,))
@@ -202,6 +217,8 @@ def check_a_process_without_rows(rank: int) -> None:
 
 
 CHECKS = (
+    check_extreme_logits,
+    check_a_plain_bias_of_a_whole_head,
     check_a_process_without_rows,
     check_loss_on_local_rows,
     check_number_of_collectives,

@@ -1,0 +1,36 @@
+"""What a dry run says that the runs of a comparison take."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from token_superposition.experiment import dry_run as module
+from token_superposition.experiment.compare import jobs_of
+from token_superposition.experiment.config import Config, load_config
+
+
+def test_what_is_left_of_a_run_is_the_end_of_its_schedule() -> None:
+    """5 of 100 steps, after the switch: no bags, and of the validations those of step 96 and at the end."""
+    config = Config()
+    config = replace(config, train=replace(config.train, steps=100, eval_every=8, warmup_steps=5))
+    (job,) = [j for j in jobs_of(config) if j.name == "tst"]
+    step = config.train.batch_size * config.data.sequence_length
+    cost = module.cost_of_job(job, 5, 1.0, held_out=600)
+    assert cost.raw_tokens == cost.latent_tokens == 5 * step
+    assert cost.step_equivalents == 5 + (600 + 600) / (3 * step)
+
+
+def test_heads_for_further_tokens_take_time(
+    write_config: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "seconds_per_step", lambda *_: 1.0)
+    plain = load_config(write_config())
+    heads = replace(plain, superposition=replace(plain.superposition, mtp_heads=3))
+    before, after = (
+        {j.directory: j.step_equivalents for j in module.dry_run(c, tmp_path / "out").jobs} for c in (plain, heads)
+    )
+    assert after["tst"] > before["tst"] and after["baseline"] == before["baseline"]
