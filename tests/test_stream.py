@@ -76,7 +76,12 @@ def test_a_streamed_plan_skips_empty_documents_and_keeps_no_long_one() -> None:
 
 def test_a_streamed_plan_says_when_it_cannot() -> None:
     schedule = Schedule.two_phase(4, 3, 0.5)
-    for ids, what in (([[1, 2]], r"shape \(1, 2\) and type int64"), ([1.5] * 20, "float64"), ("text", r"shape \(\)")):
+    for ids, what in (
+        ([[1, 2]], r"shape \(1, 2\) and type int64"),
+        ([1.5] * 20, "float64"),
+        ("text", r"shape \(\)"),
+        (None, "are None; give the ids"),
+    ):
         with pytest.raises(TokenSuperpositionError, match=f"{what}.*whole numbers in one axis"):
             next(iter(StreamedPlan([{"input_ids": ids}], schedule, 4, 2)))
     with pytest.raises(TokenSuperpositionError, match="no tokens"):

@@ -96,6 +96,16 @@ def test_steps_can_be_left_out(optimizer: str, write_config: Write, tmp_path: Pa
         assert not torch.equal(w[finite], before[name][finite]), name
 
 
+def test_steps_that_are_left_out_after_the_last_log_stand_with_a_validation(
+    write_config: Write, tmp_path: Path
+) -> None:
+    config, bad = poisoned(write_config, tmp_path, on_nonfinite="skip", log_every=100)
+    with pytest.warns(UserWarning, match="left out: the gradient of step"):
+        train(config, tmp_path / "run")
+    lines = read_metrics(tmp_path / "run/metrics.jsonl")
+    assert [s for m in lines for s in m.get("skipped", [])] == bad
+
+
 @pytest.mark.parametrize("fused", [True, False])
 @pytest.mark.parametrize("action", ["stop", "skip"])
 def test_the_optimizer_does_as_if_the_step_had_not_been(fused: bool, action: Any) -> None:

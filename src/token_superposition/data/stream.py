@@ -33,8 +33,9 @@ class StreamedPlan(IterableDataset[Sample]):
         plan = StreamedPlan(mine, schedule, sequence_length, batch_size // world_size)
 
     The order is the stream's: shuffle ``documents`` (``shuffle(seed=..., buffer_size=...)``). A stream has no index, so
-    going on at a step means reading up to it again, which is what ``Trainer`` and accelerate do. One epoch is the whole
-    run: what iterates again begins again with the bags.
+    going on at a step means reading up to it again, which is what ``Trainer`` and accelerate do; go on with as many
+    loader workers (none or one), for ``datasets`` shuffles otherwise in a worker. One epoch is the whole run: what
+    iterates again begins again with the bags.
 
     Raises ``TokenSuperpositionError`` while iterating for an empty stream, for a document without ``input_ids``, with
     padding or with ids below 0, and for more than one loader worker, which would each read the whole of it; warns where
@@ -107,6 +108,10 @@ class StreamedPlan(IterableDataset[Sample]):
                     raise TokenSuperpositionError(
                         "a document of the stream is padded (its attention_mask has 0), which would be trained on; "
                         "tokenise without padding: documents of any length are joined"
+                    )
+                if not hasattr(ids, "__len__"):
+                    raise TokenSuperpositionError(
+                        f"input_ids of a document are {ids!r}; give the ids of one document, whole numbers in one axis"
                     )
                 read += len(ids)
                 yield ids

@@ -100,7 +100,7 @@ class MetricsWriter(TrainerCallback):
         if "loss" in line and is_spike(self.lines, line):
             line["spike"] = True
             warnings.warn(f"the loss jumped to {line['loss']:.3f} at step {state.global_step}", stacklevel=1)
-        if "loss" in line and self.skipped:
+        if self.skipped:  # also with the last validation, for steps that no loss is logged of
             line["skipped"] = list(self.skipped)
             self.skipped.clear()
         try:
