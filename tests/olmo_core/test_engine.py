@@ -171,6 +171,14 @@ def test_learning_rate_is_the_curve_of_wsd(prepared: Path, tmp_path: Path) -> No
     assert [spy.metrics[s]["optim/LR (group 0)"] for s in range(1, 11)] == [3e-3 * curve(s) for s in range(10)]
 
 
+@pytest.mark.parametrize("std", [0.1, 0.02])
+def test_new_weights_have_the_standard_deviation_of_the_configuration(std: float) -> None:
+    model = transformer_config(small_model("llama", initializer_range=std).config).build(init_device="cpu")
+    model.init_weights(device=torch.device("cpu"), max_seq_len=64)
+    for name, p in model.named_parameters():
+        assert p.dim() == 1 or p.std().item() == pytest.approx(std, rel=0.1), name
+
+
 def test_norms_are_not_decayed(prepared: Path) -> None:
     start = small_model("qwen3")
     module = train_module(
