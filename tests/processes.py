@@ -58,9 +58,11 @@ def fork(target: Callable[..., None], *args: Any) -> Any:
     return process
 
 
-def _call(log: str, environment: dict[str, str], directory: str, target: Callable[..., None], args: Any) -> None:
-    for stream, name in ((1, "out"), (2, "err")):
-        os.dup2(os.open(f"{log}.{name}", os.O_CREAT | os.O_WRONLY | os.O_APPEND), stream)
+def _call(
+    out: str, err: str, environment: dict[str, str], directory: str, target: Callable[..., None], args: Any
+) -> None:
+    for stream, log in ((1, out), (2, err)):
+        os.dup2(os.open(log, os.O_CREAT | os.O_WRONLY | os.O_APPEND), stream)
     os.environ.clear()
     os.environ.update(environment)
     multiprocessing.set_start_method(None, force=True)  # of what it starts: that of any process, not the server's
@@ -71,13 +73,13 @@ def _call(log: str, environment: dict[str, str], directory: str, target: Callabl
 
 def begin(log: Path, target: Callable[..., None], *args: Any, **environment: str) -> Any:
     """``target(*args)`` in a process of its own that prints to ``log``.out and .err; it is not waited for."""
-    return start(_call, str(log), os.environ | environment, str(Path.cwd()), target, args)
+    return start(_call, f"{log}.out", f"{log}.err", os.environ | environment, str(Path.cwd()), target, args)
 
 
 def call(target: Callable[..., None], *args: Any, **environment: str) -> subprocess.CompletedProcess[str]:
     """``target(*args)`` in a process of its own, with what it printed."""
     with tempfile.TemporaryDirectory() as logs:
-        process = start(_call, f"{logs}/log", os.environ | environment, str(Path.cwd()), target, args)
+        process = begin(Path(logs) / "log", target, *args, **environment)
         process.join(TIMEOUT)
         if process.exitcode is None:
             process.kill()
@@ -99,8 +101,7 @@ def launch(processes: int, target: Callable[..., None], *args: Any, killed: bool
         started: list[Any] = []
         for rank in range(processes):
             variables = {k: str(v) for k, v in (group | {"RANK": rank, "LOCAL_RANK": rank}).items()}
-            where = (f"{logs}/{rank}", os.environ | environment | variables, str(Path.cwd()))
-            started.append(start(_call, *where, target, args))
+            started.append(begin(Path(logs) / str(rank), target, *args, **environment | variables))
         for process in started:
             process.join(TIMEOUT)
             if process.exitcode is None:
@@ -130,20 +131,11 @@ class Fork:
     def __init__(self, line: list[str], stdin: int, stdout: IO[bytes], stderr: IO[bytes], env: dict[str, str]) -> None:
         assert line[:4] == [sys.executable, "-P", "-m", "token_superposition"]
         assert (stdin, stdout) == (subprocess.DEVNULL, stderr)
-        self._run = fork(_run, stdout.name, env, str(Path.cwd()), line[4:])
+        self._run = fork(_call, stdout.name, stdout.name, env, str(Path.cwd()), command, line[4:])
         self.terminate, self.wait = self._run.terminate, self._run.join
 
     def poll(self) -> int | None:
         return self._run.exitcode
-
-
-def _run(log: str, environment: dict[str, str], directory: str, args: list[str]) -> None:
-    os.chdir(directory)
-    for stream in (1, 2):
-        os.dup2(os.open(log, os.O_WRONLY | os.O_APPEND), stream)
-    os.environ.clear()
-    os.environ.update(environment)
-    command(*args)
 
 
 FORKS = SimpleNamespace(Popen=Fork, DEVNULL=subprocess.DEVNULL)

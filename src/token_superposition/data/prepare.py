@@ -337,17 +337,18 @@ def _tokenise(
     backend.no_padding()
     backend.encode_special_tokens = True  # where a text spells one, it is text: EOS is only where a document ends
     whole = not can_be_cut(backend)
-    read: list[int] = []  # bytes
+    read = 0  # bytes
     begin, end = np.array([] if bos is None else [bos], dtype), np.array([eos], dtype)
 
     def encode(batch: list[tuple[Split, int, str]]) -> list[tuple[Split, int, np.ndarray]]:
+        nonlocal read
         pieces = [[text] if whole else list(cut_at_lines(text, PIECE_CHARS)) for _, _, text in batch]
         texts = [p for ps in pieces for p in ps]
         encoded = [e.ids for e in backend.encode_batch_fast(texts, add_special_tokens=False)]
         some = slice(None, None, 1 + sum(map(len, texts)) // PIECE_CHARS)
         given_back.add(texts[some], encoded[some])
-        read.append(sum(size for _, size, _ in batch))
-        if (done := sum(read) / total if total else 0) < 1:
+        read += sum(size for _, size, _ in batch)
+        if (done := read / total if total else 0) < 1:
             given_back.require(f"the first {done:.0%} of the text", done)
         flat = iter(encoded)
         result: list[tuple[Split, int, np.ndarray]] = []
