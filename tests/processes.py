@@ -13,7 +13,6 @@ import multiprocessing.forkserver
 import os
 import resource
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -67,8 +66,18 @@ def _call(
     os.environ.update(environment)
     multiprocessing.set_start_method(None, force=True)  # of what it starts: that of any process, not the server's
     os.chdir(directory)
-    faulthandler.dump_traceback_later(TIMEOUT - 10)  # of a process that hangs, where
+    faulthandler.register(signal.SIGUSR1)
     target(*args)
+
+
+def _end(process: Any) -> int | None:
+    """Its exit status; one that takes too long says where it hangs, and has none."""
+    process.join(TIMEOUT)
+    if (status := process.exitcode) is None:
+        os.kill(process.pid, signal.SIGUSR1)
+        process.join(1)
+        process.kill()
+    return status
 
 
 def begin(log: Path, target: Callable[..., None], *args: Any, **environment: str) -> Any:
@@ -80,12 +89,24 @@ def call(target: Callable[..., None], *args: Any, **environment: str) -> subproc
     """``target(*args)`` in a process of its own, with what it printed."""
     with tempfile.TemporaryDirectory() as logs:
         process = begin(Path(logs) / "log", target, *args, **environment)
-        process.join(TIMEOUT)
-        if process.exitcode is None:
-            process.kill()
-            raise TimeoutError(f"{args} takes longer than {TIMEOUT} s")
+        status = _end(process)
         printed = [Path(f"{logs}/log.{name}").read_text() for name in ("out", "err")]
-    return subprocess.CompletedProcess(args, process.exitcode, *printed)
+    if status is None:
+        raise TimeoutError(f"{args} takes longer than {TIMEOUT} s\n{printed[1]}")
+    return subprocess.CompletedProcess(args, status, *printed)
+
+
+def begin_group(processes: int, logs: Path, target: Callable[..., None], *args: Any, **environment: str) -> list[Any]:
+    """``target(*args)`` on several processes, as torchrun starts them; they print to ``logs``/0.out, 0.err, 1.out..."""
+    store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    group = {"WORLD_SIZE": processes, "LOCAL_WORLD_SIZE": processes, "MASTER_ADDR": store.host}
+    group |= {"MASTER_PORT": store.port, "TORCHELASTIC_USE_AGENT_STORE": True}
+    started: list[Any] = []
+    for rank in range(processes):
+        variables = {k: str(v) for k, v in (group | {"RANK": rank, "LOCAL_RANK": rank}).items()}
+        started.append(begin(logs / str(rank), target, *args, **environment | variables))
+        started[rank].store = store  # as long as they are there, so that nobody else gets its port
+    return started
 
 
 def launch(processes: int, target: Callable[..., None], *args: Any, killed: bool = False, **environment: str) -> None:
@@ -93,20 +114,9 @@ def launch(processes: int, target: Callable[..., None], *args: Any, killed: bool
 
     All must succeed or, with ``killed``, die of SIGKILL.
     """
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
-    group = {"WORLD_SIZE": processes, "LOCAL_WORLD_SIZE": processes, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     with tempfile.TemporaryDirectory() as logs:
-        started: list[Any] = []
-        for rank in range(processes):
-            variables = {k: str(v) for k, v in (group | {"RANK": rank, "LOCAL_RANK": rank}).items()}
-            started.append(begin(Path(logs) / str(rank), target, *args, **environment | variables))
-        for process in started:
-            process.join(TIMEOUT)
-            if process.exitcode is None:
-                process.kill()
-        codes = [process.exitcode for process in started]
+        started = begin_group(processes, Path(logs), target, *args, **environment)
+        codes = [_end(process) for process in started]
         output = "\n".join(Path(f"{logs}/{rank}.err").read_text()[-3000:] for rank in range(processes))
     assert codes == [-signal.SIGKILL if killed else 0] * processes, f"{codes}\n{output}"
 

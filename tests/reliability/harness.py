@@ -8,7 +8,6 @@ import os
 import random
 import shutil
 import signal
-import socket
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -142,16 +141,6 @@ class Runs:
 def data_of(out: Path) -> Path:
     """What was prepared for this run alone."""
     return out.with_suffix(".data")
-
-
-def pair(logs: Path, target: Callable[..., None], *args: str) -> list[Any]:
-    """``target(*args)`` in two processes over gloo, as torchrun starts them; they print to ``logs``/0.err and 1.err."""
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
-    group = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    ranks = ({"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(2))
-    return [begin(logs / str(i), target, *args, **group, **rank) for i, rank in enumerate(ranks)]
 
 
 def until(process: Any, condition: Callable[[], bool]) -> None:

@@ -18,8 +18,8 @@ import torch
 from transformers import AutoModelForCausalLM, TrainerControl, TrainerState
 
 from tests.conftest import tiny
-from tests.processes import call, command
-from tests.reliability.harness import pair, until
+from tests.processes import begin_group, call, command
+from tests.reliability.harness import until
 from token_superposition import TokenSuperpositionError
 from token_superposition.data.plan import PlannedDataset
 from token_superposition.data.store import TokenStore
@@ -196,7 +196,9 @@ def test_a_dead_process_ends_the_others(write_config: Write, tmp_path: Path) -> 
     """One of two over gloo gets SIGKILL."""
     out = tmp_path / "run"
     config = write_config(steps=400, eval_every=400, warmup_steps=2)
-    first, second = pair(tmp_path, command, "train", str(config), "--out", str(out), "--train.timeout-minutes", "1")
+    first, second = begin_group(
+        2, tmp_path, command, "train", str(config), "--out", str(out), "--train.timeout-minutes", "1"
+    )
     until(first, lambda: len(read_metrics(out / "metrics.jsonl")) > 3)
     os.kill(second.pid, signal.SIGKILL)
     first.join(120)

@@ -16,8 +16,8 @@ from typing import Any
 import pytest
 
 from tests.conftest import tst
-from tests.processes import begin, call, command, command_with_forks
-from tests.reliability.harness import DEADLINE, EVERY, FAULTS, STEPS, Runs, outcome, pair, steps_done, until
+from tests.processes import begin, begin_group, call, command, command_with_forks
+from tests.reliability.harness import DEADLINE, EVERY, FAULTS, STEPS, Runs, outcome, steps_done, until
 from tests.test_cli import wait_for
 from token_superposition.data.plan import PlannedDataset
 from token_superposition.data.store import TokenStore
@@ -113,7 +113,7 @@ def test_two_processes_with_accumulation_read_the_same_samples(runs: Runs, tmp_p
     """One process stopped after step 8, in phase 1; two, with the same batch in micro-batches of 1, go on."""
     out, notes = runs.stopped(tmp_path / "run", 8), tmp_path / "notes"
     args = ("train", str(runs.config), "--out", str(out), "--train.micro-batch-size", "1")
-    for process in pair(tmp_path, command_that_notes_its_samples, str(notes), *args):
+    for process in begin_group(2, tmp_path, command_that_notes_its_samples, str(notes), *args):
         assert runs.wait(process) == 0, (tmp_path / "0.err").read_text()
     found = outcome(out)
     for a, b in zip(numbers(found.metrics), numbers(runs.expected.metrics), strict=True):
@@ -135,7 +135,7 @@ def test_two_processes_agree_to_stop(runs: Runs, tmp_path: Path) -> None:
     """SIGTERM to one of them; both end with 143 after the same step, and one process goes on to the end."""
     out = tmp_path / "run"
     args = ("train", str(runs.config), "--train.save-every", "0", "--out")
-    both = pair(tmp_path, command, *args, str(out))
+    both = begin_group(2, tmp_path, command, *args, str(out))
     until(both[0], lambda: steps_done(out) >= 3)
     both[1].terminate()
     assert [runs.wait(process) for process in both] == [143, 143]

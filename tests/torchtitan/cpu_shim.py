@@ -62,14 +62,13 @@ def run(arguments: str) -> None:
     from torchtitan import trainer
     from torchtitan.train import main
 
-    # At its end the first process waits 2 s for the others; here it is the store that waits, at the end of them all.
+    # At its end the first process waits 2 s for the others; here the store is that of who started them.
     trainer.time = SimpleNamespace(perf_counter=time.perf_counter, sleep=lambda seconds: None)
     from tests.torchtitan import vocabulary
 
     rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    master = rank == 0 and "TORCHELASTIC_RUN_ID" not in os.environ  # torchrun has a store already
     address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-    store = torch.distributed.TCPStore(address, port, is_master=master, wait_for_workers=False)
+    store = torch.distributed.TCPStore(address, port, is_master=False, wait_for_workers=False)
     start = torch.distributed.init_process_group
     for i, flags in enumerate(arguments.split(" THEN ")):
         # The processes of each run meet under keys of their own: those of the run before are still in the store.
@@ -80,8 +79,6 @@ def run(arguments: str) -> None:
             vocabulary.run(sys.argv[2])
         else:
             main()
-    if rank == 0:
-        time.sleep(1)
 
 
 if __name__ == "__main__":
