@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from tokenizers import processors
 from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -348,15 +349,13 @@ def harness_tasks(folder: str) -> Path:
 
 
 def save_dataset(folder: Path, configurations: Sequence[str], row: dict[str, Any]) -> None:
-    """As the hub keeps it: a card that lists the files of every configuration and split."""
-    card: list[dict[str, Any]] = []
-    for name in configurations:
-        (folder / name).mkdir(parents=True)
-        splits = [{"split": split, "path": f"{name}/{split}.jsonl"} for split in ("train", "validation", "test", "dev")]
-        for split in splits:
-            (folder / split["path"]).write_text(json.dumps(row) + "\n")
-        card.append({"config_name": name, "data_files": splits})
-    (folder / "README.md").write_text(f"---\n{json.dumps({'configs': card})}\n---\n")
+    """As the hub keeps it: a card that lists the files of every configuration and split, here the same of all."""
+    folder.mkdir(parents=True)
+    splits = [{"split": split, "path": f"{split}.jsonl"} for split in ("train", "validation", "test", "dev")]
+    for split in splits:
+        (folder / split["path"]).write_text(json.dumps(row) + "\n")
+    card = {"configs": [{"config_name": name, "data_files": splits} for name in configurations]}
+    (folder / "README.md").write_text(f"---\n{yaml.safe_dump(card)}---\n")
 
 
 def test_tasks_without_the_extra(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
