@@ -200,6 +200,27 @@ def test_memory_of_weights_gradients_and_optimizer_is_what_they_hold() -> None:
     assert shared.activations == memory.activations > memory.activations_checkpointed
 
 
+def test_sizes_that_a_model_does_not_name() -> None:
+    gpt2 = shape_of(config_of("gpt2"), VOCAB)
+    assert (gpt2.attention_width, gpt2.key_value_width, gpt2.mlp_width) == (32, 32, 4 * 32)
+
+
+def test_a_token_goes_through_two_experts_of_a_mixtral() -> None:
+    options = TINY["llama"] | {"num_local_experts": 4, "num_experts_per_tok": 2}
+    shape = shape_of(Config(ModelConfig("mixtral", options)), VOCAB)
+    layers, width = 2, 48
+    assert (options["num_hidden_layers"], options["intermediate_size"]) == (layers, width)
+    assert shape.mlp_width == 2 * width
+    assert shape.parameters - shape.active_parameters == layers * (4 - 2) * 3 * 32 * width
+
+
+def test_the_largest_layer_counts() -> None:
+    config = Config(ModelConfig("deepseek_v3", LATENT))
+    model: Any = empty_model(config, VOCAB)
+    sizes = [sum(p.numel() for p in layer.parameters()) for layer in model.model.layers]
+    assert shape_of(config, VOCAB).layer_parameters == max(sizes) > min(sizes)
+
+
 def test_memory_of_muon_is_what_it_holds() -> None:
     model = tiny("llama")
     optimizer = MuonAdamW(*split_parameters(model), lr=0.01)

@@ -248,6 +248,48 @@ def test_prepared_data_decide_vocabulary_and_tokens(prepared: Path) -> None:
     assert result.shape.embedding_parameters == 2 * VOCAB * 96 and "data repeats" in result.warnings[0]
 
 
+def test_what_is_given_outranks_the_prepared_data(prepared: Path) -> None:
+    demo = load_preset("demo")
+    demo = replace(demo, data=replace(demo.data, path=str(prepared)))
+    given = plan(demo, tokens_available=10**12, vocab_size=1000)
+    assert (given.tokens_available, given.vocab_size, given.vocab_source) == (10**12, 1000, "given")
+    assert given.shape.embedding_parameters == 2 * 1000 * 96 and not given.advice
+
+
+def test_the_command_takes_its_options(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", "600m", "--gpu-type", "B200", "--mfu", "0.2", "--vocab-size", "65536", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert (found["gpu_type"], found["mfu"], found["vocab_size"]) == ("B200", 0.2, 65_536)
+    assert found["memory_limit"] == 162_000_000_000  # of 180 GB
+
+
+def test_the_largest_micro_batch_that_fits_is_told() -> None:
+    config = load_preset("3b")
+    config = replace(config, train=replace(config.train, micro_batch_size=8))
+    (warning,) = [w for w in plan(config, gpus=2, gpu_type="H100").warnings if "needed" in w]
+    assert re.findall(r"--train.micro-batch-size (\d+)", warning) == ["4"]
+
+
+def test_gpus_are_counted_with_activation_checkpointing_where_it_is_on() -> None:
+    config = load_preset("3b")
+    config = replace(config, train=replace(config.train, activation_checkpointing=True, micro_batch_size=32))
+    (warning,) = [w for w in plan(config, gpus=1).warnings if "needed" in w]
+    fewest = int(warning.split(" GPUs")[0].split()[-1])
+    enough = plan(config, gpus=fewest)
+    assert not [w for w in enough.warnings if "needed" in w]
+    assert enough.memory.total > enough.memory_limit  # without it
+
+
+def test_bags_on_one_side_and_annealed_bags_are_told_by_their_largest_size() -> None:
+    config = load_preset("600m")
+    bags = config.superposition
+    output = plan(replace(config, superposition=replace(bags, sides="output"))).published
+    assert output is not None and output.bag_size == bags.bag_size
+    annealed = plan(replace(config, superposition=replace(bags, bag_size=8, anneal=(8, 4, 2, 1))))
+    assert annealed.published is not None and annealed.published.gain is None
+    assert "bags of one size, on both sides" in annealed.warnings[-1]
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -255,6 +297,7 @@ def test_prepared_data_decide_vocabulary_and_tokens(prepared: Path) -> None:
         (["600m", "--gpus", "0"], "gpus is 0; give a whole number of at least 1"),
         (["600m", "--mfu", "40"], "mfu is 40.0; give the share of the GPU's peak"),
         (["600m", "--tokens-available", "0"], "tokens-available is 0.0; give a number of tokens"),
+        (["600m", "--tokens-available", "inf"], "tokens-available is inf; give a number of tokens"),
         (["600m", "--vocab-size", "0"], "vocab-size is 0"),
         (["600m", "--train.steps", "2000"], "do not fit in 2000 steps"),
         (["600m", "--model.architecture", "lama"], "model.architecture is 'lama'; did you mean llama?"),

@@ -210,16 +210,19 @@ def test_training_on_damaged_tokens_stops_with_one_line(
 def test_verify_reads_runs_as_far_as_they_say_what_they_should_be(
     two_seeds: tuple[Path, Path, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    out = shutil.copytree(two_seeds[1], tmp_path / "out")
+    out = shutil.copytree(two_seeds[1], tmp_path / ".cache/out")
     assert main(["verify", str(out)]) == 0 and "files can be read" in capsys.readouterr().out
     model = next(out.rglob("model.safetensors"))
     os.truncate(model, model.stat().st_size - 1)
     summary = out / "summary.json"
     summary.write_text(summary.read_text()[:-9])
+    config = next(out.rglob("config.toml"))
+    config.write_text("[train\n")
     assert main(["verify", str(out)]) == 2
     error = capsys.readouterr().err
-    assert f"tst: damaged: {model} cannot be read" in error and f"tst: damaged: {summary} cannot be read" in error
-    assert len(error.splitlines()) == 3
+    for file in (model, summary, config):
+        assert f"tst: damaged: {file} cannot be read" in error
+    assert len(error.splitlines()) == 4
     model.unlink()
     assert main(["verify", str(out)]) == 2 and f"tst: damaged: {model} is missing, and" in capsys.readouterr().err
     (tmp_path / "nothing").mkdir()
