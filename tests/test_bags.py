@@ -47,6 +47,9 @@ def test_wrong_length_names_a_right_one(n: int, a: int, b: int) -> None:
 def test_bag_size_must_be_a_whole_number(bag: object) -> None:
     with pytest.raises(TokenSuperpositionError, match=r"input_bag is .* at least 1"):
         fold(torch.arange(10), bag, 1)  # pyright: ignore[reportArgumentType]
+    for n, a, b, name in ((bag, 1, 1, "length"), (8, bag, 1, "input_bag"), (8, 1, bag, "output_bag")):
+        with pytest.raises(TokenSuperpositionError, match=rf"{name} is .* at least 1"):
+            span(n, a, b)  # pyright: ignore[reportArgumentType]
 
 
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.int16, torch.uint16, torch.int32])
@@ -56,6 +59,8 @@ def test_tokens_of_any_whole_type_are_folded_to_one_that_models_take(dtype: torc
         assert folded.dtype == (dtype if dtype == torch.int32 else torch.int64) and torch.equal(folded.long(), expected)
     with pytest.raises(TokenSuperpositionError, match=r"tokens are torch.float32; give ids, which are whole"):
         fold(torch.zeros(20), 4, 4)
+    with pytest.raises(TokenSuperpositionError, match="tokens are one number without an axis"):
+        fold(torch.tensor(3))
     with pytest.raises(TokenSuperpositionError, match=r"tokens are of type ndarray; give .* torch.from_numpy"):
         fold(torch.arange(20).numpy(), 4, 4)  # pyright: ignore[reportArgumentType]
     with pytest.raises(TokenSuperpositionError, match=r"tokens are torch.float32; give ids, which are whole"):

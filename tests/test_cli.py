@@ -146,7 +146,7 @@ def test_a_wrong_file_has_one_line(
         (["trian"], "unknown command trian; did you mean train?"),
         (["train", "missing.toml"], "missing.toml does not exist"),
         (["train", "--train.steps", "2", "c.toml"], "c.toml, which comes first: tst train c.toml [OPTIONS]; see tst"),
-        (["generate", "nowhere", "x"], "nowhere holds no causal LM that can be loaded"),
+        (["generate", "nowhere", "x"], "nowhere is no file or folder, nor a causal LM of the hub that can be loaded"),
         (["generate", "nowhere", "caf\udce9"], "not UTF-8: character 4 is '\\udce9'; give it in UTF-8"),
         (["report", "nowhere"], "nowhere holds no finished comparison"),
         (["demo", "--minutes", "-1", "--out", "d"], "minutes is -1.0"),

@@ -93,7 +93,7 @@ def test_the_model_card_has_the_figures_of_the_run(finished_run: Path, tmp_path:
         assert told in card.text, told
     assert str(tmp_path.parent) not in card.text  # no path of this machine
 
-    export(finished_run, tmp_path / "eight", checkpoint=8)
+    export(finished_run / "checkpoints/checkpoint-8", tmp_path / "eight")
     card = ModelCard.load(tmp_path / "eight/README.md")
     (line,) = [m for m in read_metrics(finished_run / "metrics.jsonl") if m["step"] == 8 and "val_loss" in m]
     assert (

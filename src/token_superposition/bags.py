@@ -13,8 +13,11 @@ def span(length: int, input_bag: int = 1, output_bag: int = 1) -> int:
 
     >>> span(128), span(128, 4, 4)
     (129, 516)
+
+    Raises ``TokenSuperpositionError`` for what is not a whole number of at least 1.
     """
-    return length * input_bag + output_bag
+    length = require_int("length", length, 1)
+    return length * require_int("input_bag", input_bag, 1) + require_int("output_bag", output_bag, 1)
 
 
 def fold(
@@ -116,6 +119,8 @@ def _whole_numbers(tokens: Tensor) -> Tensor:
         )
     if tokens.is_floating_point() or tokens.is_complex():
         raise TokenSuperpositionError(f"tokens are {tokens.dtype}; give ids, which are whole numbers")
+    if tokens.dim() == 0:
+        raise TokenSuperpositionError("tokens are one number without an axis; give a tensor of shape (..., n)")
     return tokens if tokens.dtype == torch.int32 else tokens.long()
 
 

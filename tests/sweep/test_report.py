@@ -44,7 +44,7 @@ def made_up(out: Path, config: Config, loss: Callable[[Cell, int], float]) -> Gr
         for c in (*grid.baselines, *grid.candidates)
         for seed in grid.seeds
     }  # fmt: skip
-    out.mkdir()
+    out.mkdir(exist_ok=True)
     save_config(config, out / "config.toml")
     write_sweep(out, grid, design, found, body_parameters=106_000_000)
     return grid
@@ -138,9 +138,35 @@ def test_seeds_that_chose_do_not_judge_in_another_order(prepared: Path, tmp_path
     checked(of(2, 1, bag_sizes=(4,)), out)  # there is nothing to choose, and the report names the other runs
     for seeds, chosen in (((2, 3, 0, 1), "0, 1"), ((4, 0, 1, 2), "1"), ((0, 1), "1")):
         with pytest.raises(
-            TokenSuperpositionError, match=rf"seeds \[{chosen}\] have chosen the best setting of the sw"
+            TokenSuperpositionError, match=rf"seeds \[{chosen}\] have chosen the best setting of a sw"
         ):
             checked(of(*seeds, bag_sizes=(2, 4)), out)
+    made_up(out, of(4, 5, 6, 7, bag_sizes=(2, 4)), lambda cell, seed: 3.0 - 0.01 * cell.bag_size)
+    assert chosen_by(out) == {0, 1, 4, 5}
+
+
+def test_settings_that_share_their_runs_are_one(tmp_path: Path) -> None:
+    """Two ratios of 1,000 steps that are the same number of steps."""
+    config = swept((0, 1, 2, 3), bag_sizes=(2, 4), ratios=(0.3, 0.3004))
+    made_up(tmp_path / "sweep", config, lambda cell, seed: 3.0 - 0.01 * cell.bag_size)
+    assert len(read_sweep(tmp_path / "sweep").cells) == 4
+    for text in shown(tmp_path / "sweep"):
+        assert "by which it was chosen out of 2" in text and "s = 4 is the largest that was tried:" in text
+
+
+@pytest.mark.parametrize("baseline", [False, True])
+def test_it_is_told_what_diverged(baseline: bool, tmp_path: Path) -> None:
+    """The setting at a rate of its own, on the judging seed; or the baseline of that rate."""
+
+    def loss(cell: Cell, seed: int) -> float:
+        if cell.learning_rate == 1e-2 and seed == 1 and cell.is_baseline == baseline:
+            return math.nan
+        return 3.0 + 0.1 * (cell.is_baseline and cell.learning_rate == 1e-2) - cell.learning_rate * cell.bag_size
+
+    made_up(tmp_path / "sweep", swept((0, 1), bag_sizes=(4,), learning_rates=(1e-3, 1e-2)), loss)
+    for text in shown(tmp_path / "sweep"):
+        assert ("the baseline at the setting" in html.unescape(text)) == baseline
+        assert ("a run diverged (seed 1" in text) != baseline
 
 
 def test_a_setting_that_diverged_is_not_the_lowest(tmp_path: Path) -> None:

@@ -46,6 +46,8 @@ def export(run: Path, out: Path, *, checkpoint: int | None = None, dtype: DType 
         raise TokenSuperpositionError(f"{out} exists; choose another OUT or remove it")
     if run.name == MODEL and run_of(run) is not None:  # its finished model, as tst eval takes it
         run = run.parent
+    elif checkpoint is None and run.absolute().parent.name == "checkpoints" and run.is_dir():
+        run, checkpoint = run.absolute().parent.parent, step_of(run)
     source = find_weights(run, checkpoint)
     figures = Figures.of(run, step_of(source) if source.parent.name == "checkpoints" else None)
     partial = out.with_name(f".{out.name}.{os.getpid()}.partial")

@@ -102,9 +102,9 @@ def load_exactly(source: str | Path, dtype: torch.dtype | Literal["auto"] = "aut
             source, dtype=dtype, trust_remote_code=False, output_loading_info=True, ignore_mismatched_sizes=True
         )
     except Exception as e:  # safetensors, pickle and the models' own classes raise what they like
+        what = "holds no causal LM" if Path(source).exists() else "is no file or folder, nor a causal LM of the hub"
         raise TokenSuperpositionError(
-            f"{source} holds no causal LM that can be loaded ({first_line(e)}); name a run's model/ or another saved "
-            "model"
+            f"{source} {what} that can be loaded ({first_line(e)}); name a run's model/ or another saved model"
         ) from None
     model, info = loaded
     wrong = [

@@ -102,6 +102,7 @@ def write_sweep(out: Path, grid: Grid, design: Design, found: Results, body_para
     rounds = design.rounds(grid.candidates, losses)
     rows = rows_of(grid, rounds, found)
     best = Best.of(design, grid.candidates, grid.baselines, losses)
+    chosen = sorted(chosen_by(out) | {*best.chosen.seeds})
     write_rows(out / TABLE, rows)
     write_json(
         out / SWEEP,
@@ -109,6 +110,7 @@ def write_sweep(out: Path, grid: Grid, design: Design, found: Results, body_para
             "format": 1,
             "command": command,
             "best": asdict(best),
+            "have_chosen": chosen,
             "confidence": CONFIDENCE,
             "rounds": [{"cells": len(r.cells), "seeds": r.seeds} for r in rounds],
             "body_parameters": body_parameters,
@@ -133,16 +135,17 @@ def checked(config: Config, out: Path) -> tuple[Grid, Design]:
     design = Design.of(len(grid.candidates), grid.seeds, wanted.keep, wanted.selection_seeds)
     if design.choosing and (known := sorted(chosen_by(out) & {*design.judging})):
         raise TokenSuperpositionError(
-            f"seeds {known} have chosen the best setting of the sweep in {out}, and would judge one now; name them "
+            f"seeds {known} have chosen the best setting of a sweep in {out}, and would judge one now; name them "
             "first among --compare.seeds, let as many choose (--sweep.selection-seeds), or choose another --out"
         )
     return grid, design
 
 
 def chosen_by(out: Path) -> set[int]:
-    """The seeds that chose the best setting of a finished sweep in ``out``, if there is one."""
+    """The seeds that chose the best setting of a finished sweep in ``out``, this one's or one's before it."""
     try:
-        return set(json.loads((out / SWEEP).read_text(encoding="utf-8"))["best"]["chosen"]["seeds"])
+        content = json.loads((out / SWEEP).read_text(encoding="utf-8"))
+        return {*content["best"]["chosen"]["seeds"], *content.get("have_chosen", ())}
     except (OSError, ValueError, TypeError, KeyError, RecursionError):  # none, or of another form: see read_sweep
         return set()
 

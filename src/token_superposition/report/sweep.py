@@ -16,7 +16,7 @@ from token_superposition.errors import TokenSuperpositionError
 from token_superposition.experiment.config import SweepSchedule, without_none
 from token_superposition.experiment.files import SWEEP
 from token_superposition.experiment.form import misfit, restored
-from token_superposition.experiment.grid import Cell
+from token_superposition.experiment.grid import Cell, directory
 from token_superposition.experiment.halving import Best
 from token_superposition.experiment.intervals import t_interval
 from token_superposition.experiment.published import NEAR_BEST, Table, nearest_table
@@ -64,8 +64,13 @@ class SweepContents:
 
     @property
     def cells(self) -> list[Cell]:
-        """Beside the baselines."""
+        """Beside the baselines; those that train the same are several."""
         return [c for c in self.by_cell if not c.is_baseline]
+
+    @property
+    def settings(self) -> list[Cell]:
+        """Of the cells that share their runs the one that names them: as many as were trained and chosen among."""
+        return [c for c in self.cells if (row := self.by_cell[c][0]).run == directory(c, row.seed)]
 
     @property
     def facets(self) -> list[Facet]:
@@ -189,13 +194,13 @@ def sentences(contents: SweepContents) -> list[tuple[str, str]]:
     else:
         text = (
             f"{_by(chosen['mean'])} on {_seeds(chosen['seeds'])}, by which it was chosen: the best of "
-            f"{len(contents.cells)} settings is partly the luckiest, and there is no interval; more seeds judge it "
+            f"{len(contents.settings)} settings is partly the luckiest, and there is no interval; more seeds judge it "
             "(--compare.seeds 0 1 2 3)"
         )
     result.append(("its difference", text))
     if judged["seeds"] and chosen["seeds"]:
         text = f"{_by(chosen['mean'])} on {_seeds(chosen['seeds'])}, by which it was chosen"
-        result.append(("when chosen", f"{text} out of {len(contents.cells)}: flattering, not to be quoted"))
+        result.append(("when chosen", f"{text} out of {len(contents.settings)}: flattering, not to be quoted"))
     result.append(("the baseline", _baseline(contents, baseline, cell, same)))
     if not contents.diverged(cell) and (warnings := _edges(contents, cell, baseline)):
         result.append(("at the edge", f"{'; '.join(warnings)}: the best may lie beyond"))
@@ -218,7 +223,7 @@ def sentences(contents: SweepContents) -> list[tuple[str, str]]:
         most = max(r.epochs for r in repeated)
         text = f"{len(repeated)} of {len(contents.rows)} rows read their text more than once, up to {most:.2g} times"
         result.append(("repeated text", f"{text}, which costs large bags more"))
-    if len(contents.cells) > 1 and any(len(rows) > 1 for rows in contents.by_cell.values()):
+    if len(contents.settings) > 1 and any(len(rows) > 1 for rows in contents.by_cell.values()):
         text = "not corrected for the number of settings tried, so among many some exclude 0 by chance"
         result.append(("other intervals", text))
         if judged["seeds"] and chosen["seeds"]:
@@ -246,7 +251,9 @@ def _baseline(contents: SweepContents, baseline: Cell, cell: Cell, same: dict[st
     if baseline.learning_rate == cell.learning_rate:
         return text + ", which is also the best setting's"
     if not math.isfinite(same["mean"]):
-        return f"{text}; the baseline at the setting's own {cell.learning_rate:g} diverged"
+        its = next(c for c in contents.by_cell if c.is_baseline and c.learning_rate == cell.learning_rate)
+        own = f"; the baseline at the setting's own {cell.learning_rate:g} diverged"
+        return text + (own if contents.diverged(its) else "")
     return (
         f"{text}; beside the baseline at the setting's own {cell.learning_rate:g} the difference would be "
         f"{same['mean']:+.4f} ({_seeds(same['seeds'])}), which counts a mistuned baseline as a gain"
@@ -257,8 +264,8 @@ def _edges(contents: SweepContents, cell: Cell, baseline: Cell) -> list[str]:
     found: list[str] = []
     rates = [c.learning_rate for c in contents.by_cell if c.is_baseline]
     for what, value, values in (
-        ("s", cell.bag_size, [c.bag_size for c in contents.cells]),
-        ("r", cell.ratio, [c.ratio for c in contents.cells]),
+        ("s", cell.bag_size, [c.bag_size for c in contents.settings]),
+        ("r", cell.ratio, [c.ratio for c in contents.settings]),
         ("its learning rate", cell.learning_rate, rates),
         ("the baseline's learning rate", baseline.learning_rate, rates),
     ):
