@@ -137,9 +137,7 @@ def test_seeds_that_chose_do_not_judge_in_another_order(prepared: Path, tmp_path
     checked(of(0, 1, 2, 3, 4, 5, bag_sizes=(2, 4, 8)), out)
     checked(of(2, 1, bag_sizes=(4,)), out)  # there is nothing to choose, and the report names the other runs
     for seeds, chosen in (((2, 3, 0, 1), "0, 1"), ((4, 0, 1, 2), "1"), ((0, 1), "1")):
-        with pytest.raises(
-            TokenSuperpositionError, match=rf"seeds \[{chosen}\] have chosen the best setting of a sw"
-        ):
+        with pytest.raises(TokenSuperpositionError, match=rf"seeds \[{chosen}\] have chosen the best setting of a sw"):
             checked(of(*seeds, bag_sizes=(2, 4)), out)
     made_up(out, of(4, 5, 6, 7, bag_sizes=(2, 4)), lambda cell, seed: 3.0 - 0.01 * cell.bag_size)
     assert chosen_by(out) == {0, 1, 4, 5}
