@@ -81,6 +81,7 @@ MISTAKES: dict[str, list[Mistake]] = {
     "Commands and flags": [
         Mistake("trian config.toml"),
         Mistake("train config.toml --train.stepz 3"),
+        Mistake("train config.toml --train.compile=true"),
         Mistake("train config.toml --train.steps many"),
         Mistake("train config.toml --train.steps 1.5"),
         Mistake("train config.toml --train.learning-rate fast"),

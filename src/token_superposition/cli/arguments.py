@@ -6,6 +6,7 @@ import contextlib
 import io
 import re
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any, TypeVar
 
 import tyro
@@ -34,6 +35,12 @@ def parse(options: type[T], command: str, args: Sequence[str], default: T | None
         late = [a for a in args if a.endswith(".toml") and f"options: {a}" in message]
         if late and args[0].startswith("-"):
             message += f", which comes first: tst {command} {late[0]} [OPTIONS]"
+        words = [word for a in args for word in (a.split("=", 1) if a.startswith("--") else [a])]
+        for switch, value in pairwise(words):
+            given_to_it = switch.startswith("--") and value.lower() in ("true", "false")
+            if given_to_it and message == f"Unrecognized options: {value}":
+                section, dot, name = switch.removeprefix("--").rpartition(".")
+                message += f"; {switch} takes no value, --{section}{dot}no-{name} turns it off"
         raise TokenSuperpositionError(f"{message}; see tst {command} --help") from None
 
 
