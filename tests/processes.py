@@ -66,7 +66,7 @@ def _call(
     os.environ.update(environment)
     multiprocessing.set_start_method(None, force=True)  # of what it starts: that of any process, not the server's
     os.chdir(directory)
-    faulthandler.register(signal.SIGUSR1)
+    faulthandler.register(signal.SIGQUIT)  # which nothing here takes for itself
     target(*args)
 
 
@@ -74,7 +74,7 @@ def _end(process: Any) -> int | None:
     """Its exit status; one that takes too long says where it hangs, and has none."""
     process.join(TIMEOUT)
     if (status := process.exitcode) is None:
-        os.kill(process.pid, signal.SIGUSR1)
+        os.kill(process.pid, signal.SIGQUIT)
         process.join(1)
         process.kill()
     return status

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import multiprocessing
 import os
 import pty
 import signal
@@ -11,6 +12,7 @@ import sys
 import termios
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -86,14 +88,21 @@ def test_a_run_saves_a_checkpoint_though_the_reader_of_its_pipe_is_gone(write_co
     assert newest_whole(out / "checkpoints") is not None
 
 
-def compare_shells(script: str, *args: str) -> None:
-    """``tst compare`` with a shell in place of each ``tst train``, which begins at once."""
+def compare_shells(script: str, *args: str, signalled: bool = False) -> None:
+    """``tst compare`` with a shell in place of each ``tst train``, which begins at once.
+
+    ``signalled``: the comparison gets SIGUSR1 while it starts the first.
+    """
 
     def start(job: jobs.Job, out: Path, slot: int, parallel: int) -> subprocess.Popen[bytes]:
         directory = out / "runs" / job.directory
         directory.mkdir(parents=True, exist_ok=True)
         (directory / "log.txt").write_text("what it said\n")
-        return subprocess.Popen(["sh", "-c", script], cwd=directory, stdout=subprocess.DEVNULL)
+        run = subprocess.Popen(["sh", "-c", script], cwd=directory, stdout=subprocess.DEVNULL)
+        if signalled:
+            until(multiprocessing.current_process(), (directory / "begun").exists)
+            signal.raise_signal(signal.SIGUSR1)
+        return run
 
     jobs._start = start  # pyright: ignore
     command("compare", *args, "--compare.parallel", "1")
@@ -113,12 +122,14 @@ def test_a_comparison_whose_terminal_is_closed_waits_for_its_runs(write_config: 
     assert (out / "runs/baseline/saved").exists()
 
 
-def test_sigusr1_stops_the_runs_of_a_comparison(write_config: Write, tmp_path: Path) -> None:
+@pytest.mark.parametrize("signalled", [False, True], ids=["while it runs", "while it is started"])
+def test_sigusr1_stops_the_runs_of_a_comparison(signalled: bool, write_config: Write, tmp_path: Path) -> None:
     """SLURM's --signal=B:USR1@120 sends it to the comparison alone."""
-    out = tmp_path / "out"
-    process = begin(tmp_path / "log", compare_shells, SAVES, str(write_config()), "--out", str(out))
-    until(process, (out / "runs/baseline/begun").exists)
-    os.kill(process.pid, signal.SIGUSR1)
+    out, shells = tmp_path / "out", partial(compare_shells, signalled=signalled)
+    process = begin(tmp_path / "log", shells, SAVES, str(write_config()), "--out", str(out))
+    if not signalled:
+        until(process, (out / "runs/baseline/begun").exists)
+        os.kill(process.pid, signal.SIGUSR1)
     assert ended(process) == 143
     assert (out / "runs/baseline/saved").exists()
     assert "the same command goes on from there" in (tmp_path / "log.out").read_text()

@@ -25,6 +25,7 @@ from token_superposition.experiment.config import CompareConfig, Config, SweepCo
 from token_superposition.experiment.files import CONFIG, DIVERGED, METRICS, GrowingMetrics
 from token_superposition.experiment.launch import Launch
 from token_superposition.experiment.model import check_superpositions
+from token_superposition.experiment.preempt import SIGNALS
 from token_superposition.experiment.progress import RunProgress
 from token_superposition.experiment.result import began_with, read_result, result_file
 from token_superposition.experiment.resume import changes, data_digest, model_digest, says_all
@@ -136,7 +137,8 @@ def run_jobs(
                 for slot in set(range(parallel)) - running.keys():
                     if ready := startable(waiting, out):
                         waiting.remove(ready[0])
-                        running[slot] = ready[0], _start(ready[0], out, slot, parallel)
+                        with _undisturbed():
+                            running[slot] = ready[0], _start(ready[0], out, slot, parallel)
                 for slot, (job, process) in list(running.items()):
                     progress.update(job.directory, job.config.train.steps, metrics[job.directory].read())
                     if (status := process.poll()) is not None:
@@ -227,22 +229,32 @@ def _start(job: Job, out: Path, slot: int, parallel: int) -> subprocess.Popen[by
     if trunk is not None and trunk.exists():  # else it trains from the start
         command += ["--branch-from", str(trunk)]
     environment = {k: v for k, v in os.environ.items() if k not in LAUNCHED} | share(slot, parallel)
-    with _log(job, out).open("ab") as log, _interrupts_ignored():
+    with _log(job, out).open("ab") as log:
         return subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=environment)
 
 
 @contextmanager
-def _interrupts_ignored() -> Generator[None]:
-    """What is started inside ignores SIGINT for good: a terminal sends Ctrl-C to every process of the group, and a run
-    that it reached would end without a checkpoint."""
+def _undisturbed() -> Generator[None]:
+    """What is started inside is known, and stopped, when a signal is acted on: SIGTERM and its like wait for the end.
+
+    It ignores SIGINT for good: a terminal sends Ctrl-C to every process of the group, and a run that it reached would
+    end without a checkpoint.
+    """
     if threading.current_thread() is not threading.main_thread():  # which alone may set a handler
         yield
         return
-    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    came: list[int] = []
+    before = {s: signal.getsignal(s) for s in (signal.SIGINT, *SIGNALS)}
+    before = {s: handler for s, handler in before.items() if handler not in (signal.SIG_IGN, None)}  # as under nohup
+    for s in before:
+        signal.signal(s, signal.SIG_IGN if s == signal.SIGINT else lambda number, _: came.append(number))
     try:
         yield
     finally:
-        signal.signal(signal.SIGINT, before)
+        for s, handler in before.items():
+            signal.signal(s, handler)
+        for s in came:
+            signal.raise_signal(s)
 
 
 def share(slot: int, parallel: int) -> dict[str, str]:
