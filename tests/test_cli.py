@@ -26,10 +26,11 @@ from token_superposition import TokenSuperpositionError
 from token_superposition.cli import COMMANDS, main
 from token_superposition.cli.quiet import quiet
 from token_superposition.experiment.checkpoints import newest_whole
-from token_superposition.experiment.config import Config, from_dict, load_config, save_config
+from token_superposition.experiment.config import Config, load_config, save_config
 from token_superposition.experiment.files import read_metrics
 from token_superposition.experiment.generate import generate, load_model
 from token_superposition.experiment.summary import equal_loss, loss_at
+from token_superposition.experiment.tree import from_dict
 
 
 def test_importing_the_core_loads_torch_and_nothing_above_it() -> None:

@@ -12,7 +12,8 @@ from transformers import TrainingArguments
 
 from tests.conftest import VOCAB, tiny
 from token_superposition.cli import COMMANDS
-from token_superposition.experiment.config import Config, from_dict
+from token_superposition.experiment.config import Config
+from token_superposition.experiment.tree import from_dict
 
 README = Path(__file__).parent.parent / "README.md"
 

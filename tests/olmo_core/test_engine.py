@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -188,6 +188,20 @@ def test_norms_are_not_decayed(prepared: Path) -> None:
     decay = {id(p): group["weight_decay"] for group in module.optim.param_groups for p in group["params"]}
     for name, p in module.model.named_parameters():
         assert decay[id(p)] == (0.0 if p.dim() == 1 else 0.3), name
+
+
+def test_the_embeddings_have_a_rate_of_their_own(prepared: Path, tmp_path: Path) -> None:
+    config = run_config(prepared, steps=10, warmup_steps=3, embedding_lr_factor=4.0)
+    module = train_module(config, transformer_config(small_model("qwen3").config).build(), Layout(1, 1, 4))
+    assert module.optim is not None
+    rate = {id(p): group["lr"] for group in module.optim.param_groups for p in group["params"]}
+    for name, p in module.model.named_parameters():
+        assert rate[id(p)] == pytest.approx(12e-3 if name == "embeddings.weight" else 3e-3), name
+    trainer, spy = fit(config, plan_of(prepared, 10), small_model("llama"), tmp_path)
+    assert spy.metrics[2]["optim/LR (group 0)"] == 3e-3 * WSD(10, 3, config.train.decay_ratio)(1)
+    optim: Any = cast(Any, trainer.train_module).optim
+    rates = {group["initial_lr"] for group in optim.param_groups}
+    assert rates == {3e-3, 12e-3}
 
 
 @pytest.mark.parametrize("workers", [0, 1])

@@ -48,6 +48,7 @@ def test_preset_in_the_registry(preset: str, tmp_path: Path) -> None:
         )
         rates = [g.optimizer_kwargs["lr"] for g in c.optimizer.param_groups]
         assert rates == [t.learning_rate] * 2 and c.optimizer.param_groups[1].optimizer_kwargs["betas"] == (0.9, 0.95)
+        assert [g.pattern for g in c.optimizer.param_groups] == [r"norm\.weight$|\.bias$", ".*"]
         assert (c.lr_scheduler.warmup_steps, c.lr_scheduler.decay_ratio) == (t.warmup_steps, t.decay_ratio)
     settings = checked_settings(config.model, LLAMA3, 0, config.training.seq_len)
     with torch.device("meta"):
@@ -86,3 +87,18 @@ def test_a_pipeline_needs_a_flag() -> None:
     with pytest.raises(SystemExit):
         parse("tst_270m", *pipeline)
     assert parse("tst_270m", *pipeline, "--training.disable_cuda_graphs").parallelism.pipeline_parallel_degree == 2
+
+
+def test_the_embeddings_have_a_rate_of_their_own() -> None:
+    ours = load_config("270m")
+    ours = replace(ours, train=replace(ours.train, embedding_lr_factor=4.0))
+    config = trainer_config(ours, "tst_270m")
+    settings = checked_settings(config.model, LLAMA3, 0, config.training.seq_len)
+    with torch.device("meta"):
+        model = model_spec(settings, config.training.seq_len, 8).model.build()
+    container = config.optimizer.build(model_parts=[model])
+    groups = [group for optimizer in container.optimizers for group in optimizer.param_groups]
+    rate = {id(p): group["lr"] for group in groups for p in group["params"]}
+    for name, p in model.named_parameters():
+        assert rate[id(p)] == pytest.approx(ours.train.learning_rate * (4 if "tok_embeddings" in name else 1)), name
+    assert {"lr": groups[-1]["lr"]} == {"lr": ours.train.learning_rate}  # the one that is logged

@@ -18,8 +18,9 @@ from token_superposition.experiment.checkpoints import (
     read_manifest,
     step_of,
 )
-from token_superposition.experiment.config import Config, from_dict, without_none
+from token_superposition.experiment.config import Config
 from token_superposition.experiment.shards import check_shards
+from token_superposition.experiment.tree import from_dict, without_none
 
 Resume = Literal["auto", "never"] | Path
 MAY_CHANGE = (
@@ -36,7 +37,7 @@ MAY_CHANGE = (
 """Settings of [train] that a run may go on with: they change neither samples nor losses, but for rounding."""
 OF_THE_DATA = {
     "data": ("sequence_length",),
-    "train": ("seed", "batch_size", "optimizer"),
+    "train": ("seed", "batch_size", "optimizer", "embedding_lr_factor"),
     "superposition": ("shift", "boundaries", "mtp_heads"),
 }
 """Settings that also a run which branches off another one must share with it, beside the precision."""

@@ -73,7 +73,7 @@ from token_superposition.experiment.tracking import (
     report_arguments,
     report_variables,
 )
-from token_superposition.experiment.trainer import RunTrainer
+from token_superposition.experiment.trainer import RunTrainer, scale_embedding_lr
 from token_superposition.experiment.watchdog import Watchdog
 
 
@@ -167,6 +167,7 @@ def _train(config: Config, out: Path, launch: Launch, start: Start, report: Repo
         facts=facts(config, store.meta, precision, model_sha256),
         keep=config.train.keep,
         kept_steps=config.kept_steps,
+        embedding_lr_factor=config.train.embedding_lr_factor,
     )
     trainer.remove_callback(PrinterCallback)
     first = trainer.is_world_process_zero()
@@ -264,7 +265,9 @@ def muon(config: Config, model: PreTrainedModel) -> MuonAdamW | None:
     if t.optimizer == "adamw":
         return None
     betas = (t.beta1, t.beta2)
-    return MuonAdamW(*split_parameters(model), lr=t.learning_rate, betas=betas, weight_decay=t.weight_decay)
+    made = MuonAdamW(*split_parameters(model), lr=t.learning_rate, betas=betas, weight_decay=t.weight_decay)
+    scale_embedding_lr(made, model, t.embedding_lr_factor)
+    return made
 
 
 def at_switch(config: Config) -> list[AtSwitch]:

@@ -16,7 +16,7 @@ from rich.console import Console
 from token_superposition.data.store import Meta
 from token_superposition.errors import TokenSuperpositionError
 from token_superposition.experiment.budget import shape_of
-from token_superposition.experiment.config import Config, SweepSchedule, from_dict, save_config
+from token_superposition.experiment.config import Config, SweepSchedule, save_config
 from token_superposition.experiment.dry_run import DryRun, cost_of_rounds
 from token_superposition.experiment.files import CONFIG, MODEL, SUMMARY, SWEEP, write_json, write_whole
 from token_superposition.experiment.grid import Cell, Grid, directory, grid_of
@@ -24,6 +24,7 @@ from token_superposition.experiment.halving import Best, Design, Round
 from token_superposition.experiment.intervals import CONFIDENCE
 from token_superposition.experiment.jobs import Job, check_directory, check_jobs, run_jobs, unfinished
 from token_superposition.experiment.result import RunResult, read_result, result_file
+from token_superposition.experiment.tree import from_dict
 from token_superposition.weights import Weighting
 
 TABLE = "sweep.csv"

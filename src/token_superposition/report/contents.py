@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any, Literal
 import tomli_w
 
 from token_superposition.errors import TokenSuperpositionError
-from token_superposition.experiment.config import without_none
 from token_superposition.experiment.files import METRICS, SUMMARY, line_of
 from token_superposition.experiment.form import misfit, restored
+from token_superposition.experiment.tree import without_none
 
 if TYPE_CHECKING:
     from token_superposition.experiment.summary import Run

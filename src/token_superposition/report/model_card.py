@@ -15,10 +15,11 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from token_superposition.data.store import TokenStore, file_sha256, json_sha256
 from token_superposition.errors import TokenSuperpositionError
 from token_superposition.experiment.checkpoints import read_manifest
-from token_superposition.experiment.config import Config, load_config, without_none
+from token_superposition.experiment.config import Config, load_config
 from token_superposition.experiment.files import CONFIG, METRICS, RESULT, read_metrics
 from token_superposition.experiment.result import read_result
 from token_superposition.experiment.resume import data_digest
+from token_superposition.experiment.tree import without_none
 from token_superposition.schedule import Phase
 
 TEMPLATE = files("token_superposition") / "report" / "model_card.md.j2"

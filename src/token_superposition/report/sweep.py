@@ -13,7 +13,7 @@ from typing import Any, Literal
 import tomli_w
 
 from token_superposition.errors import TokenSuperpositionError
-from token_superposition.experiment.config import SweepSchedule, without_none
+from token_superposition.experiment.config import SweepSchedule
 from token_superposition.experiment.files import SWEEP
 from token_superposition.experiment.form import misfit, restored
 from token_superposition.experiment.grid import Cell, directory
@@ -21,6 +21,7 @@ from token_superposition.experiment.halving import Best
 from token_superposition.experiment.intervals import t_interval
 from token_superposition.experiment.published import NEAR_BEST, Table, nearest_table
 from token_superposition.experiment.sweep import TABLE, Row, read_rows
+from token_superposition.experiment.tree import without_none
 from token_superposition.report.cautions import not_shown
 from token_superposition.report.contents import interval, short
 from token_superposition.report.verdicts import clear

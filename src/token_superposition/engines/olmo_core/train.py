@@ -183,13 +183,17 @@ def train_module(config: Config, model: Any, layout: Layout) -> TSTTrainModule:
     t, length = config.train, config.data.sequence_length
     low = Launch().bfloat16(t.precision)
     distributed = layout.data * layout.tensor > 1
+    overrides = [OptimGroupOverride(["*norm.weight"], {"weight_decay": 0.0})]
+    if t.embedding_lr_factor != 1:
+        rate = t.learning_rate * t.embedding_lr_factor
+        overrides.append(OptimGroupOverride(["embeddings.weight"], {"lr": rate}))
     return TSTTrainModule(
         model=model,
         optim=AdamWConfig(
             lr=t.learning_rate,
             betas=(t.beta1, t.beta2),
             weight_decay=t.weight_decay,
-            group_overrides=[OptimGroupOverride(["*norm.weight"], {"weight_decay": 0.0})],
+            group_overrides=overrides,
         ),
         rank_microbatch_size=layout.micro * length,
         max_sequence_length=length,

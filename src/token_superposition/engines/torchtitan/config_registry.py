@@ -72,7 +72,10 @@ def trainer_config(config: Config, name: str) -> TSTTrainer.Config:
             f"train.save_at is {t.save_at}; torchtitan saves at multiples of train.save_every only"
         )
     adamw = {"lr": t.learning_rate, "betas": (t.beta1, t.beta2), "eps": 1e-8}
-    groups = ((r"norm\.weight$|\.bias$", 0.0), (r".*", t.weight_decay))
+    decayed = adamw | {"weight_decay": t.weight_decay}
+    groups = [(r"norm\.weight$|\.bias$", adamw | {"weight_decay": 0.0}), (r".*", decayed)]
+    if t.embedding_lr_factor != 1:
+        groups.insert(1, (r"tok_embeddings\.weight$", decayed | {"lr": t.learning_rate * t.embedding_lr_factor}))
     start = config.model.path
     return TSTTrainer.Config(
         model=config.model,
@@ -90,10 +93,8 @@ def trainer_config(config: Config, name: str) -> TSTTrainer.Config:
         ),
         optimizer=OptimizersContainer.Config(
             param_groups=[
-                ParamGroupConfig(
-                    pattern=pattern, optimizer_name="AdamW", optimizer_kwargs={**adamw, "weight_decay": decay}
-                )
-                for pattern, decay in groups
+                ParamGroupConfig(pattern=pattern, optimizer_name="AdamW", optimizer_kwargs=settings)
+                for pattern, settings in groups
             ]
         ),
         lr_scheduler=LRSchedulersContainer.Config(

@@ -1,0 +1,94 @@
+"""The learning rate of the token embeddings, where it is not that of the rest."""
+
+from __future__ import annotations
+
+import math
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from token_superposition.data.store import Meta
+from token_superposition.errors import TokenSuperpositionError
+from token_superposition.experiment.compare import checked_jobs, jobs_of
+from token_superposition.experiment.config import CompareConfig, Config, Variant, load_config
+from token_superposition.experiment.model import build_model
+from token_superposition.experiment.run import train
+from token_superposition.experiment.superposition import BASELINE
+
+Write = Callable[..., Path]
+
+
+def changed(config: Config, **settings: Any) -> Config:
+    return replace(config, train=replace(config.train, **settings))
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+@pytest.mark.parametrize("architecture", ["llama", "gemma3_text"])
+def test_the_embeddings_alone_move_by_so_many_times_as_much(
+    optimizer: str, architecture: str, write_config: Write, tmp_path: Path
+) -> None:
+    """In the first step, whose gradients are the same; a Gemma's embeddings are its head as well."""
+    config = load_config(write_config(architecture, steps=1, bag_size=1, warmup_steps=0))
+    config = changed(config, optimizer=optimizer, weight_decay=0.0, decay_ratio=0.0)
+    torch.manual_seed(config.train.seed)
+    before = {
+        name: p.detach().clone()
+        for name, p in build_model(config, Meta.load(Path(config.data.path))).named_parameters()
+    }
+    moved: list[dict[str, Tensor]] = []
+    for factor in (1.0, 0.25):
+        out = tmp_path / f"{factor}"
+        train(changed(config, embedding_lr_factor=factor), out)
+        moved.append({name: p - before[name] for name, p in load_file(out / "model/model.safetensors").items()})
+    plain, scaled = moved
+    for name, by in plain.items():
+        if name == "model.embed_tokens.weight":
+            assert by.abs().max() > 0 and torch.allclose(scaled[name], by * 0.25, rtol=1e-3, atol=1e-8)
+        else:
+            assert torch.equal(scaled[name], by), name
+
+
+def test_a_run_goes_on_with_both_rates_and_not_with_others(write_config: Write, tmp_path: Path) -> None:
+    config = changed(load_config(write_config(steps=12, save_every=6)), embedding_lr_factor=4.0, keep=0)
+    train(config, tmp_path / "whole")
+    part = shutil.copytree(tmp_path / "whole", tmp_path / "part")
+    (part / "run.json").unlink()
+    for name in ("model", "checkpoints/checkpoint-12"):
+        shutil.rmtree(part / name)
+    other = shutil.copytree(part, tmp_path / "other")
+    train(config, part)
+    weights = [load_file(d / "model/model.safetensors") for d in (tmp_path / "whole", part)]
+    assert all(torch.equal(p, weights[1][name]) for name, p in weights[0].items())
+    with pytest.raises(TokenSuperpositionError, match=r"train.embedding_lr_factor 4.0 -> 2.0"):
+        train(changed(config, embedding_lr_factor=2.0), other)
+
+
+def test_a_variant_has_its_own_or_that_of_the_others(write_config: Write, tmp_path: Path) -> None:
+    tst = load_config(write_config()).superposition
+    variants = (Variant("plain", tst, embedding_lr_factor=1.0), Variant("longer", tst, 1.5))
+    config = changed(load_config(write_config()), embedding_lr_factor=4.0)
+    config = replace(config, compare=CompareConfig(variants=variants))
+    found = {j.name: j.config.train.embedding_lr_factor for j in jobs_of(config)}
+    assert found == {"baseline": 4.0, "tst": 4.0, "plain": 1.0, "longer": 4.0}
+    ordinary = replace(config, compare=CompareConfig(variants=(Variant("ordinary", BASELINE, 1.0, 1.0),)))
+    assert len(checked_jobs(ordinary, tmp_path / "out")) == 3
+    same = replace(config, compare=CompareConfig(variants=(Variant("ordinary", BASELINE, 1.0, 4.0),)))
+    with pytest.raises(TokenSuperpositionError, match="it would be the baseline again"):
+        checked_jobs(same, tmp_path / "out")
+
+
+@pytest.mark.parametrize("factor", [0.0, -1.0, math.inf, math.nan])
+def test_a_factor_is_a_number_above_0(factor: float, write_config: Write) -> None:
+    config = load_config(write_config())
+    with pytest.raises(TokenSuperpositionError, match=r"train.embedding_lr_factor is \S+; give a number above 0"):
+        changed(config, embedding_lr_factor=factor).check()
+    own = CompareConfig(variants=(Variant("plain", config.superposition, embedding_lr_factor=factor),))
+    with pytest.raises(TokenSuperpositionError, match=r"compare.variants plain.embedding_lr_factor is \S+; give a"):
+        replace(config, compare=own).check()
