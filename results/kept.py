@@ -55,6 +55,8 @@ class Result:
         c = self.summary["config"]
         options = c["model"]["options"]
         t, bags = c["train"], c["superposition"]
+        factor = t.get("embedding_lr_factor", 1.0)
+        own = f", the embeddings at {factor:g} times that" if factor != 1 else ""
         of_input = bags.get("input_weighting", "uniform")  # older ones lack it
         precision = self.baseline.get("precision")  # the oldest lack it: float32, on cores that have no other
         precision = f" in {precision}" if precision not in (None, "", "float32") else ""
@@ -62,7 +64,7 @@ class Result:
         return (
             f"{c['model']['architecture']} {options['num_hidden_layers']} x {options['hidden_size']}, "
             f"{short(self.baseline['parameters'])} parameters, {t['batch_size']} x {c['data']['sequence_length']} "
-            f"tokens a step, {t['steps']:,} steps, {t['optimizer']} at {t['learning_rate']:g}{precision}; tst: "
+            f"tokens a step, {t['steps']:,} steps, {t['optimizer']} at {t['learning_rate']:g}{own}{precision}; tst: "
             f"s = {bags['bag_size']}, r = {bags['ratio']:g}, {bags['weighting']} weights{read}"
         )
 
