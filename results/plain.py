@@ -24,14 +24,29 @@ TEXTS = ("python", "English", "sentences of a grammar")
 MARKERS = "osD"
 PLAIN = json.loads(json.dumps(asdict(SuperpositionConfig(bag_size=4, ratio=0.3))))  # as a summary has it
 
+FACTOR = "embedding_lr_factor"
+
 
 def ways(r: Result) -> Iterator[tuple[str, dict[str, Any], float]]:
-    """Of each run but the baselines: its name, what of its superposition differs from plain TST, its length."""
+    """Of each run but the baselines: its name, what of it differs from plain TST at one learning rate, its length."""
     config = r.summary["config"]
-    further = ((v["name"], v["superposition"], v.get("length", 1.0)) for v in config["compare"].get("variants", []))
-    for name, superposition, length in (("tst", config["superposition"], 1.0), *further):
+    factor = config["train"].get(FACTOR, 1.0)
+    further = (
+        (v["name"], v["superposition"], v.get("length", 1.0), v.get(FACTOR) or factor)
+        for v in config["compare"].get("variants", [])
+    )
+    for name, superposition, length, own in (("tst", config["superposition"], 1.0, factor), *further):
         # An option that came later is not in the older files, which then have its default.
-        yield name, {k: v for k, v in superposition.items() if PLAIN.get(k) != v}, length
+        changed = {k: v for k, v in superposition.items() if PLAIN.get(k) != v}
+        yield name, changed | ({FACTOR: own} if own != 1 else {}), length
+
+
+def ordinary(r: Result) -> str | None:
+    """The name of the run of that length without bags and at one learning rate, which plain TST is compared with."""
+    if r.summary["config"]["train"].get(FACTOR, 1.0) == 1:
+        return "baseline"
+    without = {"bag_size": 1, "ratio": 0.0}
+    return next((name for name, changed, steps in ways(r) if changed == without and steps == 1), None)
 
 
 def plain(r: Result, length: float = 1.0, bag_size: int = PLAIN["bag_size"]) -> str | None:
@@ -92,11 +107,11 @@ def over_batches(found: list[Result], again: Again) -> tuple[str, str]:
     """Plain TST less the baseline by batch and steps: a figure and a table, the comparisons on TEXTS alone."""
     entries: list[tuple[int, float, int, int, list[float], str, Result]] = []
     for r in found:
-        if (name := plain(r)) and text_of(r) in TEXTS and (r.name, name) not in again:
+        if (name := plain(r)) and (other := ordinary(r)) and text_of(r) in TEXTS and (r.name, name) not in again:
             c = r.summary["config"]
             tokens = c["train"]["batch_size"] * c["data"]["sequence_length"]
             per_parameter = r.baseline["latent_tokens"] / r.baseline["parameters"]
-            values = differences(r, name, "baseline")
+            values = differences(r, name, other)
             place = TEXTS.index(text_of(r))
             entries.append((place, per_parameter, tokens, c["train"]["steps"], values, read(r, name), r))
     entries.sort(key=lambda e: e[:4])
@@ -155,7 +170,7 @@ def recipes(found: list[Result], length: float = 1.1) -> str:
     for r in found:
         if reference := plain(r, length):
             for name, changed, steps in ways(r):
-                if changed and steps == 1:
+                if changed and steps == 1 and changed.get("bag_size") != 1:
                     values = differences(r, name, reference)
                     how = ", ".join(f"{k} = {v}" for k, v in changed.items())
                     judged = verdict(values)

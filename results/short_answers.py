@@ -6,7 +6,7 @@ from collections import Counter, defaultdict
 from statistics import mean
 
 from results.kept import SEEDS, Result, told, verdict
-from results.plain import TEXTS, Again, differences, pairs, plain, text_of
+from results.plain import FACTOR, TEXTS, Again, differences, ordinary, pairs, plain, text_of
 from token_superposition.experiment.intervals import chance, holm
 from token_superposition.report.contents import short
 from token_superposition.report.verdicts import in_short
@@ -41,7 +41,11 @@ def short_answers(found: list[Result], again: Again) -> str:
     of_plain = [
         r
         for r in enough
-        if text_of(r) in TEXTS and (name := plain(r)) and (r.name, name) not in again and "superseded" not in r.about
+        if text_of(r) in TEXTS
+        and (name := plain(r))
+        and ordinary(r)
+        and (r.name, name) not in again
+        and "superseded" not in r.about
     ]
     lines = [
         *today(enough, again),
@@ -68,14 +72,17 @@ def today(enough: list[Result], again: Again) -> list[str]:
 
 def superposition(r: Result) -> str:
     c = r.summary["config"]["superposition"]
-    return f"s = {c['bag_size']}, r = {c['ratio']:g}, {'uniform' if plain(r) == 'tst' else 'weighted'} bags"
+    factor = r.summary["config"]["train"].get(FACTOR, 1.0)
+    kind = "uniform" if c["weighting"] == c.get("input_weighting", "uniform") == "uniform" else "weighted"
+    rate = f", the embeddings at {factor:g} x the learning rate" if factor != 1 else ""
+    return f"s = {c['bag_size']}, r = {c['ratio']:g}, {kind} bags{rate}"
 
 
 def wins(of_plain: list[Result]) -> list[str]:
     """How many comparisons of plain TST ended how, text by text."""
     by_text: dict[str, Counter[tuple[str, bool]]] = defaultdict(Counter)
     for r in of_plain:
-        by_text[text_of(r)][verdict(differences(r, plain(r) or "", "baseline")), r.in_blocks] += 1
+        by_text[text_of(r)][verdict(differences(r, plain(r) or "", ordinary(r) or "")), r.in_blocks] += 1
 
     def counted(count: Counter[tuple[str, bool]], kind: str) -> str:
         blocks, all_of = count[kind, True], count[kind, True] + count[kind, False]
@@ -96,7 +103,7 @@ def from_where(of_plain: list[Result]) -> list[str]:
     groups: dict[tuple[str, str], list[tuple[float, str]]] = defaultdict(list)
     for r in of_plain:
         b = r.baseline
-        tokens, values = b["latent_tokens"] / b["parameters"], differences(r, plain(r) or "", "baseline")
+        tokens, values = b["latent_tokens"] / b["parameters"], differences(r, plain(r) or "", ordinary(r) or "")
         judged = verdict(values)
         unsure = f", {judged}" if judged == "no clear difference" else ""
         flattered = f"; its baseline is {r.about['mistuned']} mistuned" if "mistuned" in r.about else ""
