@@ -86,13 +86,13 @@ def forget_after(run: Path, copy: Path, step: int) -> None:
 
 @pytest.fixture(scope="module")
 def config(prepared: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """20 of 24 steps on bags, a checkpoint every 4."""
+    """20 of 24 steps on bags, a checkpoint every 4; the embeddings have a learning rate of their own."""
     options = "\n".join(f"{key} = {value}" for key, value in TINY["llama"].items())
     content = CONFIG.format(architecture="llama", options=options, data=prepared)
     for old, new in {
         "steps = 12": "steps = 24",
         "ratio = 0.5": "ratio = 0.84",
-        "save_every = 0": "save_every = 4",
+        "save_every = 0": "save_every = 4\nembedding_lr_factor = 4",
     }.items():
         assert f"\n{old}\n" in content
         content = content.replace(f"\n{old}\n", f"\n{new}\n")
