@@ -13,8 +13,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
+from transformers import TrainingArguments
 
+from tests.conftest import tiny
 from token_superposition.data.store import Meta
+from token_superposition.engines.transformers import TSTTrainer
 from token_superposition.errors import TokenSuperpositionError
 from token_superposition.experiment.compare import checked_jobs, jobs_of
 from token_superposition.experiment.config import CompareConfig, Config, Variant, load_config
@@ -87,8 +90,31 @@ def test_a_variant_has_its_own_or_that_of_the_others(write_config: Write, tmp_pa
 @pytest.mark.parametrize("factor", [0.0, -1.0, math.inf, math.nan])
 def test_a_factor_is_a_number_above_0(factor: float, write_config: Write) -> None:
     config = load_config(write_config())
-    with pytest.raises(TokenSuperpositionError, match=r"train.embedding_lr_factor is \S+; give a number above 0"):
+    with pytest.raises(
+        TokenSuperpositionError, match=r"train.embedding_lr_factor is \S+; give a finite number above 0, such"
+    ):
         changed(config, embedding_lr_factor=factor).check()
     own = CompareConfig(variants=(Variant("plain", config.superposition, embedding_lr_factor=factor),))
-    with pytest.raises(TokenSuperpositionError, match=r"compare.variants plain.embedding_lr_factor is \S+; give a"):
+    with pytest.raises(
+        TokenSuperpositionError,
+        match=r"compare.variants plain.embedding_lr_factor is \S+; give a finite number above 0",
+    ):
         replace(config, compare=own).check()
+
+
+def test_an_optimizer_of_ones_own_has_its_rates_already(tmp_path: Path) -> None:
+    args = TrainingArguments(output_dir=str(tmp_path), use_cpu=True, report_to=[])
+    model = tiny("llama")
+    own = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    with pytest.raises(TokenSuperpositionError, match=r"embedding_lr_factor is 4 beside an optimizer in optimizers"):
+        TSTTrainer(model, args, embedding_lr_factor=4.0, optimizers=(own, None))  # pyright: ignore
+    with pytest.raises(TokenSuperpositionError, match=r"embedding_lr_factor is 0; give a finite number above 0"):
+        TSTTrainer(model, args, embedding_lr_factor=0)
+    trainer = TSTTrainer(model, args, embedding_lr_factor=4.0)
+    for _ in range(2):  # made once
+        rates = [g["lr"] for g in trainer.create_optimizer().param_groups for _ in g["params"]]
+    frozen = tiny("llama")
+    frozen.get_input_embeddings().requires_grad_(False)
+    with pytest.raises(TokenSuperpositionError, match="the optimizer does not train the token embeddings"):
+        TSTTrainer(frozen, args, embedding_lr_factor=4.0).create_optimizer()
+    assert sorted(rates) == [args.learning_rate] * (len([*model.parameters()]) - 1) + [4 * args.learning_rate]

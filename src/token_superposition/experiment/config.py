@@ -16,7 +16,7 @@ from typing import Literal
 
 import torch
 
-from token_superposition.errors import TokenSuperpositionError, require_int, require_seed
+from token_superposition.errors import TokenSuperpositionError, require_int, require_number, require_seed
 from token_superposition.experiment.files import write_whole
 from token_superposition.experiment.superposition import SuperpositionConfig
 from token_superposition.experiment.tree import from_dict, without_none
@@ -238,10 +238,8 @@ class Config:
         factors = {"train": t.embedding_lr_factor}
         factors |= {f"compare.variants {v.name}": v.embedding_lr_factor for v in self.compare.variants}
         for where, factor in factors.items():
-            if factor is not None and not 0 < factor < math.inf:
-                raise TokenSuperpositionError(
-                    f"{where}.embedding_lr_factor is {factor}; give a number above 0, such as 4"
-                )
+            if factor is not None:
+                require_number(f"{where}.embedding_lr_factor", factor, 0, strictly=True, hint=", such as 4")
         if not 0 < t.timeout_minutes < math.inf:
             raise TokenSuperpositionError(f"train.timeout_minutes is {t.timeout_minutes}; give a number above 0")
         for name in ("weight_decay", "max_grad_norm"):

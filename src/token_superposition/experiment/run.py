@@ -33,6 +33,7 @@ from token_superposition.data.boundaries import find_boundaries
 from token_superposition.data.plan import PlannedDataset, ValidationSet
 from token_superposition.data.store import TokenStore
 from token_superposition.data.tokenizer import load_tokenizer
+from token_superposition.engines.transformers.embedding_lr import scale_embedding_lr
 from token_superposition.engines.transformers.mtp import MTPHeads, check_checkpoint
 from token_superposition.engines.transformers.muon import MuonAdamW, split_parameters
 from token_superposition.engines.transformers.switch import AtSwitch
@@ -73,7 +74,7 @@ from token_superposition.experiment.tracking import (
     report_arguments,
     report_variables,
 )
-from token_superposition.experiment.trainer import RunTrainer, scale_embedding_lr
+from token_superposition.experiment.trainer import RunTrainer
 from token_superposition.experiment.watchdog import Watchdog
 
 
@@ -167,7 +168,7 @@ def _train(config: Config, out: Path, launch: Launch, start: Start, report: Repo
         facts=facts(config, store.meta, precision, model_sha256),
         keep=config.train.keep,
         kept_steps=config.kept_steps,
-        embedding_lr_factor=config.train.embedding_lr_factor,
+        embedding_lr_factor=config.train.embedding_lr_factor if config.train.optimizer == "adamw" else 1.0,
     )
     trainer.remove_callback(PrinterCallback)
     first = trainer.is_world_process_zero()

@@ -15,7 +15,6 @@ from accelerate.utils import gather_object
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 
 from token_superposition.engines.transformers import TSTTrainer
@@ -37,8 +36,7 @@ class RunTrainer(TSTTrainer):
     """Writes each checkpoint into a directory aside, with all its processes, then checksums it and renames it.
 
     ``facts`` go into its manifest; all but the newest ``keep`` and those of ``kept_steps`` are removed. ``guard`` sees
-    the norm of every step's gradient before the optimizer does; ``metrics`` has the time of the steps. The token
-    embeddings, also where they are the head, take ``embedding_lr_factor`` times the learning rate. A checkpoint
+    the norm of every step's gradient before the optimizer does; ``metrics`` has the time of the steps. A checkpoint
     that cannot be written is removed and raises ``TokenSuperpositionError``.
     """
 
@@ -60,11 +58,9 @@ class RunTrainer(TSTTrainer):
         facts: dict[str, Any],
         keep: int = 0,
         kept_steps: tuple[int, ...] = (),
-        embedding_lr_factor: float = 1.0,
         **kwargs: Any,
     ):
         super().__init__(*args, **kwargs)
-        self.embedding_lr_factor = embedding_lr_factor
         self.guard, self.metrics = guard, metrics
         self.facts, self.keep, self.kept_steps = facts, keep, kept_steps
         self.checkpoints = Path(str(self.args.output_dir))
@@ -83,13 +79,6 @@ class RunTrainer(TSTTrainer):
         if "loss" in logs:  # from which Trainer has taken the sum of the losses by tr_loss -= tr_loss: nan stays nan
             cast(Tensor, self._tr_loss).zero_()
         super().log(logs, start_time)
-
-    def create_optimizer(self, model: Any = None) -> Optimizer:
-        made = self.optimizer is not None
-        optimizer = super().create_optimizer(model)
-        if not made:
-            scale_embedding_lr(optimizer, cast(Any, self.model), self.embedding_lr_factor)
-        return optimizer
 
     def _get_output_dir(self, trial: Any) -> str:
         return str(self._aside) if self._aside is not None else super()._get_output_dir(trial)
@@ -185,17 +174,6 @@ class RunTrainer(TSTTrainer):
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader[Any]:
         return _sheltered(super().get_eval_dataloader(eval_dataset))
-
-
-def scale_embedding_lr(optimizer: Optimizer, model: Any, factor: float) -> None:
-    """Give the token embeddings of a transformers model a group of their own, of ``factor`` times the learning rate."""
-    weight = model.get_input_embeddings().weight
-    for group in optimizer.param_groups if factor != 1 else ():
-        others = [p for p in group["params"] if p is not weight]
-        if len(others) < len(group["params"]):
-            group["params"] = others
-            optimizer.add_param_group({**group, "params": [weight], "lr": group["lr"] * factor})
-            return
 
 
 def _sheltered(loader: Any) -> Any:

@@ -26,6 +26,7 @@ from token_superposition.engines.transformers.checks import (
     refuse_bags,
     warn_early_stop,
 )
+from token_superposition.engines.transformers.embedding_lr import scale_embedding_lr
 from token_superposition.engines.transformers.fit import check_fit
 from token_superposition.engines.transformers.head import (
     Head,
@@ -39,7 +40,7 @@ from token_superposition.engines.transformers.head import (
     without_cache,
 )
 from token_superposition.engines.transformers.mtp import MTPHeads
-from token_superposition.errors import TokenSuperpositionError
+from token_superposition.errors import TokenSuperpositionError, require_number
 from token_superposition.loss import linear_multi_hot_cross_entropy, multi_hot_cross_entropy
 from token_superposition.loss.targets import BagLoss, check_loss, target_weights
 from token_superposition.schedule import Schedule
@@ -65,7 +66,8 @@ class TSTTrainer(Trainer):
     ``weighting`` weighs the places in a target bag, ``input_weighting`` those of a bag that is read and
     ``place_signal`` marks them (``superpose``); ``bag_loss`` "sum-to-one" takes the bag as one label; ``mtp``, heads
     that were added to the model, are trained with it and their loss joins the training loss. ``lr_factor`` maps a
-    0-based step to a learning-rate factor (``WSD``) and goes before the arguments' own scheduler. ``figures`` maps
+    0-based step to a learning-rate factor (``WSD``) and goes before the arguments' own scheduler; the token embeddings
+    take ``embedding_lr_factor`` times the learning rate, with which TST gains more (docs/choose.md). ``figures`` maps
     the step, and the latent and raw tokens so far, to further figures of every logged line. Checkpoints, resume and the
     saved model are the stock ones; a checkpoint also has ``plan.json``. The auxiliary loss of a mixture of experts is
     divided by the accumulated batches and counts in training only; ``Trainer`` adds it whole to each batch, and in
@@ -96,6 +98,7 @@ class TSTTrainer(Trainer):
         place_signal: float = 0.0,
         mtp: MTPHeads | None = None,
         lr_factor: Callable[[int], float] | None = None,
+        embedding_lr_factor: float = 1.0,
         figures: Callable[[int, int, int], Mapping[str, float]] | None = None,
         **kwargs: Any,
     ):
@@ -143,11 +146,17 @@ class TSTTrainer(Trainer):
             )
         if lr_factor is not None and self.lr_scheduler is not None:
             raise TokenSuperpositionError("lr_factor is given beside a scheduler in optimizers; give one of them")
+        require_number("embedding_lr_factor", embedding_lr_factor, 0, strictly=True, hint=", such as 4")
+        if embedding_lr_factor != 1 and self.optimizer is not None:
+            raise TokenSuperpositionError(
+                f"embedding_lr_factor is {embedding_lr_factor:g} beside an optimizer in optimizers; give it the groups"
+            )
         for held_out in self.eval_dataset.values() if isinstance(self.eval_dataset, dict) else [self.eval_dataset]:
             check_held_out(held_out)
         self.weighting: Weighting = weighting
         self.bag_loss: BagLoss = bag_loss
         self.lr_factor = lr_factor
+        self.embedding_lr_factor = embedding_lr_factor
         self.figures = figures
         self.mtp = mtp
         self.head = None if isinstance(head, str) else head
@@ -283,6 +292,13 @@ class TSTTrainer(Trainer):
         replica, rows = self.args.process_index // self.get_tp_size(), len(targets)
         kept = torch.arange(replica * rows, (replica + 1) * rows, device=targets.device) < state.remainder
         return inputs | {"shift_labels": targets.where(kept.view(-1, *[1] * (targets.dim() - 1)), -100)}
+
+    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
+        made = self.optimizer is not None
+        optimizer = super().create_optimizer(model)
+        if not made:
+            scale_embedding_lr(optimizer, self.model, self.embedding_lr_factor)
+        return optimizer
 
     def create_scheduler(
         self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None
