@@ -13,7 +13,7 @@ from pathlib import Path
 
 from torchtitan.components.checkpointer import CheckpointManager
 from torchtitan.components.loss import ChunkedLossWrapper
-from torchtitan.components.optimizer import LRSchedulersContainer, OptimizersContainer, ParamGroupConfig
+from torchtitan.components.optimizer import LRSchedulersContainer, ParamGroupConfig
 from torchtitan.components.validate import Validator
 from torchtitan.config import CommConfig, CompileConfig, DebugConfig, ParallelismConfig, TrainingConfig
 from torchtitan.distributed.activation_checkpoint import FullAC
@@ -21,6 +21,7 @@ from torchtitan.distributed.activation_checkpoint import FullAC
 from token_superposition.engines.torchtitan.data import HeldOutLoader, PlannedLoader
 from token_superposition.engines.torchtitan.loss import BagLoss
 from token_superposition.engines.torchtitan.metrics import BagMetrics
+from token_superposition.engines.torchtitan.optimizer import EMBEDDINGS, StageOptimizers
 from token_superposition.engines.torchtitan.trainer import TSTTrainer
 from token_superposition.errors import TokenSuperpositionError
 from token_superposition.experiment.config import Config, load_config
@@ -75,7 +76,7 @@ def trainer_config(config: Config, name: str) -> TSTTrainer.Config:
     decayed = adamw | {"weight_decay": t.weight_decay}
     groups = [(r"norm\.weight$|\.bias$", adamw | {"weight_decay": 0.0}), (r".*", decayed)]
     if t.embedding_lr_factor != 1:
-        groups.insert(1, (r"tok_embeddings\.weight$", decayed | {"lr": t.learning_rate * t.embedding_lr_factor}))
+        groups.insert(1, (EMBEDDINGS, decayed | {"lr": t.learning_rate * t.embedding_lr_factor}))
     start = config.model.path
     return TSTTrainer.Config(
         model=config.model,
@@ -91,7 +92,7 @@ def trainer_config(config: Config, name: str) -> TSTTrainer.Config:
             max_norm=t.max_grad_norm or math.inf,  # 0 would be the norm of every gradient
             mixed_precision_param="float32" if t.precision == "float32" else "bfloat16",
         ),
-        optimizer=OptimizersContainer.Config(
+        optimizer=StageOptimizers.Config(
             param_groups=[
                 ParamGroupConfig(pattern=pattern, optimizer_name="AdamW", optimizer_kwargs=settings)
                 for pattern, settings in groups
