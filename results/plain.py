@@ -7,6 +7,7 @@ tenth of its steps.
 from __future__ import annotations
 
 import json
+from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from statistics import mean
@@ -166,19 +167,20 @@ def recipes(found: list[Result], length: float = 1.1) -> str:
         "| comparison | text | recipe | less plain TST of 1.1 x the steps, nats (95%) | |",
         "|---|---|---|---|---|",
     ]
-    saves: list[bool] = []
+    by_recipe: dict[str, list[tuple[str, str]]] = defaultdict(list)
     for r in found:
         if reference := plain(r, length):
             for name, changed, steps in ways(r):
                 if changed and steps == 1 and changed.get("bag_size") != 1:
                     values = differences(r, name, reference)
                     how = ", ".join(f"{k} = {v}" for k, v in changed.items())
-                    judged = verdict(values)
-                    saves.append(judged == "better")
-                    lines.append(f"| {r.label} | {text_of(r)} | `{how}` | {told(values)} | {judged} |")
-    if saves and not any(saves):
-        lines += ["", "Nothing that was tried is shown to, so the default of `tst train` is plain TST."]
-    elif not all(saves):
-        shown = f"{sum(saves)} of {len(saves)} are shown to"
-        lines += ["", f"{shown}, which is no rule, so the default of `tst train` is plain TST."]
+                    by_recipe[how].append((verdict(values), text_of(r)))
+                    lines.append(f"| {r.label} | {text_of(r)} | `{how}` | {told(values)} | {verdict(values)} |")
+    shown = [
+        f"`{how}` ({', '.join(dict.fromkeys(text for _, text in tried))})"
+        for how, tried in by_recipe.items()
+        if all(judged == "better" for judged, _ in tried)
+    ]
+    if by_recipe:
+        lines += ["", f"Shown to wherever it was tried: {', '.join(shown) or 'nothing'}."]
     return "\n".join([*lines, ""])

@@ -43,13 +43,16 @@ def test_a_branch_trains_as_its_own_configuration_says(optimizer: Any, write_con
     finally:
         hook.remove()
     rates = [1e-3 * branch.wsd(step) for step in (8, 9, 10, 11)]
-    assert list(dict.fromkeys(g["lr"] for g in used)) == rates  # the decay began after step 6, beside the trunk's 11
+    both = dict.fromkeys(rate * factor for rate in rates for factor in (1, 4))  # the token embeddings have their own
+    assert list(dict.fromkeys(g["lr"] for g in used)) == list(
+        both
+    )  # the decay began after step 6, beside the trunk's 11
     assert {g["betas"] for g in used if "betas" in g} == {(0.8, 0.5)}
     assert {g["weight_decay"] for g in used} == {0.5, 0.0}
     lines = [m for m in read_metrics(tmp_path / "branch/metrics.jsonl") if "loss" in m]
     assert [m["learning_rate"] for m in lines[8:]] == rates
     saved = torch.load(tmp_path / "branch/checkpoints/checkpoint-12/optimizer.pt", weights_only=True)
-    assert {g["initial_lr"] for g in saved["param_groups"]} == {1e-3}
+    assert {g["initial_lr"] for g in saved["param_groups"]} == {1e-3, 4e-3}
 
 
 def test_a_branch_with_the_same_settings_is_the_same_run(write_config: Write, tmp_path: Path) -> None:

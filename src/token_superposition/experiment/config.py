@@ -67,8 +67,8 @@ class TrainConfig:
     """muon: Muon for the hidden matrices, AdamW for embedding, head and the rest."""
     learning_rate: float = 1e-3
     """Peak learning rate. Tune it for the baseline."""
-    embedding_lr_factor: float = 1.0
-    """Learning rate of the token embeddings over that of the rest, in every run; TST gains more with 4."""
+    embedding_lr_factor: float = 4.0
+    """Learning rate of the token embeddings over that of the rest, in every run. TST gains more with 4; 1 is plain."""
     warmup_steps: int = 50
     """Steps over which the learning rate rises."""
     decay_ratio: float = 0.1

@@ -27,5 +27,5 @@ def scale_embedding_lr(optimizer: Optimizer, model: Any, factor: float) -> None:
             optimizer.add_param_group({**group, "params": [weight], "lr": group["lr"] * factor})
             return
     raise TokenSuperpositionError(
-        f"embedding_lr_factor is {factor:g}, but the optimizer does not train the token embeddings; leave it at 1"
+        f"embedding_lr_factor is {factor:g}, but the optimizer does not train the token embeddings; set it to 1"
     )
