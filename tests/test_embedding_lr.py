@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import shutil
 from collections.abc import Callable
@@ -16,9 +17,10 @@ from torch import Tensor
 from transformers import TrainingArguments
 
 from tests.conftest import tiny
-from token_superposition.data.store import Meta
+from token_superposition.data.store import Meta, json_sha256
 from token_superposition.engines.transformers import TSTTrainer
 from token_superposition.errors import TokenSuperpositionError
+from token_superposition.experiment.checkpoints import read_manifest
 from token_superposition.experiment.compare import checked_jobs, jobs_of
 from token_superposition.experiment.config import CompareConfig, Config, Variant, load_config
 from token_superposition.experiment.model import build_model
@@ -71,6 +73,21 @@ def test_a_run_goes_on_with_both_rates_and_not_with_others(write_config: Write, 
     assert all(torch.equal(p, weights[1][name]) for name, p in weights[0].items())
     with pytest.raises(TokenSuperpositionError, match=r"train.embedding_lr_factor 4.0 -> 2.0"):
         train(changed(config, embedding_lr_factor=2.0), other)
+
+
+def test_a_checkpoint_that_does_not_say_had_one_rate(write_config: Write, tmp_path: Path) -> None:
+    config = changed(load_config(write_config(steps=12, save_every=6)), embedding_lr_factor=1.0, keep=0)
+    train(config, tmp_path / "whole")
+    old = tmp_path / "whole/checkpoints/checkpoint-6"
+    manifest = read_manifest(old)
+    del manifest["config"]["train"]["embedding_lr_factor"]
+    manifest["sha256"] = json_sha256(manifest)
+    (old / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(TokenSuperpositionError, match=r"train.embedding_lr_factor 1.0 -> 4.0"):
+        train(changed(config, embedding_lr_factor=4.0), tmp_path / "other", resume=old)
+    train(config, tmp_path / "on", resume=old)
+    models = [tmp_path / name / "model/model.safetensors" for name in ("whole", "on")]
+    assert models[0].read_bytes() == models[1].read_bytes()
 
 
 def test_a_variant_has_its_own_or_that_of_the_others(write_config: Write, tmp_path: Path) -> None:

@@ -167,7 +167,8 @@ def check_start(checkpoint: Path, config: Config, meta: Meta, precision: str, mo
             f"{checkpoint} is later than the {config.train.steps} steps of the run; give more train.steps, or an "
             "earlier checkpoint"
         )
-    old = from_dict(Config, manifest["config"], str(checkpoint))
+    then = {"embedding_lr_factor": 1.0} | manifest["config"]["train"]  # which the first checkpoints do not name
+    old = from_dict(Config, manifest["config"] | {"train": then}, str(checkpoint))
     old = replace(old, superposition=old.superposition.as_read())
     differences = [
         f"data's {name} {_short(value)} -> {_short(now)}"
