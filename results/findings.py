@@ -191,7 +191,7 @@ the *sentences of a grammar* are an invented language (what each is made of:
 
 *Read in blocks* (†) is the order of the text before 2026-11-27: an ordinary step read pieces of blocks that bags fit
 into, which lay closer together than by chance. That makes the baseline worse and so probably flatters TST: in
-`proof-cpu`, where alone it was measured, by 0.014 (-0.013 to +0.041; [log](../LOG.md)). Such a comparison's command
+`weighted-bags`, where alone it was measured, by 0.014 (-0.013 to +0.041; [log](../LOG.md)). Such a comparison's command
 reads in that order at the commit that is named, and in that of today now.
 
 ![Differences of all comparisons with their intervals](findings_forest.svg)

@@ -30,10 +30,10 @@ ASKED = (
         "uniform-x1.1",
     ),
     ("Do embeddings that learn four times as fast save it on English?", "embeddings-english", "tst", "plain-x1.1"),
-    ("And on Python?", "embeddings", "tst", "plain-x1.1"),
+    ("And on Python?", "proof-cpu", "tst", "plain-x1.1"),
     ("And on the invented language?", "embeddings-invented", "tst", "plain-x1.1"),
     ("Does the ordinary run gain by them on English?", "embeddings-english", "baseline", "ordinary"),
-    ("And on Python?", "embeddings", "baseline", "ordinary"),
+    ("And on Python?", "proof-cpu", "baseline", "ordinary"),
 )
 """Questions that one comparison answers: its name, a run, and what it is compared with."""
 
