@@ -43,10 +43,9 @@ def test_a_branch_trains_as_its_own_configuration_says(optimizer: Any, write_con
     finally:
         hook.remove()
     rates = [1e-3 * branch.wsd(step) for step in (8, 9, 10, 11)]
-    both = dict.fromkeys(rate * factor for rate in rates for factor in (1, 4))  # the token embeddings have their own
-    assert list(dict.fromkeys(g["lr"] for g in used)) == list(
-        both
-    )  # the decay began after step 6, beside the trunk's 11
+    # The decay began after step 6, beside the trunk's 11; the token embeddings have four times the rate.
+    both = [rate * factor for rate in rates for factor in (1, 4)]
+    assert list(dict.fromkeys(g["lr"] for g in used)) == list(dict.fromkeys(both))
     assert {g["betas"] for g in used if "betas" in g} == {(0.8, 0.5)}
     assert {g["weight_decay"] for g in used} == {0.5, 0.0}
     lines = [m for m in read_metrics(tmp_path / "branch/metrics.jsonl") if "loss" in m]
