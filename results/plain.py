@@ -21,8 +21,8 @@ from token_superposition.experiment.superposition import SuperpositionConfig
 from token_superposition.report.contents import short
 from token_superposition.report.figures import COLOURS, svg
 
-TEXTS = ("python", "English", "sentences of a grammar")
-MARKERS = "osD"
+TEXTS = ("python", "English", "C++ headers", "sentences of a grammar")
+MARKERS = "os^D"
 PLAIN = json.loads(json.dumps(asdict(SuperpositionConfig(bag_size=4, ratio=0.3))))  # as a summary has it
 
 FACTOR = "embedding_lr_factor"
