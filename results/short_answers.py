@@ -32,7 +32,6 @@ ASKED = (
     ("Do embeddings that learn four times as fast save it on English?", "embeddings-english", "tst", "plain-x1.1"),
     ("And on Python?", "proof-cpu", "tst", "plain-x1.1"),
     ("And on C++ headers, which did not choose them?", "embeddings-headers", "tst", "plain-x1.1"),
-    ("And on the invented language?", "embeddings-invented", "tst", "plain-x1.1"),
     ("Does the ordinary run gain by them on English?", "embeddings-english", "baseline", "ordinary"),
     ("And on Python?", "proof-cpu", "baseline", "ordinary"),
 )
