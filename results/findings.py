@@ -186,8 +186,8 @@ comparison](compare.md)); a speed-up after `~` is a rough mean of seeds of which
 from `python -m results.corpora`. Sections of one seed or two say so, whatever their intervals are; further leads, and
 what was tried and left, are in the [log](../LOG.md). Parameters are counted with embedding and head, 0.26M of the 0.59M
 here and 0.13M of the 0.21M. *English* is the docstrings and the documentation of the packages whose code is *python*;
-the *C++ headers* lie beside it and are read as they are; the *sentences of a grammar* are an invented language (what each
-is made of: [results/corpora.py](../results/corpora.py)). Where no precision is said, it is float32.
+the *C++ headers* lie beside it and are read as they are; the *sentences of a grammar* are an invented language (what
+each is made of: [results/corpora.py](../results/corpora.py)). Where no precision is said, it is float32.
 
 *Read in blocks* (†) is the order of the text before 2026-11-27: an ordinary step read pieces of blocks that bags fit
 into, which lay closer together than by chance. That makes the baseline worse and so probably flatters TST: in
