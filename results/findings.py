@@ -240,8 +240,9 @@ def write(root: Path, docs: Path) -> None:
         "without the seeds that chose the variant.\n",
         against_plain(found, again),
         "## Does a recipe save a tenth of the steps of plain TST?\n",
-        "The recipe less plain TST with 1.1 x the steps: a tenth is saved where the whole interval is below 0. The "
-        "default of `tst train` is `embedding_lr_factor = 4.0`; `--train.embedding-lr-factor 1` is plain TST.\n",
+        "The recipe less plain TST with 1.1 x the steps, or with 1.11 x, of which its own are a tenth less: shown "
+        "where the whole interval is below 0. The default of `tst train` is `embedding_lr_factor = 4.0`; "
+        "`--train.embedding-lr-factor 1` is plain TST.\n",
         recipes(found),
     ]
     if copies := [r for r in found if r.copying]:

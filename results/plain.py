@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import json
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
+from itertools import product
 from statistics import mean
 from typing import Any
 
@@ -100,7 +101,8 @@ def pairs(found: list[Result], again: Again) -> list[Pair]:
                 values = differences(r, name, reference)
                 chose = r.about.get("chose", [])
                 kept = [x for seed, x in zip(r.seeds, values, strict=True) if seed not in chose]
-                result.append(Pair(r, name, ", ".join(f"{k} = {v}" for k, v in changed.items()), kept))
+                if kept:
+                    result.append(Pair(r, name, ", ".join(f"{k} = {v}" for k, v in changed.items()), kept))
     return result
 
 
@@ -161,26 +163,29 @@ def against_plain(found: list[Result], again: Again) -> str:
     return "\n".join([*head, *(row for *_, row in sorted(table)), ""])
 
 
-def recipes(found: list[Result], length: float = 1.1) -> str:
-    """A table of what was tried to save a tenth of the steps: tst less plain TST of 1.1 x the steps."""
+def recipes(found: list[Result], lengths: Iterable[float] = (1.1, 1.1112)) -> str:
+    """A table of what was tried to save a tenth of the steps: tst less plain TST of 1.1 x the steps, or of 1 / 0.9."""
     lines = [
-        "| comparison | text | recipe | less plain TST of 1.1 x the steps, nats (95%) | |",
-        "|---|---|---|---|---|",
+        "| comparison | text | recipe | steps of plain TST | less plain TST, nats (95%) | seeds | |",
+        "|---|---|---|---|---|---|---|",
     ]
     by_recipe: dict[str, list[tuple[str, str]]] = defaultdict(list)
-    for r in found:
+    told_of: list[str] = []
+    for r, length in product(found, lengths):
         if reference := plain(r, length):
             for name, changed, steps in ways(r):
                 if changed and steps == 1 and changed.get("bag_size") != 1:
                     values = differences(r, name, reference)
                     how = ", ".join(f"{k} = {v}" for k, v in changed.items())
                     by_recipe[how].append((verdict(values), text_of(r)))
-                    lines.append(f"| {r.label} | {text_of(r)} | `{how}` | {told(values)} | {verdict(values)} |")
-    shown = [
-        f"`{how}` ({', '.join(dict.fromkeys(text for _, text in tried))})"
-        for how, tried in by_recipe.items()
-        if all(judged == "better" for judged, _ in tried)
-    ]
-    if by_recipe:
-        lines += ["", f"Shown to wherever it was tried: {', '.join(shown) or 'nothing'}."]
+                    lines.append(
+                        f"| {r.label} | {text_of(r)} | `{how}` | {length:.3g} x | {told(values)} | {len(values)} | "
+                        f"{verdict(values)} |"
+                    )
+    for how, tried in by_recipe.items():
+        texts = list(dict.fromkeys(text for judged, text in tried if judged == "better"))
+        where = f" ({', '.join(texts)})" if texts else ""
+        told_of.append(f"`{how}` in {sum(judged == 'better' for judged, _ in tried)} of {len(tried)}{where}")
+    if told_of:
+        lines += ["", f"Comparisons that show it: {'; '.join(told_of)}."]
     return "\n".join([*lines, ""])

@@ -57,13 +57,15 @@ def test_plain_tst_is_found_wherever_it_stands() -> None:
     assert "| better | 11 times |" in against_plain([made_of({}, {"exp": (weights, 1.0)}, seeds=3, epochs=11.1)], {})
     assert len(table.splitlines()) == 4  # plain TST itself is not listed, nor the one of another length
     _, _, row, _, conclusion = recipes([first, second]).splitlines()
-    assert conclusion == "Shown to wherever it was tried: nothing."
+    assert conclusion == "Comparisons that show it: `weighting = exponential` in 0 of 1."
     shorter = made_of(weights, {"x1.1": ({}, 1.1)}, seeds=3)
     for x in shorter.summary["runs"]:
         x["val_loss"] -= 0.3 * (x["name"] == "tst")
-    assert recipes([first, second, shorter]).splitlines()[-1] == conclusion  # of one recipe, not everywhere
-    assert recipes([shorter]).splitlines()[-1].endswith(" tried: `weighting = exponential` (python).")
-    assert row == "| made-up | python | `weighting = exponential` | +0.200 (+0.200 to +0.200) | worse |"
+    assert recipes([first, second, shorter]).splitlines()[-1].endswith(" `weighting = exponential` in 1 of 2 (python).")
+    assert row == "| made-up | python | `weighting = exponential` | 1.1 x | +0.200 (+0.200 to +0.200) | 3 | worse |"
+    longer = made_of(weights, {"x1.11": ({}, 1.1112)}, seeds=3)
+    assert "| `weighting = exponential` | 1.11 x | +0.100 (+0.100 to +0.100) | 3 | worse |" in recipes([longer])
+    assert against_plain([replace(shorter, about=shorter.about | {"chose": [0, 1, 2]})], {}) == against_plain([], {})
 
 
 def test_a_variant_stands_beside_plain_tst_of_its_own_bag_size() -> None:
