@@ -92,29 +92,33 @@ def test_a_checkpoint_that_does_not_say_had_one_rate(write_config: Write, tmp_pa
 
 def test_a_variant_has_its_own_or_that_of_the_others(write_config: Write, tmp_path: Path) -> None:
     tst = load_config(write_config()).superposition
-    variants = (Variant("plain", tst, embedding_lr_factor=1.0), Variant("longer", tst, 1.5))
+    faster = Variant("faster", tst, learning_rate=0.02)
+    variants = (Variant("plain", tst, embedding_lr_factor=1.0), Variant("longer", tst, 1.5), faster)
     config = changed(load_config(write_config()), embedding_lr_factor=4.0)
     config = replace(config, compare=CompareConfig(variants=variants))
-    found = {j.name: j.config.train.embedding_lr_factor for j in jobs_of(config)}
-    assert found == {"baseline": 4.0, "tst": 4.0, "plain": 1.0, "longer": 4.0}
+    jobs = jobs_of(config)
+    factors = {j.name: j.config.train.embedding_lr_factor for j in jobs}
+    assert factors == {"baseline": 4.0, "tst": 4.0, "plain": 1.0, "longer": 4.0, "faster": 4.0}
+    rates = {j.name: j.config.train.learning_rate for j in jobs}
+    assert rates == dict.fromkeys(rates, config.train.learning_rate) | {"faster": 0.02}
     ordinary = replace(config, compare=CompareConfig(variants=(Variant("ordinary", BASELINE, 1.0, 1.0),)))
     assert len(checked_jobs(ordinary, tmp_path / "out")) == 3
+    tuned = replace(config, compare=CompareConfig(variants=(Variant("tuned", BASELINE, learning_rate=0.02),)))
+    assert len(checked_jobs(tuned, tmp_path / "out")) == 3
     same = replace(config, compare=CompareConfig(variants=(Variant("ordinary", BASELINE, 1.0, 4.0),)))
     with pytest.raises(TokenSuperpositionError, match="it would be the baseline again"):
         checked_jobs(same, tmp_path / "out")
 
 
-@pytest.mark.parametrize("factor", [0.0, -1.0, math.inf, math.nan])
-def test_a_factor_is_a_number_above_0(factor: float, write_config: Write) -> None:
+@pytest.mark.parametrize("name", ["learning_rate", "embedding_lr_factor"])
+@pytest.mark.parametrize("value", [0.0, -1.0, math.inf, math.nan])
+def test_a_rate_is_a_number_above_0(name: str, value: float, write_config: Write) -> None:
     config = load_config(write_config())
+    with pytest.raises(TokenSuperpositionError, match=rf"train.{name} is \S+; give a finite number above 0, such"):
+        changed(config, **{name: value}).check()
+    own = CompareConfig(variants=(Variant("plain", config.superposition, **{name: value}),))
     with pytest.raises(
-        TokenSuperpositionError, match=r"train.embedding_lr_factor is \S+; give a finite number above 0, such"
-    ):
-        changed(config, embedding_lr_factor=factor).check()
-    own = CompareConfig(variants=(Variant("plain", config.superposition, embedding_lr_factor=factor),))
-    with pytest.raises(
-        TokenSuperpositionError,
-        match=r"compare.variants plain.embedding_lr_factor is \S+; give a finite number above 0",
+        TokenSuperpositionError, match=rf"compare.variants plain.{name} is \S+; give a finite number above 0"
     ):
         replace(config, compare=own).check()
 

@@ -52,8 +52,7 @@ def jobs_of(config: Config, out: Path | None = None) -> list[Job]:
         trunk = replace(longest.config, train=replace(longest.config.train, save_at=save_at))
         jobs += [replace(longest, config=trunk), *baselines[1:]]
         for v in variants:
-            factor = v.embedding_lr_factor or config.train.embedding_lr_factor
-            of_variant = replace(seeded.train, steps=v.steps(config.train.steps), embedding_lr_factor=factor)
+            of_variant = replace(seeded.train, steps=v.steps(config.train.steps), **v.rates)
             jobs.append(Job(v.name, place(v.name), replace(seeded, superposition=v.superposition, train=of_variant)))
     return sorted(jobs, key=lambda j: j.trunk is not None)
 
@@ -70,7 +69,7 @@ def checked_jobs(config: Config, out: Path) -> list[Job]:
         raise TokenSuperpositionError(f"{out} holds a sweep; choose another --out for the comparison")
     for v in (Variant("tst", config.superposition), *config.compare.variants):
         s, steps = v.superposition, v.steps(config.train.steps)
-        own = s.trained_heads or v.embedding_lr_factor not in (None, config.train.embedding_lr_factor)
+        own = s.trained_heads or replace(config.train, **v.rates) != config.train
         if v.length == 1 and not any(p.is_superposed for p in s.schedule(steps).phases) and not own:
             raise TokenSuperpositionError(
                 f"{v.name} superposes none of its {steps} steps (bag_size {s.bag_size}, ratio {s.ratio:g}): it would "

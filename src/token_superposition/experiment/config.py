@@ -143,14 +143,22 @@ class Variant:
     is seen how many steps of one way of training another is worth."""
     embedding_lr_factor: float | None = None
     """Its own train.embedding_lr_factor, which is that of the baseline and of tst by default."""
+    learning_rate: float | None = None
+    """Its own train.learning_rate, likewise: what suits one way of training need not suit another."""
 
     def steps(self, of_tst: int) -> int:
         return round(self.length * of_tst)
 
+    @property
+    def rates(self) -> dict[str, float]:
+        """Of [train], what it has of its own."""
+        own = {"embedding_lr_factor": self.embedding_lr_factor, "learning_rate": self.learning_rate}
+        return {name: value for name, value in own.items() if value is not None}
+
 
 @dataclass(frozen=True)
 class CompareConfig:
-    """What tst compare runs beside the baseline, which has the same model, data, learning rate and steps."""
+    """What tst compare runs beside the baseline, which has the same model, data, steps and learning rate."""
 
     seeds: tuple[int, ...] = ()
     """Every run is repeated with each of these seeds; without any, train.seed is the seed."""
@@ -233,13 +241,10 @@ class Config:
                     f"train.batch_size {t.batch_size} is not a multiple of "
                     f"train.micro_batch_size {t.micro_batch_size}; change one of them"
                 )
-        if not 0 < t.learning_rate < math.inf:
-            raise TokenSuperpositionError(f"train.learning_rate is {t.learning_rate}; give a number above 0")
-        factors = {"train": t.embedding_lr_factor}
-        factors |= {f"compare.variants {v.name}": v.embedding_lr_factor for v in self.compare.variants}
-        for where, factor in factors.items():
-            if factor is not None:
-                require_number(f"{where}.embedding_lr_factor", factor, 0, strictly=True, hint=", such as 4")
+        for where, own in ("train", t), *((f"compare.variants {v.name}", v) for v in self.compare.variants):
+            for name, hint in ("learning_rate", ", such as 1e-3"), ("embedding_lr_factor", ", such as 4"):
+                if (value := getattr(own, name)) is not None:
+                    require_number(f"{where}.{name}", value, 0, strictly=True, hint=hint)
         if not 0 < t.timeout_minutes < math.inf:
             raise TokenSuperpositionError(f"train.timeout_minutes is {t.timeout_minutes}; give a number above 0")
         for name in ("weight_decay", "max_grad_norm"):
