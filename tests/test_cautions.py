@@ -70,6 +70,22 @@ def test_of_several_variants_those_are_told_that_stand_the_correction(tmp_path: 
     )
 
 
+def test_a_baseline_that_another_rate_would_suit_better_is_told_of(tmp_path: Path) -> None:
+    def with_ordinary(delta: float, seeds: int = 4) -> list[Run]:
+        runs = pairs(("tst", -0.1), ("at 2e-3", delta), ("at 3e-3", delta + 0.02), seeds=seeds)
+        return [replace(r, ratio=0.0) if r.name.startswith("at ") else r for r in runs]
+
+    sentence = told(with_ordinary(-0.05), tmp_path / "better")["the baseline"]
+    low, high = t_interval([x - 0.05 for x in NOISE]) or (0, 0)
+    assert (
+        f"at 2e-3 has no bags either and ends 0.049 nats below it (95% interval {low:+.3f} to {high:+.3f})" in sentence
+    )
+    assert "(one seed): its learning rate" in told(with_ordinary(-0.05, seeds=1), tmp_path / "one")["the baseline"]
+    assert "the baseline" not in told(with_ordinary(0.05), tmp_path / "worse")
+    for text in shown(directory_of(with_ordinary(-0.05), tmp_path / "shown")):
+        assert "so part of what the others gain over the baseline is the rate" in " ".join(text.split())
+
+
 def test_a_variant_of_more_steps_is_corrected_for_at_equal_flops(tmp_path: Path) -> None:
     """Twice the steps alone make no variant; where no baseline has as many, nothing is told of it."""
     twice = [run("plain-x2", seed, 2000, 2.8 + NOISE[seed]) for seed in range(4)]

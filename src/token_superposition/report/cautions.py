@@ -9,7 +9,7 @@ from statistics import mean, stdev
 from typing import TYPE_CHECKING, Any
 
 from token_superposition.experiment.files import DIVERGED, RESULT
-from token_superposition.report.contents import at_equal_flops
+from token_superposition.report.contents import at_equal_flops, interval
 
 if TYPE_CHECKING:
     from token_superposition.experiment.summary import Run
@@ -24,6 +24,7 @@ def cautions(contents: Contents) -> list[tuple[str, str]]:
     left_out = {d: sum(len(line.get("skipped", ())) for line in lines) for d, lines in contents.metrics.items()}
     found = {
         "steps left out": ", ".join(f"{n} of {runs[d].steps:,} in {d}" for d, n in left_out.items() if n),
+        "the baseline": _mistuned(contents),
         "several variants": _several(contents),
         "not alike": _not_alike(contents.runs),
         "not shown": not_shown(contents.directory, runs),
@@ -42,6 +43,21 @@ def not_shown(directory: Path, shown: Collection[str]) -> str:
     return (
         f"{len(others)} more finished run{'s' if len(others) > 1 else ''} in {directory / 'runs'} ({names}); if they "
         "had a part in choosing what is shown, these figures are too good"
+    )
+
+
+def _mistuned(contents: Contents) -> str:
+    """Whether a variant without bags, which differs from the baseline by its learning rates alone, ends below it."""
+    without = {r.name for r in contents.runs if r.bag_size == 1 or r.ratio == 0}
+    found = {name: at_equal_flops(c) for name, c in contents.comparison["variants"].items() if name in without}
+    lower = {name: e for name, e in found.items() if e is not None and e["delta_val_loss"] < 0}
+    if not lower:
+        return ""
+    name, best = min(lower.items(), key=lambda x: x[1]["delta_val_loss"])
+    over = f"95% interval {interval(best['interval'], '+.3f')}" if best["interval"] else "one seed"
+    return (
+        f"{name} has no bags either and ends {-best['delta_val_loss']:.3f} nats below it ({over}): its learning rate "
+        "suits the ordinary run better, so part of what the others gain over the baseline is the rate"
     )
 
 
