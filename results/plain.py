@@ -26,21 +26,23 @@ TEXTS = ("python", "English", "C++ headers", "sentences of a grammar")
 MARKERS = "os^D"
 PLAIN = json.loads(json.dumps(asdict(SuperpositionConfig(bag_size=4, ratio=0.3))))  # as a summary has it
 
-FACTOR = "embedding_lr_factor"
+FACTOR, RATE = "embedding_lr_factor", "learning_rate"
 
 
 def ways(r: Result) -> Iterator[tuple[str, dict[str, Any], float]]:
-    """Of each run but the baselines: its name, what of it differs from plain TST at one learning rate, its length."""
+    """Of each run but the baselines: its name, what of it differs from plain TST at one learning rate for all weights,
+    that of the baseline, and its length."""
     config = r.summary["config"]
-    factor = config["train"].get(FACTOR, 1.0)
-    further = (
-        (v["name"], v["superposition"], v.get("length", 1.0), v.get(FACTOR) or factor)
-        for v in config["compare"].get("variants", [])
-    )
-    for name, superposition, length, own in (("tst", config["superposition"], 1.0, factor), *further):
+    train = config["train"]
+    tst: dict[str, Any] = {"name": "tst", "superposition": config["superposition"]}
+    for v in (tst, *config["compare"].get("variants", [])):
         # An option that came later is not in the older files, which then have its default.
-        changed = {k: v for k, v in superposition.items() if PLAIN.get(k) != v}
-        yield name, changed | ({FACTOR: own} if own != 1 else {}), length
+        changed = {k: value for k, value in v["superposition"].items() if PLAIN.get(k) != value}
+        if (factor := v.get(FACTOR) or train.get(FACTOR, 1.0)) != 1:
+            changed[FACTOR] = factor
+        if v.get(RATE) not in (None, train.get(RATE)):
+            changed[RATE] = v[RATE]
+        yield v["name"], changed, v.get("length", 1.0)
 
 
 def ordinary(r: Result) -> str | None:

@@ -153,6 +153,18 @@ def test_of_many_variants_one_is_told_apart_by_chance() -> None:
     assert line.endswith("for the 4 variants of at least 3 seeds: none.")
 
 
+def test_plain_tst_at_another_rate_is_none() -> None:
+    """It differs from the baseline by more than its bags."""
+    r = made_of({"weighting": "exponential"}, {"uniform": ({}, 1.0)}, seeds=3)
+    assert len(pairs([r], {})) == 1 and len(over_batches([r], {})[1].splitlines()) == 3
+    config = r.summary["config"]
+    config["train"]["learning_rate"] = 1e-3
+    config["compare"]["variants"][0]["learning_rate"] = None
+    assert len(pairs([r], {})) == 1
+    config["compare"]["variants"][0]["learning_rate"] = 2e-3
+    assert pairs([r], {}) == [] and len(over_batches([r], {})[1].splitlines()) == 2
+
+
 def test_results_without_plain_tst_or_of_other_texts_are_left_out() -> None:
     other = made_of({"ratio": 0.5}, {})
     assert len(over_batches([other, made_of({}, {}, "369k tokens of Python source")], {})[1].splitlines()) == 2

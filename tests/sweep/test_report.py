@@ -93,7 +93,7 @@ def test_table_and_report_say_what_is_to_be_believed(tmp_path: Path) -> None:
     assert best[0] == "best" and best[-1] == "see its difference"
     assert all(" to " in row[-1] for row in others if not row[0])
     page = (tmp_path / "full/report.html").read_text()
-    assert page.count("<svg") == 2 * 3 and page.count("</html>") == 1 and "<script" not in page
+    assert page.count("<svg") == 2 * 3 + 1 and page.count("</html>") == 1 and "<script" not in page
     assert "270M, 20,000 steps, uniform weights" in page and page.count("stroke-dasharray") >= 2 * (2 + 2)
     one = swept((5,), bag_sizes=(2, 4), keep=0.5)
     made_up(tmp_path / "one", one, loss)
@@ -195,7 +195,11 @@ def test_a_setting_at_whose_rate_the_baseline_diverged(tmp_path: Path) -> None:
         assert "its learning rate = 0.002 is the largest that was tried" in text
     contents = read_sweep(tmp_path / "sweep")
     assert not any(map(contents.diverged, contents.cells))
-    for picture in sweep_pictures(contents):
+    *pictures, rates = sweep_pictures(contents)
+    assert rates.alt == (
+        "Loss over the learning rate. baseline: lowest at 0.001, 2.9990; best of 2 settings: lowest at 0.002, 2.9980."
+    )
+    for picture in pictures:
         without = "learning rate 0.002" in picture.title
         assert ("no baseline" in picture.svg) == (without and "dashed" not in picture.title)
         assert ("The baseline of their learning rate diverged" in picture.alt) == without
@@ -241,6 +245,24 @@ def test_pictures_show_each_cell_once_and_the_published_curve(tmp_path: Path) ->
     table = next(t for t in tables() if (t.model, t.steps, t.weighting) == ("270M", 20000, "uniform"))
     assert contents.published(contents.facets[0]) == table
     assert "r = 0.1" in over_s.svg and "s = 8" in over_r.svg and over_s.svg.count("stroke-dasharray: 3.7") == 2 + 1
+
+
+def test_a_sweep_over_the_rate_alone_is_one_picture(tmp_path: Path) -> None:
+    """Of one bag size and ratio there is no map to draw."""
+    rates = (1e-3, 2e-3, 4e-3)
+    made_up(
+        tmp_path / "s",
+        swept((0, 1), bag_sizes=(4,), learning_rates=rates),
+        lambda cell, seed: 3 + 0.5 * seed + abs(math.log2(cell.learning_rate / (4e-3 if cell.is_baseline else 1e-3))),
+    )
+    (picture,) = sweep_pictures(read_sweep(tmp_path / "s"))
+    told = "baseline: lowest at 0.004, 3.2500; s = 4, r = 0.3: lowest at 0.001, 3.2500."
+    assert picture.alt == f"Loss over the learning rate. {told}"
+    texts = re.findall(r">([^<>]+)</text>", picture.svg)
+    assert {"0.001", "0.002", "0.004", "baseline", "s = 4, r = 0.3", "learning rate"} <= set(texts)
+    made_up(tmp_path / "all", swept((0, 1), bag_sizes=(4,), learning_rates=rates), lambda cell, seed: math.nan)
+    (picture,) = sweep_pictures(read_sweep(tmp_path / "all"))
+    assert picture.alt.endswith("All diverged.")
 
 
 def test_text_on_every_colour_is_readable() -> None:

@@ -1,9 +1,11 @@
-"""The pictures of a sweep, as SVG: heat maps of bag size and ratio, and the U-curves with the paper's beside them."""
+"""The pictures of a sweep, as SVG: heat maps of bag size and ratio, the U-curves with the paper's beside them, and the
+losses over the learning rate."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 
 import matplotlib
 import numpy as np
@@ -24,7 +26,8 @@ DIVERGING = LinearSegmentedColormap.from_list(
 def sweep_pictures(contents: SweepContents) -> list[Picture]:
     """For each weighting, schedule and learning rate a heat map, and a curve over every axis of several values."""
     limit = colour_limit([contents.difference(c) for c in contents.cells])
-    return [picture for facet in contents.facets for picture in _pictures(contents, facet, limit)]
+    found = [picture for facet in contents.facets for picture in _pictures(contents, facet, limit)]
+    return [*found, over_rates(contents)] if contents.several("learning_rate") else found
 
 
 def _pictures(contents: SweepContents, facet: Facet, limit: float) -> list[Picture]:
@@ -45,9 +48,11 @@ def _pictures(contents: SweepContents, facet: Facet, limit: float) -> list[Pictu
     def picture(figure: Figure, title: str) -> Picture:
         return Picture(title, svg(figure), f"{title}. {lowest}")
 
-    figure = Figure(figsize=(max(5.4, 1.8 + 0.75 * len(sizes)), 1.5 + 0.55 * len(ratios)), layout="constrained")
-    heat_map(figure, contents, at, sizes, ratios, limit)
-    result = [picture(figure, f"Difference to the baseline by bag size and ratio{where}")]
+    result: list[Picture] = []
+    if len(at) > 1:
+        figure = Figure(figsize=(max(5.4, 1.8 + 0.75 * len(sizes)), 1.5 + 0.55 * len(ratios)), layout="constrained")
+        heat_map(figure, contents, at, sizes, ratios, limit)
+        result.append(picture(figure, f"Difference to the baseline by bag size and ratio{where}"))
 
     table = contents.published(facet)
     source = f"the paper's {table.model}, {table.steps:,} steps, {table.weighting.replace('_', '-')} weights"
@@ -172,6 +177,38 @@ def u_curves(
     axes.plot([], [], "--", color=COLOURS[0], lw=1, label="paper")
     figure.legend(loc="outside right upper", frameon=False)
     return figure
+
+
+def over_rates(contents: SweepContents) -> Picture:
+    """The loss of the baseline over the learning rate, and of the best setting at each rate; a dot for each seed."""
+    figure = Figure(figsize=(5.4, 3.9), layout="constrained")
+    axes = figure.subplots()
+    settings = len({replace(c, learning_rate=0) for c in contents.settings})
+    one = f"s = {contents.best.bag_size}, r = {contents.best.ratio:g}"
+    label = one if settings == 1 else f"best of {settings} settings"
+    lows: list[str] = []
+    baselines = [c for c in contents.by_cell if c.is_baseline]
+    for name, colour, cells in ("baseline", COLOURS[0], baselines), (label, COLOURS[1], contents.settings):
+        whole = sorted((c for c in cells if not contents.diverged(c)), key=contents.loss, reverse=True)
+        best = dict(sorted({c.learning_rate: c for c in whole}.items()))
+        means = [contents.loss(c) for c in best.values()]
+        axes.plot([*best], means, "-o", color=colour, lw=2, ms=5, label=name)
+        for rate, cell in best.items():
+            losses = [r.val_loss for r in contents.by_cell[cell]]
+            axes.plot([rate] * len(losses), losses, "o", color=colour, ms=3, alpha=0.45, mew=0)
+        if best:
+            lows.append(f"{name}: lowest at {whole[-1].learning_rate:g}, {min(means):.4f}")
+    rates = sorted({c.learning_rate for c in contents.by_cell})
+    axes.set_xscale("log")
+    axes.set_xticks(rates, [f"{r:g}" for r in rates])
+    axes.set_xticks([], minor=True)
+    axes.set_xlabel("learning rate")
+    axes.set_ylabel("validation loss (nats per token)")
+    axes.grid(alpha=0.25)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False)
+    title = "Loss over the learning rate"
+    return Picture(title, svg(figure), f"{title}. {'; '.join(lows) or 'All diverged'}.")
 
 
 def colours(n: int) -> list[tuple[float, float, float, float]]:
