@@ -32,6 +32,9 @@ ASKED = (
     ("Do embeddings that learn four times as fast save it on English?", "embeddings-english", "tst", "plain-x1.1"),
     ("And on Python?", "proof-cpu", "tst", "plain-x1.1"),
     ("And on C++ headers, which did not choose them?", "embeddings-headers", "tst", "plain-x1.1"),
+    ("On Python at twice the rate, which suits a baseline with them: does TST win?", "higher-rate", "tst", "baseline"),
+    ("And at a rate of its own?", "higher-rate", "tst-2e-3", "baseline"),
+    ("And both at that rate?", "higher-rate", "tst-2e-3", "ordinary-2e-3"),
     ("Does the ordinary run gain by them on English?", "embeddings-english", "baseline", "ordinary"),
     ("And on Python?", "proof-cpu", "baseline", "ordinary"),
 )
