@@ -82,6 +82,8 @@ def test_a_baseline_that_another_rate_would_suit_better_is_told_of(tmp_path: Pat
     )
     assert "(one seed): its learning rate" in told(with_ordinary(-0.05, seeds=1), tmp_path / "one")["the baseline"]
     assert "the baseline" not in told(with_ordinary(0.05), tmp_path / "worse")
+    heads = [replace(r, flops=2 * r.flops) if r.name.startswith("at ") else r for r in with_ordinary(-0.05)]
+    assert "the baseline" not in told(heads, tmp_path / "heads")
     for text in shown(directory_of(with_ordinary(-0.05), tmp_path / "shown")):
         assert "so part of what the others gain over the baseline is the rate" in " ".join(text.split())
 

@@ -49,8 +49,9 @@ def not_shown(directory: Path, shown: Collection[str]) -> str:
 def _mistuned(contents: Contents) -> str:
     """Whether a variant without bags, which differs from the baseline by its learning rates alone, ends below it."""
     without = {r.name for r in contents.runs if r.bag_size == 1 or r.ratio == 0}
-    found = {name: at_equal_flops(c) for name, c in contents.comparison["variants"].items() if name in without}
-    lower = {name: e for name, e in found.items() if e is not None and e["delta_val_loss"] < 0}
+    variants = contents.comparison["variants"].items()
+    alike = {name: at_equal_flops(c) for name, c in variants if name in without and c["flops_ratio"] == 1}  # no heads
+    lower = {name: e for name, e in alike.items() if e is not None and e["delta_val_loss"] < 0}
     if not lower:
         return ""
     name, best = min(lower.items(), key=lambda x: x[1]["delta_val_loss"])
