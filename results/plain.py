@@ -172,7 +172,6 @@ def recipes(found: list[Result], lengths: Iterable[float] = (1.1, 1.1112)) -> st
         "|---|---|---|---|---|---|---|",
     ]
     by_recipe: dict[str, list[tuple[str, str]]] = defaultdict(list)
-    told_of: list[str] = []
     for r, length in product(found, lengths):
         if reference := plain(r, length):
             for name, changed, steps in ways(r):
@@ -184,10 +183,11 @@ def recipes(found: list[Result], lengths: Iterable[float] = (1.1, 1.1112)) -> st
                         f"| {r.label} | {text_of(r)} | `{how}` | {length:.3g} x | {told(values)} | {len(values)} | "
                         f"{verdict(values)} |"
                     )
+    shown: list[str] = []
     for how, tried in by_recipe.items():
         texts = list(dict.fromkeys(text for judged, text in tried if judged == "better"))
         where = f" ({', '.join(texts)})" if texts else ""
-        told_of.append(f"`{how}` in {sum(judged == 'better' for judged, _ in tried)} of {len(tried)}{where}")
-    if told_of:
-        lines += ["", f"Comparisons that show it: {'; '.join(told_of)}."]
+        shown.append(f"`{how}` in {sum(judged == 'better' for judged, _ in tried)} of {len(tried)}{where}")
+    if shown:
+        lines += ["", f"Comparisons that show it: {'; '.join(shown)}."]
     return "\n".join([*lines, ""])
