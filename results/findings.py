@@ -11,22 +11,18 @@ from typing import Any
 from results.figures import after_switch, ahead, forest
 from results.kept import Result, at_equal_flops, first_shown, kept_at, load, rows, told, unfinished_in, verdict
 from results.plain import against_plain, differences, over_batches, recipes, text_of
-from results.short_answers import short_answers
+from results.short_answers import short_answers, speedup
 from results.sweeps import section as section_of_sweep
-from token_superposition.report.contents import interval, mean_speedup, speedup_in_flops
+from token_superposition.report.contents import interval
 
 
 def table_row(name: str, c: dict[str, Any], again: str | None, chose: list[int]) -> str:
-    s = speedup_in_flops(c)
-    speed = "not measured" if s is None else mean_speedup(s)
-    if s is not None and (s["low"] is not None or s["high"] is not None):
-        speed += f" ({interval((s['low'], s['high']), '.2f')})"
     name, values = at_equal_flops(name, c)
     per_seed = ", ".join(f"{d:+.3f}" for d in values)
     judged = f"{verdict(values)}; the runs of {again}" if again else verdict(values)
     if chose and name == "tst":
         judged += f"; seed {' and '.join(map(str, chose))} had a part in choosing it"
-    return f"| {name} | {told(values)} | {speed} | {per_seed} | {judged} |"
+    return f"| {name} | {told(values)} | {speedup(c)} | {per_seed} | {judged} |"
 
 
 def longer_rows(variants: dict[str, dict[str, Any]]) -> list[str]:

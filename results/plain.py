@@ -131,9 +131,10 @@ def over_batches(found: list[Result], again: Again) -> tuple[str, str]:
     labelled: set[str] = set()
     for text, per_parameter, tokens, steps, values, times, r in entries:
         size = short(r.baseline["parameters"])
+        flattered = f", whose baseline is {r.about['mistuned']} mistuned" if "mistuned" in r.about else ""
         lines.append(
             f"| {TEXTS[text]} | {per_parameter:.1f} | {tokens:,} | {steps:,} | {size} | {told(values)} | "
-            f"{len(values)} | {times} | [{r.label}](../results/{r.name}) |"
+            f"{len(values)} | {times} | [{r.label}](../results/{r.name}){flattered} |"
         )
         colour, label = COLOURS[sizes.index(size) % len(COLOURS)], f"{TEXTS[text]}, {size} parameters"
         axes.plot([per_parameter] * len(values), values, ".", color=colour, alpha=0.4)

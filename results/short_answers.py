@@ -1,42 +1,36 @@
-"""The first section of the findings page: what all comparisons of at least three seeds say, in a few sentences."""
+"""The first section of the findings page: what all comparisons of at least three seeds say, in two tables."""
 
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from statistics import mean
+from typing import Any
 
 from results.kept import SEEDS, Result, told, verdict
 from results.plain import FACTOR, TEXTS, Again, differences, ordinary, pairs, plain, text_of
 from token_superposition.experiment.intervals import chance, holm
-from token_superposition.report.contents import short
-from token_superposition.report.verdicts import in_short
+from token_superposition.report.contents import interval, mean_speedup, short, speedup_in_flops
 
 ASKED = (
     ("Are bags on 99% of the steps ever good?", "ratio-of-99", "ratio-0.99", "baseline"),
-    ("Is it what is read?", "sides", "input-only", "baseline"),
-    ("Is it what is predicted?", "sides", "output-only", "baseline"),
-    ("Do bags of what is predicted win where a text is read many times?", "few-tokens", "output-only", "baseline"),
-    ("And beside a baseline that stops sooner?", "few-tokens", "output-only", "baseline-x0.4"),
+    ("Do bags win that are only read?", "sides", "input-only", "baseline"),
+    ("Do bags win that are only predicted?", "sides", "output-only", "baseline"),
+    ("Do they where a text is read many times?", "few-tokens", "output-only", "baseline"),
+    ("Do they there, beside a baseline that stops sooner?", "few-tokens", "output-only", "baseline-x0.4"),
     ("Does it hurt to throw the optimizer's state away at the switch?", "750-steps", "optimizer-reset", "tst"),
     ("Do heads for two further tokens help?", "mtp", "mtp", "baseline"),
-    ("Do they help together with bags?", "mtp", "tst+mtp", "tst"),
+    ("Do such heads help together with bags?", "mtp", "tst+mtp", "tst"),
     ("Is a smaller bag better for a smaller model?", "small", "bags-of-2", "tst"),
-    ("Does it win with no more text than the baseline has?", "same-text", "tst", "baseline"),
-    ("Does it win with Muon?", "muon", "tst", "baseline"),
-    (
-        "Do weights save a tenth of the steps on a text that did not choose them?",
-        "english-recipe",
-        "tst",
-        "uniform-x1.1",
-    ),
-    ("Do embeddings that learn four times as fast save it on English?", "embeddings-english", "tst", "plain-x1.1"),
-    ("And on Python?", "proof-cpu", "tst", "plain-x1.1"),
-    ("And on C++ headers, which did not choose them?", "embeddings-headers", "tst", "plain-x1.1"),
-    ("On Python at twice the rate, which suits a baseline with them: does TST win?", "higher-rate", "tst", "baseline"),
-    ("And at a rate of its own?", "higher-rate", "tst-2e-3", "baseline"),
-    ("And both at that rate?", "higher-rate", "tst-2e-3", "ordinary-2e-3"),
-    ("Does the ordinary run gain by them on English?", "embeddings-english", "baseline", "ordinary"),
-    ("And on Python?", "proof-cpu", "baseline", "ordinary"),
+    ("Does TST win with no more text than the baseline has?", "same-text", "tst", "baseline"),
+    ("Does TST win with Muon?", "muon", "tst", "baseline"),
+    ("Do weights save a tenth of plain TST's steps on English?", "english-recipe", "tst", "uniform-x1.1"),
+    ("Do embeddings that learn 4 x as fast save it on English?", "embeddings-english", "tst", "plain-x1.1"),
+    ("Do they save it on Python?", "proof-cpu", "tst", "plain-x1.1"),
+    ("Do they save it on C++ headers, which did not choose them?", "embeddings-headers", "tst", "plain-x1.1"),
+    ("Does the baseline gain by them on English?", "embeddings-english", "baseline", "ordinary"),
+    ("Does the baseline gain by them on Python?", "proof-cpu", "baseline", "ordinary"),
+    ("Does TST win with them on Python at twice the rate?", "higher-rate", "tst", "baseline"),
+    ("Does TST at a rate of its own beside that baseline?", "higher-rate", "tst-2e-3", "baseline"),
+    ("Does TST where both have that rate of 2e-3?", "higher-rate", "tst-2e-3", "ordinary-2e-3"),
 )
 """Questions that one comparison answers: its name, a run, and what it is compared with."""
 
@@ -44,7 +38,7 @@ COUNTED = {"better": "below the baseline", "worse": "above it", "no clear differ
 
 
 def short_answers(found: list[Result], again: Again) -> str:
-    """Bullets; none where no comparison has enough seeds."""
+    """Two tables with bullets between them; none where no comparison has enough seeds."""
     enough = [r for r in found if len(r.seeds) >= SEEDS]
     of_plain = [
         r
@@ -55,35 +49,64 @@ def short_answers(found: list[Result], again: Again) -> str:
         and (r.name, name) not in again
         and "superseded" not in r.about
     ]
-    lines = [
-        *today(enough, again),
-        *wins(of_plain),
-        *from_where(of_plain),
-        *at_equal_data(enough, again),
-        *where(enough),
-        *memory(enough),
-        *variants(enough, again),
-        *asked(enough),
-    ]
-    return "\n".join([*lines, ""]) if lines else ""
+    bullets = [*wins(of_plain), *where(enough), *memory(enough), *variants(enough, again)]
+    parts = [today(enough, again), bullets, asked(enough)]
+    return "".join("\n".join([*lines, "", ""]) for lines in parts if lines)[:-1]
 
 
 def today(enough: list[Result], again: Again) -> list[str]:
-    """What each comparison in today's order of the text says of tst, as its report does."""
-    return [
-        f"- **{text_of(r)}, {short(r.baseline['parameters'])} parameters** ({r.name}; {r.baseline['steps']:,} steps, "
-        f"{superposition(r)}): {in_short(r.variants['tst'])}."
-        for r in enough
-        if not r.in_blocks and text_of(r) in TEXTS and (r.name, "tst") not in again
+    """A table of what each comparison in today's order of the text says of tst, and of TST as in the paper."""
+    lines: list[str] = []
+    for r in enough:
+        if not r.in_blocks and text_of(r) in TEXTS and (r.name, "tst") not in again:
+            c = r.variants["tst"]
+            cells = (
+                text_of(r),
+                short(r.baseline["parameters"]),
+                settings(r),
+                f"{len(r.seeds)}",
+                told(differences(r, "tst", "baseline")),
+                speedup(c),
+                equal_text(c),
+                told(differences(r, p, o)) if (p := plain(r)) and (o := ordinary(r)) else "",
+                r.name,
+            )
+            lines.append(f"| {' | '.join(cells)} |")
+    head = [
+        "TST less the baseline of the same settings, what FLOPs the baseline needs for TST's loss, and TST less a "
+        "baseline that reads as much text. *Plain TST* is the paper's, with one learning rate for all parameters, "
+        "which its baseline has as well:",
+        "",
+        "| text | parameters | TST with | seeds | less the baseline at equal FLOPs, nats (95%) | "
+        "FLOPs of a baseline as good, x | at equal text | plain TST less a baseline like it | |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
+    return [*head, *lines] if lines else []
 
 
-def superposition(r: Result) -> str:
-    c = r.summary["config"]["superposition"]
-    factor = r.summary["config"]["train"].get(FACTOR, 1.0)
+def speedup(c: dict[str, Any]) -> str:
+    """To equal loss, with its interval."""
+    if (s := speedup_in_flops(c)) is None:
+        return "not measured"
+    ends = f" ({interval((s['low'], s['high']), '.2f')})" if s["low"] is not None or s["high"] is not None else ""
+    return mean_speedup(s) + ends
+
+
+def equal_text(c: dict[str, Any]) -> str:
+    """TST less a baseline that reads as much text, where one was run or lies between two that were."""
+    equal = c["equal_data"]
+    if equal["interval"] is None or equal["ratio"] <= c["flops_ratio"]:
+        return "not measured"
+    return told(equal["delta_val_loss_per_seed"]) + ("" if equal["how"] == "measured" else f", {equal['how']}")
+
+
+def settings(r: Result) -> str:
+    c, train = r.summary["config"]["superposition"], r.summary["config"]["train"]
     kind = "uniform" if c["weighting"] == c.get("input_weighting", "uniform") == "uniform" else "weighted"
-    rate = f", the embeddings at {factor:g} x the learning rate" if factor != 1 else ""
-    return f"s = {c['bag_size']}, r = {c['ratio']:g}, {kind} bags{rate}"
+    factor = train.get(FACTOR, 1.0)
+    faster = f", the embeddings at {factor:g} x that" if factor != 1 else ""
+    rate = f" at {train['learning_rate']:g}{faster}" if "learning_rate" in train else ""
+    return f"s = {c['bag_size']}, r = {c['ratio']:g}, {kind} bags, {train['steps']:,} steps{rate}"
 
 
 def wins(of_plain: list[Result]) -> list[str]:
@@ -104,24 +127,6 @@ def wins(of_plain: list[Result]) -> list[str]:
     head = f"- Plain TST at the end, by 95% intervals of comparisons of at least {SEEDS} seeds"
     alike = "They share seeds, texts and most settings, so they are not independent."
     return [f"{head}: {'; '.join(told_of)}. {alike}"] if by_text else []
-
-
-def from_where(of_plain: list[Result]) -> list[str]:
-    """Of each text and size of the model: the difference by tokens a parameter."""
-    groups: dict[tuple[str, str], list[tuple[float, str]]] = defaultdict(list)
-    for r in of_plain:
-        b = r.baseline
-        tokens, values = b["latent_tokens"] / b["parameters"], differences(r, plain(r) or "", ordinary(r) or "")
-        judged = verdict(values)
-        unsure = f", {judged}" if judged == "no clear difference" else ""
-        flattered = f"; its baseline is {r.about['mistuned']} mistuned" if "mistuned" in r.about else ""
-        said = f"{mean(values):+.3f} with {tokens:.1f} ({r.label}{unsure}{flattered})"
-        groups[text_of(r), short(b["parameters"])].append((tokens, said))
-    return [
-        f"- Plain TST less the baseline by latent tokens a parameter, {text}, {size} parameters: "
-        f"{', '.join(said for _, said in sorted(entries))}."
-        for (text, size), entries in groups.items()
-    ]
 
 
 def where(enough: list[Result]) -> list[str]:
@@ -173,25 +178,12 @@ def variants(enough: list[Result], again: Again) -> list[str]:
 
 
 def asked(enough: list[Result]) -> list[str]:
-    """The answer to each of ``ASKED`` whose comparison is there."""
+    """A table of the answers to those of ``ASKED`` whose comparison is there."""
     by_name = {r.name: r for r in enough}
     lines: list[str] = []
     for question, name, run, other in ASKED:
         if (r := by_name.get(name)) and {run, other} <= {x["name"] for x in r.summary["runs"]}:
             values = differences(r, run, other)
-            lines.append(f"- {question} `{run}` less `{other}` in {r.label}: {told(values)}, {verdict(values)}.")
-    return lines
-
-
-def at_equal_data(enough: list[Result], again: Again) -> list[str]:
-    """TST less a baseline that reads as much text, wherever one was run or lies between two that were."""
-    said: list[str] = []
-    for r in enough:
-        for name, c in r.variants.items():
-            equal = c["equal_data"]
-            more = equal["interval"] is not None and equal["ratio"] > c["flops_ratio"]
-            if text_of(r) in TEXTS and more and (r.name, name) not in again:
-                how = "" if equal["how"] == "measured" else f", {equal['how']}"
-                difference = told(equal["delta_val_loss_per_seed"])
-                said.append(f"{difference} with {name} in {r.label} ({equal['ratio']:.3g} x the steps{how})")
-    return [f"- At equal data, less a baseline that reads as much text: {'; '.join(said)}."] if said else []
+            lines.append(f"| {question} | {verdict(values)} | {told(values)} | `{run}` less `{other}` in {r.label} |")
+    head = ["| question | | difference, nats (95%) | of |", "|---|---|---|---|"]
+    return [*head, *lines] if lines else []
