@@ -34,7 +34,16 @@ def test_labels_mask_targets_and_leave_inputs() -> None:
 @pytest.mark.parametrize("shape", [(2, 9), (2, 7), (8,)])
 def test_labels_of_another_shape(shape: tuple[int, ...]) -> None:
     with pytest.raises(TokenSuperpositionError, match="one label for each token"):
-        fold(torch.zeros(2, 8, dtype=torch.long), labels=torch.zeros(shape))
+        fold(torch.zeros(2, 8, dtype=torch.long), labels=torch.zeros(shape, dtype=torch.long))
+
+
+def test_labels_become_of_a_type_that_the_loss_takes() -> None:
+    tokens = torch.arange(8, dtype=torch.int16)
+    ids, targets = fold(tokens, 2, 2, labels=tokens)
+    assert (ids.dtype, targets.dtype) == (torch.int64, torch.int64)
+    for labels, told in ((tokens.numpy(), "labels are of type ndarray"), (tokens.float(), "labels are torch.float32")):
+        with pytest.raises(TokenSuperpositionError, match=told):
+            fold(tokens, 2, 2, labels=labels)
 
 
 @pytest.mark.parametrize(("n", "a", "b"), [(9, 2, 2), (3, 4, 4), (0, 1, 1), (1, 1, 1)])

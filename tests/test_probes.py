@@ -53,6 +53,8 @@ class Ours(LlamaForCausalLM):
         run = self.model.forward if self.way == "decoder not called" else self.model
         hidden: Any = run(input_ids=input_ids, inputs_embeds=inputs_embeds, **kwargs).last_hidden_state
         hidden = hidden[:, -logits_to_keep:]  # of -0 all
+        if self.way == "doubled in training" and self.training:
+            hidden = 2 * hidden
         if self.way == "head not called":
             return CausalLMOutput(logits=F.linear(hidden, self.lm_head.weight))  # pyright: ignore
         if self.way == "head called by name":
@@ -68,6 +70,7 @@ class Ours(LlamaForCausalLM):
         ("decoder not called", "its forward does not call its decoder"),
         ("head called by name", r"its forward fails for 4 ids \(.*index out of range"),
         ("logits cut", "of the head's 320 logits come 312"),
+        ("doubled in training", "the hidden states are changed between decoder and head"),
     ],
 )
 def test_a_forward_that_cannot_be_looked_into_makes_whole_logits(way: str, why: str, tmp_path: Path) -> None:
@@ -80,6 +83,7 @@ def test_a_forward_that_cannot_be_looked_into_makes_whole_logits(way: str, why: 
     batch, stock = default_data_collator([planned()[i] for i in range(4)]), tiny("llama").double()
     logits = stock(inputs_embeds=stock.get_input_embeddings()(batch["input_ids"]).mean(2)).logits
     logits = logits[..., : VOCAB - 8] if way == "logits cut" else logits
+    logits = 2 * logits if way == "doubled in training" else logits
     expected = reference.multi_hot_cross_entropy(logits.flatten(0, 1), batch["shift_labels"].flatten(0, 1))
     assert losses(trainer)[0] == pytest.approx(expected.item(), rel=1e-5)
 

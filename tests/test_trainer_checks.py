@@ -120,7 +120,12 @@ def test_another_trainer_is_refused(kind: type[TSTTrainer], tmp_path: Path, monk
 
 def test_what_is_misspelt_is_told_before_the_first_bag(tmp_path: Path) -> None:
     plan = planned(Schedule.two_phase(4, 1, 0.0))  # which has none
-    for options, message in (({"weighting": "powr"}, "powr"), ({"bag_loss": "sum"}, "sum")):
+    weighed = {"weighting": "power", "bag_loss": "sum-to-one"}
+    for options, message in (
+        ({"weighting": "powr"}, "powr"),
+        ({"bag_loss": "sum"}, "sum"),
+        (weighed, "leave weighting 'power' out"),
+    ):
         with pytest.raises(TokenSuperpositionError, match=message):
             trainer_of(arguments(tmp_path), plan, **options)
 
@@ -251,6 +256,16 @@ def test_tokens_of_any_whole_type_are_looked_at(dtype: str, tmp_path: Path) -> N
     TSTTrainer(tiny("llama", vocab_size=100), arguments(tmp_path), train_dataset=plan)
     with pytest.raises(TokenSuperpositionError, match="the token id 99, the model 99 embeddings"):
         TSTTrainer(tiny("llama", vocab_size=99), arguments(tmp_path), train_dataset=plan)
+
+
+def test_arguments_serve_a_second_trainer(tmp_path: Path) -> None:
+    """The steps of the first plan would be those of the second."""
+    args = arguments(tmp_path)
+    for steps in (2, 4, 1):
+        trainer = trainer_of(args, planned(Schedule.two_phase(steps, 4, 0.0)))
+        trainer.train()
+        assert trainer.state.global_step == steps
+    assert args.max_steps == -1
 
 
 class OwnCausalLM(GPT2LMHeadModel):

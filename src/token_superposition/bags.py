@@ -37,7 +37,7 @@ def fold(
     contiguous, as models that flatten them by ``view`` want them.
 
     Raises ``TokenSuperpositionError`` unless the length of ``tokens`` is ``L * a + b`` for a whole ``L >= 1``, for
-    tokens that are no tensor of whole numbers, and for labels of another shape.
+    tokens or labels that are no tensor of whole numbers, and for labels of another shape.
 
     >>> import torch
     >>> ids, targets = fold(torch.arange(8), 2, 2)
@@ -50,6 +50,7 @@ def fold(
     a, b = require_int("input_bag", input_bag, 1), require_int("output_bag", output_bag, 1)
     tokens = _whole_numbers(tokens)
     length = _positions(tokens.shape[-1], a, b)
+    labels = None if labels is None else _whole_numbers(labels, "labels")
     if labels is not None and labels.shape != tokens.shape:
         raise TokenSuperpositionError(
             f"labels have shape {tuple(labels.shape)}, tokens {tuple(tokens.shape)}; give one label for each token, "
@@ -111,16 +112,16 @@ def ragged_fold(
     return ids if a > 1 else ids.squeeze(-1), targets if b > 1 else targets.squeeze(-1)
 
 
-def _whole_numbers(tokens: Tensor) -> Tensor:
+def _whole_numbers(tokens: Tensor, what: str = "tokens") -> Tensor:
     """Of a type that embeddings and losses take: int64, unless it is int32."""
     if not isinstance(tokens, Tensor):  # pyright: ignore  # what a memory-mapped file is read as
         raise TokenSuperpositionError(
-            f"tokens are of type {type(tokens).__name__}; give a tensor of ids, such as torch.from_numpy(array)"
+            f"{what} are of type {type(tokens).__name__}; give a tensor of ids, such as torch.from_numpy(array)"
         )
     if tokens.is_floating_point() or tokens.is_complex():
-        raise TokenSuperpositionError(f"tokens are {tokens.dtype}; give ids, which are whole numbers")
+        raise TokenSuperpositionError(f"{what} are {tokens.dtype}; give ids, which are whole numbers")
     if tokens.dim() == 0:
-        raise TokenSuperpositionError("tokens are one number without an axis; give a tensor of shape (..., n)")
+        raise TokenSuperpositionError(f"{what} are one number without an axis; give a tensor of shape (..., n)")
     return tokens if tokens.dtype == torch.int32 else tokens.long()
 
 

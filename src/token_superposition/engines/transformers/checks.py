@@ -10,7 +10,9 @@ from transformers import EarlyStoppingCallback, SchedulerType, Trainer
 from token_superposition.data.plan import PlannedDataset
 from token_superposition.data.stream import StreamedPlan
 from token_superposition.errors import TokenSuperpositionError
+from token_superposition.loss.targets import BagLoss, check_loss
 from token_superposition.schedule import WSD
+from token_superposition.weights import Weighting, place_weights
 
 logger = logging.getLogger(__name__)
 Plan = PlannedDataset | StreamedPlan
@@ -63,6 +65,17 @@ def check_plan(trainer: Trainer, plan: Plan, lr_factor: object) -> None:
             "lr_factor is for %d steps, the run ends after %d: without all of its decay; make them equal",
             lr_factor.total_steps,
             args.max_steps,
+        )
+
+
+def check_objective(weighting: Weighting, bag_loss: BagLoss) -> None:
+    """Raise ``TokenSuperpositionError`` for what is misspelt, and for weights that the loss has no place for."""
+    place_weights(weighting, 1)
+    check_loss(bag_loss)
+    if bag_loss != "multi-hot" and weighting != "uniform":
+        raise TokenSuperpositionError(
+            f"bag_loss {bag_loss!r} takes a bag as one label, without weights of its places; leave weighting "
+            f"{weighting!r} out, or take the multi-hot loss"
         )
 
 

@@ -235,7 +235,8 @@ def read_head(model: nn.Module) -> Head | str:
     Told by a forward pass over 4 ids in which the head's input is compared with the decoder's output, and the head's
     output is replaced by a ramp from -100 to 100: what comes out is the ramp, or the ramp with the scale and the soft
     cap that the model's configuration names, or something that we do not know. Decoder and ramp ask for no gradient, so
-    that one that is asked for shows a parameter behind them, also one that changes nothing yet.
+    that one that is asked for shows a parameter behind them, also one that changes nothing yet. What is around the
+    decoder is in training mode, so that what is done in training alone shows, such as dropout in front of the head.
     """
     if not hasattr(model, "get_output_embeddings") or not hasattr(model, "get_decoder"):
         return "it is not a transformers causal LM"
@@ -261,9 +262,12 @@ def read_head(model: nn.Module) -> Head | str:
         seen["input"] = args[0]
         return ramp.to(output.dtype).expand_as(output)
 
+    inside = set(decoder.modules())
     handles = [decoder.register_forward_hook(keep_hidden), head.register_forward_hook(replace_logits)]
     try:
         with evaluating(model), torch.enable_grad():
+            for module in model.modules():
+                module.training = module not in inside
             logits = logits_of(model(input_ids=probe_ids(model, head.weight), **without_cache(model)))
     except Exception as e:
         return f"its forward fails for 4 ids ({first_line(e)})"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Callable, Mapping
+from copy import copy
 from dataclasses import replace
 from functools import partial
 from importlib.metadata import version
@@ -22,6 +23,7 @@ from token_superposition.embedding import superpose
 from token_superposition.engines.transformers.checks import (
     Plan,
     check_held_out,
+    check_objective,
     check_plan,
     refuse_bags,
     warn_early_stop,
@@ -42,9 +44,9 @@ from token_superposition.engines.transformers.head import (
 from token_superposition.engines.transformers.mtp import MTPHeads
 from token_superposition.errors import TokenSuperpositionError, require_number
 from token_superposition.loss import linear_multi_hot_cross_entropy, multi_hot_cross_entropy
-from token_superposition.loss.targets import BagLoss, check_loss, target_weights
+from token_superposition.loss.targets import BagLoss, target_weights
 from token_superposition.schedule import Schedule
-from token_superposition.weights import Weighting, place_weights, weights_for
+from token_superposition.weights import Weighting, weights_for
 
 logger = logging.getLogger(__name__)
 PLAN = "plan.json"
@@ -112,6 +114,7 @@ class TSTTrainer(Trainer):
                 "model_init makes a model of its own for every training, which is not taught to read bags; give the "
                 "model, and a TSTTrainer for each trial"
             )
+        args = copy(args)  # what is set here is not for the next trainer that gets them
         with torch.compiler.set_stance("force_eager"):  # nothing is compiled for 4 ids
             head = read_head(model)
         if mtp is not None:
@@ -124,8 +127,7 @@ class TSTTrainer(Trainer):
                 args.ddp_find_unused_parameters = False
         if isinstance(head, str):
             logger.warning("%s computes whole logits in training: %s", type(model).__name__, head)
-        place_weights(weighting, 1)  # what is misspelt is told now
-        check_loss(bag_loss)
+        check_objective(weighting, bag_loss)
         dataset = kwargs.get("train_dataset")
         if isinstance(dataset, Subset) and isinstance(cast(Any, dataset).dataset, Plan):
             raise TokenSuperpositionError(
