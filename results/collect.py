@@ -23,8 +23,9 @@ from typing import Any
 import tomli_w
 
 from results.kept import write_rows
-from token_superposition.experiment.files import SWEEP
+from token_superposition.experiment.files import CONFIG, SWEEP
 from token_superposition.experiment.sweep import TABLE
+from token_superposition.experiment.tree import without_none
 from token_superposition.report.page import is_sweep
 
 HERE = Path(__file__).parent
@@ -36,13 +37,14 @@ def collect(directory: Path, name: str, question: str, text: str, into: Path = H
     partial = into / f".{name}.partial"
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir()
-    shutil.copyfile(directory / "config.toml", partial / "config.toml")
     if is_sweep(directory):
-        for file in (SWEEP, TABLE):
+        for file in (CONFIG, SWEEP, TABLE):
             shutil.copyfile(directory / file, partial / file)
     else:
         summary: dict[str, Any] = json.loads((directory / "summary.json").read_text())
         summary.pop("samples")
+        # Of what the summary is of: config.toml may be that of a larger one, which was interrupted.
+        (partial / CONFIG).write_text(tomli_w.dumps(without_none(summary["config"])))
         (partial / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
         write_rows(partial / "curves.csv", ("name", "seed", *COLUMNS), curves(directory, summary["runs"]))
     command = f"tst {'sweep' if is_sweep(directory) else 'compare'} results/{name}/config.toml --out {name}"

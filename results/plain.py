@@ -38,6 +38,8 @@ def ways(r: Result) -> Iterator[tuple[str, dict[str, Any], float]]:
     for v in (tst, *config["compare"].get("variants", [])):
         # An option that came later is not in the older files, which then have its default.
         changed = {k: value for k, value in v["superposition"].items() if PLAIN.get(k) != value}
+        if v["superposition"]["ratio"] == 0 or v["superposition"]["bag_size"] == 1:  # either will do
+            changed |= {"bag_size": 1, "ratio": 0.0}
         if (factor := v.get(FACTOR) or train.get(FACTOR, 1.0)) != 1:
             changed[FACTOR] = factor
         if v.get(RATE) not in (None, train.get(RATE)):

@@ -57,6 +57,17 @@ def test_boundaries_that_cannot_be_found(config: Config, tmp_path: Path) -> None
         checked_jobs(sentences, tmp_path / "out")
 
 
+def test_a_warm_up_that_a_shorter_run_has_no_room_for(config: Config, tmp_path: Path) -> None:
+    """The run that is to blame is named: that of the configuration itself has room."""
+    config = replace(config, train=replace(config.train, steps=20, warmup_steps=12))
+    shorter = replace(config, compare=CompareConfig(baseline_lengths=(1.0, 0.5)))
+    with pytest.raises(TokenSuperpositionError, match=r"run baseline-x0.5: warm-up of 12 .* do not fit in 10 steps"):
+        checked_jobs(shorter, tmp_path / "out")
+    half = replace(config, compare=CompareConfig(variants=(Variant("half", config.superposition, 0.5),)))
+    with pytest.raises(TokenSuperpositionError, match=r"the run half: warm-up of 12 .* do not fit in 10 steps"):
+        checked_jobs(half, tmp_path / "out")
+
+
 def test_a_model_that_only_another_device_runs_is_left_to_its_runs(
     config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

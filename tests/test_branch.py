@@ -11,13 +11,15 @@ from typing import Any
 
 import pytest
 import torch
+from rich.console import Console
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from tests.conftest import tiny
 from token_superposition.errors import TokenSuperpositionError
-from token_superposition.experiment.compare import checked_jobs, jobs_of
+from token_superposition.experiment.compare import checked_jobs, compare, jobs_of
 from token_superposition.experiment.config import Config, ModelConfig, load_config
 from token_superposition.experiment.files import read_metrics
+from token_superposition.experiment.jobs import branch_checkpoint
 from token_superposition.experiment.result import read_result
 from token_superposition.experiment.resume import model_digest
 from token_superposition.experiment.run import train
@@ -78,6 +80,20 @@ def test_a_checkpoint_that_was_moved_away_leaves_the_metrics_of_its_run(write_co
     with pytest.warns(UserWarning, match=r"the metrics from step 0 to 8 are not beside .*backup/checkpoint-8"):
         train(config, tmp_path / "other", resume=moved)
     assert [m["step"] for m in read_metrics(tmp_path / "other/metrics.jsonl")] == [s for s in whole if s > 8]
+
+
+def test_a_damaged_checkpoint_of_the_trunk_is_passed_over(two_seeds: tuple[Path, Path, str], tmp_path: Path) -> None:
+    """The shorter baseline is trained from its start, to the same loss."""
+    out = shutil.copytree(two_seeds[1], tmp_path / "out")
+    before = read_result(out / "runs/baseline-seed3/run.json").val_loss
+    shutil.rmtree(out / "runs/baseline-seed3")
+    (out / "runs/baseline-x1.5-seed3/checkpoints/checkpoint-11").mkdir(parents=True)
+    config = load_config(two_seeds[0])
+    (left,) = [j for j in jobs_of(config, out) if j.directory == "baseline-seed3"]
+    assert branch_checkpoint(left, out) == out / "runs/baseline-x1.5-seed3/checkpoints/checkpoint-11"
+    with pytest.warns(UserWarning, match=r"no manifest.json.*; baseline-seed3 is trained from its start"):
+        compare(config, out, Console(quiet=True))
+    assert read_result(out / "runs/baseline-seed3/run.json").val_loss == before
 
 
 def saved_model(path: Path, scale: float = 1.0) -> Path:

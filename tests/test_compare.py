@@ -25,7 +25,7 @@ from token_superposition.data.store import Meta
 from token_superposition.data.tokenizer import load_tokenizer
 from token_superposition.experiment import jobs as jobs_module
 from token_superposition.experiment.compare import checked_jobs, jobs_of, prompt_of, samples
-from token_superposition.experiment.config import CompareConfig, Config, Variant, load_config, save_config
+from token_superposition.experiment.config import CompareConfig, Config, Variant, load_config
 from token_superposition.experiment.dry_run import START_SECONDS, cost_of_job, dry_run, makespan
 from token_superposition.experiment.jobs import run_jobs, share, slots, unfinished
 from token_superposition.experiment.speed import time_steps
@@ -356,28 +356,6 @@ def test_a_model_that_writes_no_text_loses_no_comparison(
     with pytest.warns(UserWarning, match="there is no sample of shifted-seed3: no text comes of its model") as told:
         assert [sample["name"] for sample in samples(config, tmp_path, runs)] == ["baseline"]
     assert len(told) == 1
-
-
-def test_further_seeds_leave_the_runs_of_the_first_where_they_are() -> None:
-    """So that they are skipped as done."""
-    config = replace(Config(), compare=CompareConfig(seeds=(3,), baseline_lengths=(1.0, 2.0)))
-    more = replace(config, compare=replace(config.compare, seeds=(3, 4)))
-    further = {j.directory: j.config for j in jobs_of(more)}
-    assert len(further) == 6 and all(further[j.directory].train == j.config.train for j in jobs_of(config))
-
-
-def test_seeds_that_are_given_later_find_the_run_without_one(tmp_path: Path) -> None:
-    config = replace(
-        Config(), compare=CompareConfig(baseline_lengths=(1.0, 2.0)), train=replace(Config().train, seed=7)
-    )
-    for job in jobs_of(config):
-        (tmp_path / "runs" / job.directory).mkdir(parents=True)
-        save_config(job.config, tmp_path / "runs" / job.directory / "config.toml")
-    more = replace(config, compare=replace(config.compare, seeds=(6, 7)))
-    directories = {(j.name, j.config.train.seed): j.directory for j in jobs_of(more, tmp_path)}
-    for name in ("baseline", "baseline-x2", "tst"):
-        assert directories[name, 7] == name and directories[name, 6] == f"{name}-seed6"
-    assert [j.trunk for j in jobs_of(more, tmp_path) if j.trunk] == ["baseline-x2-seed6", "baseline-x2"]
 
 
 def test_the_dry_run_validates_no_more_than_is_held_out() -> None:

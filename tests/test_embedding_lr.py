@@ -23,6 +23,7 @@ from token_superposition.errors import TokenSuperpositionError
 from token_superposition.experiment.checkpoints import read_manifest
 from token_superposition.experiment.compare import checked_jobs, jobs_of
 from token_superposition.experiment.config import CompareConfig, Config, Variant, load_config
+from token_superposition.experiment.jobs import unfinished
 from token_superposition.experiment.model import build_model
 from token_superposition.experiment.run import train
 from token_superposition.experiment.superposition import BASELINE
@@ -88,6 +89,24 @@ def test_a_checkpoint_that_does_not_say_had_one_rate(write_config: Write, tmp_pa
     train(config, tmp_path / "on", resume=old)
     models = [tmp_path / name / "model/model.safetensors" for name in ("whole", "on")]
     assert models[0].read_bytes() == models[1].read_bytes()
+
+
+def test_a_run_of_before_there_was_the_factor_had_one_rate(write_config: Write, tmp_path: Path) -> None:
+    """It is done for a comparison at one rate, and of another configuration for one with today's default."""
+    config = changed(load_config(write_config(steps=4)), embedding_lr_factor=1.0)
+    out = tmp_path / "out"
+    job = jobs_of(config, out)[0]
+    directory = out / "runs" / job.directory
+    train(job.config, directory)
+    path = directory / "config.toml"
+    path.write_text(path.read_text().replace("embedding_lr_factor = 1.0\n", ""))
+    assert job not in unfinished(checked_jobs(config, out), out)
+    faster = changed(config, embedding_lr_factor=4.0)
+    with pytest.raises(TokenSuperpositionError, match=r"other configuration \(train.embedding_lr_factor 1.0 -> 4.0\)"):
+        checked_jobs(faster, out)
+    (directory / "run.json").unlink()
+    with pytest.raises(TokenSuperpositionError, match=r"other configuration \(train.embedding_lr_factor 1.0 -> 4.0\)"):
+        train(changed(job.config, embedding_lr_factor=4.0), directory)
 
 
 def test_a_variant_has_its_own_or_that_of_the_others(write_config: Write, tmp_path: Path) -> None:

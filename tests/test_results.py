@@ -45,8 +45,11 @@ REPOSITORY = Path(results.__file__).parent.parent
 @pytest.fixture(scope="module")
 def kept(two_seeds: tuple[Path, Path, str], tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("results")
-    for _ in range(2):  # the second takes the place of the first
-        collect(two_seeds[1], "tiny", "Does it win?", "a few sentences", root)
+    larger = shutil.copytree(two_seeds[1], root.parent / f"{root.name}-larger")  # of more seeds, and interrupted
+    (larger / "config.toml").write_text((larger / "config.toml").read_text().replace("    4,\n", "    4,\n    5,\n"))
+    assert load_config(larger / "config.toml").compare.seeds == (3, 4, 5)
+    for directory in (two_seeds[1], larger):  # the second takes the place of the first
+        collect(directory, "tiny", "Does it win?", "a few sentences", root)
     memorisation(two_seeds[1], root / "tiny")
     copying(two_seeds[1], Path(load_config(two_seeds[0]).data.path), root / "tiny")
     return root

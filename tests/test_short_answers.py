@@ -8,7 +8,7 @@ from statistics import mean
 import pytest
 
 from results.kept import Result
-from results.plain import PLAIN, against_plain, over_batches, pairs, recipes
+from results.plain import PLAIN, against_plain, ordinary, over_batches, pairs, recipes
 from results.short_answers import short_answers
 from tests.test_accountings import run
 
@@ -161,6 +161,14 @@ def test_plain_tst_at_another_rate_is_none() -> None:
     assert len(pairs([r], {})) == 1
     config["compare"]["variants"][0]["learning_rate"] = 2e-3
     assert pairs([r], {}) == [] and len(over_batches([r], {})[1].splitlines()) == 2
+
+
+@pytest.mark.parametrize("without", [{"ratio": 0.0}, {"bag_size": 1}, {"bag_size": 1, "ratio": 0.0}])
+def test_a_run_without_bags_is_the_ordinary_one_however_it_is_written(without: Changed) -> None:
+    r = made_of({}, {"ordinary": (without, 1.0)}, seeds=3)
+    r.summary["config"]["train"]["embedding_lr_factor"] = 4.0
+    r.summary["config"]["compare"]["variants"][0]["embedding_lr_factor"] = 1.0
+    assert ordinary(r) == "ordinary" and pairs([r], {}) == []
 
 
 def test_results_without_plain_tst_or_of_other_texts_are_left_out() -> None:

@@ -96,9 +96,15 @@ def test_what_is_no_finished_model_is_told_for_what_it_is(
     unfinished = tmp_path / "unfinished"
     unfinished.mkdir()
     shutil.copy(finished_run / "config.toml", unfinished)
+    (swept := tmp_path / "swept/runs/s4").mkdir(parents=True)  # as tst sweep leaves its runs
+    (tmp_path / "swept/sweep.json").touch()
+    for name in ("config.toml", "run.json"):
+        shutil.copy(finished_run / name, swept)
     for given, expected in (
         (two_seeds[1], f"holds several runs; name one of them, such as {two_seeds[1]}/runs/baseline"),
         (unfinished, f"is a run that is not finished; give its command again, .* tst export {unfinished} OUT"),
+        (swept, "is a finished run whose model was removed, as a sweep does; train one with tst train, its config"),
+        (tmp_path / "swept", "is a sweep, which keeps no models; train one with tst train"),
     ):
         with pytest.raises(ValueError, match=expected):
             load_model(given)

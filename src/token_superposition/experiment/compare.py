@@ -16,7 +16,7 @@ from rich.console import Console
 
 from token_superposition.data.store import Meta, TokenStore
 from token_superposition.errors import TokenSuperpositionError, first_line
-from token_superposition.experiment.config import Config, Variant, load_config, save_config
+from token_superposition.experiment.config import Config, Variant, load_written, save_config
 from token_superposition.experiment.files import CONFIG, MODEL, SUMMARY, SWEEP, write_json
 from token_superposition.experiment.generate import generate, load_model
 from token_superposition.experiment.jobs import Job, alone, check_directory, check_jobs, run_jobs
@@ -27,7 +27,7 @@ from token_superposition.experiment.superposition import BASELINE
 def jobs_of(config: Config, out: Path | None = None) -> list[Job]:
     """The runs of a comparison, those that others branch off first.
 
-    Without seeds a run has a directory without one, which stays its own when ``out`` is later given seeds.
+    Without seeds a run has a directory without one. Either way, one that is in ``out`` already stays its own.
     """
     wanted = config.compare
     variants = (Variant("tst", config.superposition), *wanted.variants)
@@ -37,8 +37,11 @@ def jobs_of(config: Config, out: Path | None = None) -> list[Job]:
     for seed in wanted.seeds or (config.train.seed,):
 
         def place(name: str, seed: int = seed) -> str:
-            known = not wanted.seeds or (out is not None and _seed_of(out / "runs" / name / CONFIG) == seed)
-            return name if known else f"{name}-seed{seed}"
+            seeded = f"{name}-seed{seed}"
+            if out is None:
+                return seeded if wanted.seeds else name
+            alone, of_seeds = (_seed_of(out / "runs" / x / CONFIG) == seed for x in (name, seeded))
+            return seeded if (of_seeds if not wanted.seeds else of_seeds or not alone) else name
 
         seeded = replace(config, train=replace(config.train, seed=seed))
         baselines: list[Job] = []
@@ -58,7 +61,7 @@ def jobs_of(config: Config, out: Path | None = None) -> list[Job]:
 
 
 def _seed_of(path: Path) -> int | None:
-    return load_config(path).train.seed if path.exists() else None
+    return load_written(path).train.seed if path.exists() else None
 
 
 def checked_jobs(config: Config, out: Path) -> list[Job]:

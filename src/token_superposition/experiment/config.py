@@ -12,7 +12,7 @@ import tomllib
 from dataclasses import dataclass, field
 from importlib.resources import files
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
@@ -333,6 +333,25 @@ def load_config(name: str | Path) -> Config:
         why = e.strerror if isinstance(e, OSError) else e
         raise TokenSuperpositionError(f"{name} is not a TOML file ({why}); name one, or a preset") from None
     return _parse(content, str(name))
+
+
+def load_written(path: Path) -> Config:
+    """Read the configuration that a run was started with, as ``save_config`` wrote it, be it an earlier version's.
+
+    Raises ``TokenSuperpositionError`` where it cannot be read.
+    """
+    try:
+        tree = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as e:
+        why = e.strerror if isinstance(e, OSError) else e
+        raise TokenSuperpositionError(f"{path} cannot be read ({why}); it was written when the run began") from None
+    return from_dict(Config, as_written(tree), str(path))
+
+
+def as_written(tree: dict[str, Any]) -> dict[str, Any]:
+    """``tree`` with the value of each setting that the version which wrote it did not know, where the default is
+    another today."""
+    return tree | {"train": {"embedding_lr_factor": 1.0} | tree.get("train", {})}
 
 
 def preset_names() -> list[str]:

@@ -14,7 +14,7 @@ from token_superposition.data.installation import installed_documents
 from token_superposition.data.prepare import PrepareOptions, Progress, prepare
 from token_superposition.errors import TokenSuperpositionError
 from token_superposition.experiment.compare import compare
-from token_superposition.experiment.config import Config, load_config, load_preset, save_config
+from token_superposition.experiment.config import Config, load_preset, load_written, save_config
 from token_superposition.experiment.files import CONFIG, SUMMARY
 from token_superposition.experiment.jobs import refuse_launcher
 from token_superposition.experiment.speed import default_parallel, seconds_per_step
@@ -94,7 +94,7 @@ def unfinished(out: Path, config: Config) -> int | None:
     if not out.exists() or (out.is_dir() and not any(out.iterdir())):
         return None
     if (out / CONFIG).exists() and not (out / SUMMARY).exists():
-        there = load_config(out / CONFIG)
+        there = load_written(out / CONFIG)
         of_time = {name: getattr(there.train, name) for name in ("steps", "eval_every")}
         if there == replace(config, train=replace(config.train, **of_time)):
             return there.train.steps

@@ -119,7 +119,8 @@ def _left(job: Job, out: Path, trunk_unfinished: bool) -> int:
     if checkpoint := newest_whole(directory, check=partial(damage, content=False)):
         return job.config.train.steps - step_of(checkpoint)
     trunk = branch_checkpoint(job, out)
-    branches = trunk is not None and (trunk_unfinished or trunk.exists())
+    whole = trunk is not None and trunk.exists() and not damage(trunk, content=False)
+    branches = whole or (trunk is not None and trunk_unfinished)
     return job.config.train.steps - (job.branch_step if branches else 0)
 
 

@@ -20,7 +20,7 @@ from token_superposition.data.tokenizer import load_tokenizer
 from token_superposition.engines.transformers.fit import positions
 from token_superposition.errors import TokenSuperpositionError
 from token_superposition.experiment.checkpoints import checkpoints_in, damage, newest_whole, step_of
-from token_superposition.experiment.config import load_config
+from token_superposition.experiment.config import load_written
 from token_superposition.experiment.files import CONFIG, MODEL
 from token_superposition.experiment.generate import run_of
 from token_superposition.experiment.model import load_exactly, model_settings
@@ -109,7 +109,7 @@ def whole_weights(run: Path, source: Path) -> Generator[Path]:
         return
     from accelerate.utils import merge_fsdp_weights
 
-    config = load_config(run / CONFIG)
+    config = load_written(run / CONFIG)
     meta = TokenStore(config.data.path).meta
     check_shards(source)
     with tempfile.TemporaryDirectory(dir=run, prefix=".export-") as merged:
@@ -129,7 +129,7 @@ def tokenizer_directory(run: Path, model: Path) -> Path:
     """Beside the model; an unfinished sharded run has it in its data only."""
     if (model / "tokenizer.json").exists():
         return model
-    return Path(load_config(run / CONFIG).data.path) / "tokenizer"
+    return Path(load_written(run / CONFIG).data.path) / "tokenizer"
 
 
 @torch.no_grad()

@@ -11,8 +11,10 @@ from transformers import PreTrainedTokenizerBase, set_seed
 from token_superposition.data.tokenizer import begin_token, load_tokenizer
 from token_superposition.engines.transformers.fit import positions, reads
 from token_superposition.errors import TokenSuperpositionError
-from token_superposition.experiment.files import CONFIG, MODEL
+from token_superposition.experiment.files import CONFIG, MODEL, RESULT, SWEEP
 from token_superposition.experiment.model import load_exactly
+
+AGAIN = "train one with tst train, its config.toml and another --out"
 
 
 def load_model(path: str | Path) -> tuple[Any, PreTrainedTokenizerBase]:
@@ -24,9 +26,13 @@ def load_model(path: str | Path) -> tuple[Any, PreTrainedTokenizerBase]:
         path = Path(path) / MODEL
     elif (Path(path) / "runs").is_dir():
         runs = sorted(p.parent.name for p in Path(path).glob(f"runs/*/{MODEL}"))
+        if not runs and (Path(path) / SWEEP).is_file():
+            raise TokenSuperpositionError(f"{path} is a sweep, which keeps no models; {AGAIN}")
         raise TokenSuperpositionError(
             f"{path} holds several runs; name one of them, such as {Path(path) / 'runs' / (runs or ['NAME'])[0]}"
         )
+    elif (Path(path) / CONFIG).is_file() and (Path(path) / RESULT).is_file():
+        raise TokenSuperpositionError(f"{path} is a finished run whose model was removed, as a sweep does; {AGAIN}")
     elif (Path(path) / CONFIG).is_file():
         raise TokenSuperpositionError(
             f"{path} is a run that is not finished; give its command again, or make a model of its newest checkpoint "

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 import time
+import warnings
 from collections import Counter
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
@@ -20,8 +21,8 @@ from rich.markup import escape
 from token_superposition.data.plan import count_blocks, count_sequences
 from token_superposition.data.store import Meta
 from token_superposition.errors import TokenSuperpositionError
-from token_superposition.experiment.checkpoints import checkpoints_in, step_of
-from token_superposition.experiment.config import CompareConfig, Config, SweepConfig, load_config, save_config
+from token_superposition.experiment.checkpoints import checkpoints_in, damage, step_of
+from token_superposition.experiment.config import CompareConfig, Config, SweepConfig, load_written, save_config
 from token_superposition.experiment.files import CONFIG, DIVERGED, METRICS, GrowingMetrics
 from token_superposition.experiment.launch import Launch
 from token_superposition.experiment.model import check_superpositions
@@ -48,7 +49,16 @@ class Job:
 
     @property
     def branch_step(self) -> int:
-        return self.config.train.steps - self.config.wsd.decay_steps
+        with self.named():
+            return self.config.train.steps - self.config.wsd.decay_steps
+
+    @contextmanager
+    def named(self) -> Generator[None]:
+        """What is wrong with its configuration is told with its name: the user's may be right."""
+        try:
+            yield
+        except TokenSuperpositionError as e:
+            raise TokenSuperpositionError(f"the run {self.name}: {e}") from None
 
 
 def alone(config: Config) -> Config:
@@ -86,9 +96,10 @@ def check_jobs(jobs: list[Job], out: Path) -> None:
     data, model_path = data_digest(meta), jobs[0].config.model.path
     model_sha256 = model_digest(model_path)
     for job in jobs:
-        job.config.check()
+        with job.named():
+            job.config.check()
         directory = out / "runs" / job.directory
-        there = load_config(directory / CONFIG) if (directory / CONFIG).exists() else job.config
+        there = load_written(directory / CONFIG) if (directory / CONFIG).exists() else job.config
         if differences := changes(there, job.config):
             raise TokenSuperpositionError(
                 f"{directory} is a run of another configuration ({'; '.join(differences)}); choose another --out"
@@ -227,7 +238,10 @@ def _start(job: Job, out: Path, slot: int, parallel: int) -> subprocess.Popen[by
     command += ["--out", str(directory)]
     trunk = branch_checkpoint(job, out)
     if trunk is not None and trunk.exists():  # else it trains from the start
-        command += ["--branch-from", str(trunk)]
+        if problem := damage(trunk):
+            warnings.warn(f"{problem}; {job.directory} is trained from its start", stacklevel=1)
+        else:
+            command += ["--branch-from", str(trunk)]
     environment = {k: v for k, v in os.environ.items() if k not in LAUNCHED} | share(slot, parallel)
     with _log(job, out).open("ab") as log:
         return subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=environment)

@@ -18,7 +18,7 @@ from token_superposition.experiment.checkpoints import (
     read_manifest,
     step_of,
 )
-from token_superposition.experiment.config import Config
+from token_superposition.experiment.config import Config, as_written
 from token_superposition.experiment.shards import check_shards
 from token_superposition.experiment.tree import from_dict, without_none
 
@@ -167,8 +167,7 @@ def check_start(checkpoint: Path, config: Config, meta: Meta, precision: str, mo
             f"{checkpoint} is later than the {config.train.steps} steps of the run; give more train.steps, or an "
             "earlier checkpoint"
         )
-    then = {"embedding_lr_factor": 1.0} | manifest["config"]["train"]  # which the first checkpoints do not name
-    old = from_dict(Config, manifest["config"] | {"train": then}, str(checkpoint))
+    old = from_dict(Config, as_written(manifest["config"]), str(checkpoint))
     old = replace(old, superposition=old.superposition.as_read())
     differences = [
         f"data's {name} {_short(value)} -> {_short(now)}"

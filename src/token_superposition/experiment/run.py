@@ -39,7 +39,7 @@ from token_superposition.engines.transformers.muon import MuonAdamW, split_param
 from token_superposition.engines.transformers.switch import AtSwitch
 from token_superposition.errors import TokenSuperpositionError, first_line
 from token_superposition.experiment.checkpoints import checkpoints_in, damage, read_manifest, step_of
-from token_superposition.experiment.config import Config, load_config, save_config
+from token_superposition.experiment.config import Config, load_config, load_written, save_config
 from token_superposition.experiment.files import (
     CONFIG,
     DIVERGED,
@@ -347,7 +347,9 @@ def prepare_directory(config: Config, out: Path) -> None:
         raise TokenSuperpositionError(f"{out} holds a comparison or a sweep; choose another --out for the run")
     if (out / RESULT).exists():
         raise TokenSuperpositionError(f"{out} holds a finished run; choose another --out or remove it")
-    if (out / CONFIG).exists() and (differences := changes(load_config(out / CONFIG), config)):
+    begun = any((out / name).exists() for name in ("checkpoints", METRICS))
+    read = load_written if begun else load_config  # else it may be the user's own
+    if (out / CONFIG).exists() and (differences := changes(read(out / CONFIG), config)):
         raise TokenSuperpositionError(
             f"{out} holds a run of another configuration ({'; '.join(differences)}); choose another --out"
         )
@@ -359,7 +361,6 @@ def prepare_directory(config: Config, out: Path) -> None:
     theirs = next((out / name for name in (MODEL, METRICS) if (out / name).exists()), None)
     if theirs is not None and not (out / CONFIG).exists():
         raise TokenSuperpositionError(f"{theirs} would be overwritten, and no run wrote it; choose another --out")
-    begun = any((out / name).exists() for name in ("checkpoints", METRICS))
     if (out / CONFIG).exists() and not begun and not says_all(out / CONFIG, config):
         raise TokenSuperpositionError(f"{out / CONFIG} would be overwritten, and no run wrote it; choose another --out")
     out.mkdir(parents=True, exist_ok=True)

@@ -209,13 +209,14 @@ def equal_loss(curve: Sequence[tuple[int, float]], loss: float, steps: int) -> E
     found, bound = comes_down_to(loss, curve)
     (n0, l0), (n1, l1) = curve[-2:]
     if bound != "at least" or n1 > steps:
-        n = round(found)
-        return EqualLoss(n, n / steps, "interpolated" if bound == "measured" else bound)
+        return EqualLoss(round(found), found / steps, "interpolated" if bound == "measured" else bound)
     if l1 >= l0:
         return None
     log_n = _line(loss, l0, math.log(n0), l1, math.log(n1))
-    n = round(math.exp(min(log_n, math.log(4 * steps))))
-    return EqualLoss(n, n / steps, "extrapolated" if n < 4 * steps else "at least, extrapolated")
+    if log_n >= math.log(4 * steps):
+        return EqualLoss(4 * steps, 4.0, "at least, extrapolated")
+    n = math.exp(log_n)
+    return EqualLoss(round(n), n / steps, "extrapolated")
 
 
 def loss_at(curve: Sequence[tuple[int, float]], steps: int) -> tuple[float | None, str]:

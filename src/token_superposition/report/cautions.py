@@ -56,9 +56,12 @@ def _mistuned(contents: Contents) -> str:
         return ""
     name, best = min(lower.items(), key=lambda x: x[1]["delta_val_loss"])
     over = f"95% interval {interval(best['interval'], '+.3f')}" if best["interval"] else "one seed"
+    clear = best["interval"] is not None and best["interval"][1] < 0
+    suits, is_rate = ("suits", "is") if clear else ("may suit", "may be")
     return (
-        f"{name} has no bags either and ends {-best['delta_val_loss']:.3f} nats below it ({over}): its learning rate "
-        "suits the ordinary run better, so part of what the others gain over the baseline is the rate"
+        f"{name} has no bags either and ends {-best['delta_val_loss']:.3f} nats below it ({over}"
+        f"{'' if clear or not best['interval'] else ', no clear difference'}): its learning rate {suits} the ordinary "
+        f"run better, so part of what the others gain over the baseline {is_rate} the rate"
     )
 
 

@@ -15,7 +15,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from token_superposition.data.store import TokenStore, file_sha256, json_sha256
 from token_superposition.errors import TokenSuperpositionError
 from token_superposition.experiment.checkpoints import read_manifest
-from token_superposition.experiment.config import Config, load_config
+from token_superposition.experiment.config import Config, load_written
 from token_superposition.experiment.files import CONFIG, METRICS, RESULT, read_metrics
 from token_superposition.experiment.result import read_result
 from token_superposition.experiment.resume import data_digest
@@ -45,7 +45,7 @@ class Figures:
     @classmethod
     def of(cls, run: Path, checkpoint: int | None) -> Figures:
         """Of the finished run, or at the step ``checkpoint``: a loss only where it was validated at that very step."""
-        config = load_config(run / CONFIG) if (run / CONFIG).exists() else None
+        config = load_written(run / CONFIG) if (run / CONFIG).exists() else None
         result: dict[str, Any] = {}
         if checkpoint is not None:
             manifest = read_manifest(run / "checkpoints" / f"checkpoint-{checkpoint}")

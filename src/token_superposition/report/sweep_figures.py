@@ -6,6 +6,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import replace
+from statistics import mean
 
 import matplotlib
 import numpy as np
@@ -27,7 +28,7 @@ def sweep_pictures(contents: SweepContents) -> list[Picture]:
     """For each weighting, schedule and learning rate a heat map, and a curve over every axis of several values."""
     limit = colour_limit([contents.difference(c) for c in contents.cells])
     found = [picture for facet in contents.facets for picture in _pictures(contents, facet, limit)]
-    return [*found, over_rates(contents)] if contents.several("learning_rate") else found
+    return [*found, *over_rates(contents)] if contents.several("learning_rate") else found
 
 
 def _pictures(contents: SweepContents, facet: Facet, limit: float) -> list[Picture]:
@@ -179,8 +180,18 @@ def u_curves(
     return figure
 
 
-def over_rates(contents: SweepContents) -> Picture:
-    """The loss of the baseline over the learning rate, and of the best setting at each rate; a dot for each seed."""
+def over_rates(contents: SweepContents) -> list[Picture]:
+    """The loss of the baseline over the learning rate, and of the best setting at each rate; a dot for each seed.
+
+    Of the seeds that every run of the sweep has, for one that was dropped early has the first ones alone, which may be
+    easier; none without any.
+    """
+    losses = {c: {r.seed: r.val_loss for r in contents.by_cell[c]} for c in contents.by_cell}
+    losses = {c: of for c, of in losses.items() if not contents.diverged(c)}
+    seeds = [s for s in next(iter(losses.values()), {}) if all(s in of for of in losses.values())]
+    if not seeds:
+        return []
+    means = {c: mean(of[s] for s in seeds) for c, of in losses.items()}
     figure = Figure(figsize=(5.4, 3.9), layout="constrained")
     axes = figure.subplots()
     settings = len({replace(c, learning_rate=0) for c in contents.settings})
@@ -189,15 +200,13 @@ def over_rates(contents: SweepContents) -> Picture:
     lows: list[str] = []
     baselines = [c for c in contents.by_cell if c.is_baseline]
     for name, colour, cells in ("baseline", COLOURS[0], baselines), (label, COLOURS[1], contents.settings):
-        whole = sorted((c for c in cells if not contents.diverged(c)), key=contents.loss, reverse=True)
+        whole = sorted((c for c in cells if c in means), key=means.__getitem__, reverse=True)
         best = dict(sorted({c.learning_rate: c for c in whole}.items()))
-        means = [contents.loss(c) for c in best.values()]
-        axes.plot([*best], means, "-o", color=colour, lw=2, ms=5, label=name)
+        axes.plot([*best], [means[c] for c in best.values()], "-o", color=colour, lw=2, ms=5, label=name)
         for rate, cell in best.items():
-            losses = [r.val_loss for r in contents.by_cell[cell]]
-            axes.plot([rate] * len(losses), losses, "o", color=colour, ms=3, alpha=0.45, mew=0)
+            axes.plot([rate] * len(seeds), [losses[cell][s] for s in seeds], "o", color=colour, ms=3, alpha=0.45, mew=0)
         if best:
-            lows.append(f"{name}: lowest at {whole[-1].learning_rate:g}, {min(means):.4f}")
+            lows.append(f"{name}: lowest at {whole[-1].learning_rate:g}, {means[whole[-1]]:.4f}")
     rates = sorted({c.learning_rate for c in contents.by_cell})
     axes.set_xscale("log")
     axes.set_xticks(rates, [f"{r:g}" for r in rates])
@@ -207,8 +216,9 @@ def over_rates(contents: SweepContents) -> Picture:
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False)
-    title = "Loss over the learning rate"
-    return Picture(title, svg(figure), f"{title}. {'; '.join(lows) or 'All diverged'}.")
+    fewer = len(seeds) < max(map(len, losses.values()))
+    title = "Loss over the learning rate" + (f", seed {', '.join(map(str, seeds))}, which all have" if fewer else "")
+    return [Picture(title, svg(figure), f"{title}. {'; '.join(lows)}.")]
 
 
 def colours(n: int) -> list[tuple[float, float, float, float]]:
