@@ -79,6 +79,8 @@ def main(argv: Sequence[str] | None = None) -> list[float]:
             print(f"batch {len(losses)}: loss {loss.item():.4f}")
     if rank == 0:
         model.module.model.save_pretrained(args.out / "model")
+    dist.barrier()
+    del model, optimizer  # what holds the process group would wait for ever if it went after it
     dist.destroy_process_group()
     return losses
 

@@ -93,6 +93,8 @@ def main(argv: Sequence[str] | None = None) -> list[float]:
         share.set_epoch(share.epoch + 1)
     if rank == 0:
         model.module.model.save_pretrained(args.out / "model")
+    dist.barrier()
+    del model, optimizer  # what holds the process group would wait for ever if it went after it
     dist.destroy_process_group()
     return losses
 

@@ -17,20 +17,25 @@ if TYPE_CHECKING:
 
 END_OF_TEXT = "<|endoftext|>"
 MIN_VOCAB = 257  # every byte and the end of text
+LONG_RUN = r"\p{L}{1024}|\p{N}{1024}|\s{1024}|[^\s\p{L}\p{N}]{1024}"
 MOST_LOST = 0.1  # of the letters of a text; a tokenizer that gives back less does not know it
 
 
 def train_bpe(texts: Iterator[str], vocab_size: int) -> PreTrainedTokenizerBase:
     """A byte-level BPE with GPT-2's pre-tokenisation: no unknown token, any text comes back unchanged.
 
+    Training takes the square of the length of a word, so a run of letters, digits, signs or white space of more than
+    1,024 characters (a sequence of DNA, padding) counts as several there.
+
     Raises ``TokenSuperpositionError`` for a ``vocab_size`` below 257, which every byte and the end of text need.
     """
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
     check_vocab_size(vocab_size)
     bpe: Any = Tokenizer(models.BPE())
-    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    words = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(LONG_RUN), "isolated"), words])
     bpe.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
@@ -39,6 +44,7 @@ def train_bpe(texts: Iterator[str], vocab_size: int) -> PreTrainedTokenizerBase:
         show_progress=False,
     )
     bpe.train_from_iterator(texts, trainer)
+    bpe.pre_tokenizer = words
     return PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token=END_OF_TEXT, bos_token=END_OF_TEXT)
 
 

@@ -137,7 +137,7 @@ def evaluate_text(
         if cut := left == 0:
             break
         try:
-            text = file.read_bytes().decode()
+            text = file.read_bytes().decode("utf-8-sig")
         except (OSError, UnicodeDecodeError) as e:
             raise TokenSuperpositionError(f"{file} cannot be read as UTF-8 text ({e})") from None
         encoded: Any = tokenizer(  # as tst prepare does: where the text spells a special token, it is text
