@@ -10,7 +10,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from tests.conftest import text
 from token_superposition.data.tokenizer import END_OF_TEXT, train_bpe
 
-WRITTEN = [*text(200), "    indented_names = 'größer als üblich', 1234567\n\n\n\tand a tab  ", "x" * 1023, " " * 900 + "end"]
+SPACES = " " * 900
+WRITTEN = [*text(200), "    indented_names = 'größer', 1234567\n\n\n\tand a tab  ", "x" * 1023, f"{SPACES}end"]
 
 
 def test_it_is_that_of_gpt2s_words() -> None:
