@@ -235,6 +235,7 @@ def test_what_cannot_be_evaluated(
         ([model, "--data", str(other)], "prepared with another tokenizer than the model's"),
         ([model, "--data", str(prepared), "--sequence-length", "17"], "the model has 16 positions"),
         ([model, "--text", str(tmp_path / "bytes.txt")], "cannot be read as UTF-8"),
+        ([model, "--text", str(other)], "other cannot be read as UTF-8 text (Is a directory); name files of text"),
         ([model, "--text", str(tmp_path / "text.txt"), "--stride", "20"], "stride 20 would leave out text"),
         ([model, "--text", str(tmp_path / "text.txt"), "--max-tokens", "0"], "max-tokens is 0"),
         ([model, "--data", str(prepared), "--stride", "8"], "stride is 8, which only --text has"),

@@ -139,7 +139,10 @@ def evaluate_text(
         try:
             text = file.read_bytes().decode("utf-8-sig")
         except (OSError, UnicodeDecodeError) as e:
-            raise TokenSuperpositionError(f"{file} cannot be read as UTF-8 text ({e})") from None
+            why = e.strerror if isinstance(e, OSError) else e
+            raise TokenSuperpositionError(
+                f"{file} cannot be read as UTF-8 text ({why}); name files of text, one by one"
+            ) from None
         encoded: Any = tokenizer(  # as tst prepare does: where the text spells a special token, it is text
             text, add_special_tokens=False, split_special_tokens=True, return_offsets_mapping=True, verbose=False
         )
