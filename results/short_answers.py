@@ -26,6 +26,7 @@ ASKED = (
     ("Do embeddings that learn 4 x as fast save it on English?", "embeddings-english", "tst", "plain-x1.1"),
     ("Do they save it on Python?", "proof-cpu", "tst", "plain-x1.1"),
     ("Do they save it on C++ headers, which did not choose them?", "embeddings-headers", "tst", "plain-x1.1"),
+    ("Do they over ten further seeds, against 1.11 x?", "embeddings-headers-again", "tst", "plain-x1.11"),
     ("Does the baseline gain by them on English?", "embeddings-english", "baseline", "ordinary"),
     ("Does the baseline gain by them on Python?", "proof-cpu", "baseline", "ordinary"),
     ("Does TST win with them on Python at twice the rate?", "higher-rate", "tst", "baseline"),
