@@ -40,8 +40,8 @@ def jobs_of(config: Config, out: Path | None = None) -> list[Job]:
             seeded = f"{name}-seed{seed}"
             if out is None:
                 return seeded if wanted.seeds else name
-            alone, of_seeds = (_seed_of(out / "runs" / x / CONFIG) == seed for x in (name, seeded))
-            return seeded if (of_seeds if not wanted.seeds else of_seeds or not alone) else name
+            without, with_seed = (_seed_of(out / "runs" / x / CONFIG) == seed for x in (name, seeded))
+            return seeded if with_seed or (wanted.seeds and not without) else name
 
         seeded = replace(config, train=replace(config.train, seed=seed))
         baselines: list[Job] = []

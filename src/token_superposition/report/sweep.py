@@ -104,10 +104,6 @@ class SweepContents:
         """Mean over the cell's seeds, to the baseline of the same learning rate."""
         return mean(r.difference for r in self.by_cell[cell])
 
-    def loss(self, cell: Cell) -> float:
-        """Mean over the cell's seeds."""
-        return mean(r.val_loss for r in self.by_cell[cell])
-
     def diverged(self, cell: Cell) -> bool:
         return not all(math.isfinite(r.val_loss) for r in self.by_cell[cell])
 
